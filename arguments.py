@@ -1,0 +1,193 @@
+"""Command-line options of run_trainer.py and run_aux_peer.py, and nothing else.
+
+Every field is a flag. A line of the form ``@FILE`` on the command line reads more flags from that file (written as in a
+shell, ``#`` starts a comment); flags that come later win.
+"""
+
+import argparse
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+
+DEMO = Path(__file__).resolve().parent / "demo"
+
+
+def option(default, help: str, **kwargs):
+    """A dataclass field with a sentence for ``--help``; a list default is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class PeerArguments:
+    """Who this peer is, whom it talks to, and which model the swarm trains."""
+
+    run_id: str | None = option(None, "Name of the run: peers with the same name train together.")
+    initial_peers: list[str] = option(
+        [], "Addresses of one or more peers of the run (as they print them); without any, a new swarm is started."
+    )
+    host_maddrs: list[str] = option(
+        ["/ip4/0.0.0.0/tcp/0"], "Where to listen for other peers, e.g. /ip4/0.0.0.0/tcp/31337 (port 0: any free port)."
+    )
+    announce_maddrs: list[str] = option(
+        [], "Addresses to tell others, if they differ from host_maddrs (behind a router: its public address)."
+    )
+    client_mode: bool = option(
+        False, "Never accept incoming connections: for peers behind a firewall or gone within the hour."
+    )
+    bandwidth: float | None = option(
+        None, "The lower of download and upload speed, Mbit/s; used to share out the work."
+    )
+    min_vector_size: int = option(
+        4_000_000, "A peer that averages takes at least this many values (equal for all peers)."
+    )
+    identity_path: str | None = option(
+        None, "File with this peer's private key, made if absent: keeps its address the same after a restart."
+    )
+    use_ipfs: bool = option(False, "Find initial_peers (then peer ids only) through the public IPFS network.")
+    authorize: str | None = option("False", "Access control of the run; False: an open run, anybody may join.")
+    model_config_path: str = option(str(DEMO / "config.json"), "Model configuration (.json file).")
+    tokenizer_path: str = option(str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.")
+    cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.")
+    wandb_project: str | None = option(
+        None, "Send metrics to this Weights & Biases project (WANDB_MODE=offline works)."
+    )
+
+    def __post_init__(self):
+        if not self.run_id:
+            raise ValueError("--run_id is missing: peers with the same run_id train together; choose any name")
+        if not all(character.isalnum() or character in "-_" for character in self.run_id):
+            raise ValueError(f"--run_id {self.run_id!r}: only letters, digits, - and _ are allowed")
+        if str(self.authorize).lower() not in ("false", "none", "no", "0"):
+            raise ValueError(f"--authorize {self.authorize}: only open runs are supported; pass --authorize False")
+
+
+@dataclass
+class TrainerPeerArguments(PeerArguments):
+    """What only a trainer needs: data, backups, metrics."""
+
+    dataset_sources: list[str] = option(
+        [str(DEMO / "corpus" / "*.txt")],
+        "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets (name[:config])",
+    )
+    dataset_weights: list[float] | None = field(
+        default=None, metadata={"help": "How often each source is drawn from, in the same order; equal by default."}
+    )
+    statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.")
+    backup_every_epochs: int = option(10, "Write a backup of model and optimizer every so many epochs (and at exit).")
+    state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")
+    wait_for_peers: int = option(1, "Start training when this many trainers, this one included, are present.")
+
+
+@dataclass
+class AuxiliaryPeerArguments(PeerArguments):
+    """What only an auxiliary peer needs: checkpoints, uploads, help with averaging."""
+
+    refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.")
+    assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.")
+    assist_refresh: float = option(1.0, "Seconds between two looks whether an averaging round is near.")
+    store_checkpoints: bool = option(False, "Download the state from trainers and store it as checkpoint directories.")
+    save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.")
+    local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
+    upload_interval: float | None = option(None, "Seconds between two uploads of the newest checkpoint to repo_url.")
+    repo_url: str | None = option(None, "Repository on the Hugging Face hub (ORGANISATION/NAME) for uploads.")
+
+
+@dataclass
+class CollaborationArguments:
+    """How the swarm steps together; the first group must be equal on all peers."""
+
+    target_batch_size: int = option(16384, "Samples of all peers together that make one epoch (one global step).")
+    matchmaking_time: float = option(60.0, "Seconds in which peers look for each other before averaging.")
+    next_chunk_timeout: float = option(60.0, "A peer that sends nothing for so many seconds is left out of the round.")
+    averaging_timeout: float = option(600.0, "Give up an averaging round after so many seconds.")
+    average_state_every: int = option(5, "Average parameters every so many epochs (gradients: every epoch).")
+    offload_optimizer: bool = option(True, "Keep the optimizer's state and step on the CPU.")
+    delay_optimizer_step: bool = option(True, "Run the optimizer in the background of the next epoch's first batches.")
+    delay_grad_averaging: bool = option(True, "Average gradients in the background, too.")
+    reuse_grad_buffers: bool = option(True, "Accumulate in the model's own gradient buffers: saves one copy of them.")
+
+    def __post_init__(self):
+        for name in ("target_batch_size", "matchmaking_time", "next_chunk_timeout", "average_state_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}")
+        if self.averaging_timeout <= self.matchmaking_time:
+            raise ValueError(
+                f"--averaging_timeout {self.averaging_timeout} must be longer than --matchmaking_time "
+                f"{self.matchmaking_time}, which is part of it"
+            )
+        if self.delay_grad_averaging and not self.delay_optimizer_step:
+            raise ValueError("--delay_grad_averaging needs --delay_optimizer_step")
+        if self.delay_optimizer_step and not self.offload_optimizer:
+            raise ValueError("--delay_optimizer_step needs --offload_optimizer")
+
+
+@dataclass
+class HFTrainerArguments(TrainingArguments):
+    """Batch, optimizer and schedule. Inherited flags of transformers.TrainingArguments work too, but are not listed."""
+
+    output_dir: str = option("outputs", "Metrics and backups go to OUTPUT_DIR/RUN_ID.")
+    per_device_train_batch_size: int = option(1, "Sequences in one forward pass on one device.")
+    gradient_accumulation_steps: int = option(
+        1, "Forward passes between two reports to the swarm; aim at 1 to 10 seconds."
+    )
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations in the backward pass: less memory, slower."
+    )
+    fp16: bool = option(False, "Mixed precision with float16 (older GPUs).")
+    bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).")
+    learning_rate: float = option(2.5e-3, "Peak learning rate.")
+    min_learning_rate: float | None = option(None, "Floor of the learning rate; by default 2 %% of its peak.")
+    num_zero_lr_steps: int = option(50, "First epochs with a learning rate of zero, in which statistics warm up.")
+    total_steps: int = option(15_625, "Stop at this epoch; the learning rate falls linearly until then.")
+    warmup_steps: int = option(3_125, "Epochs in which the learning rate rises.")
+    adam_beta1: float = option(0.9, "Decay of LAMB's first moment.")
+    adam_beta2: float = option(0.95, "Decay of LAMB's second moment.")
+    adam_epsilon: float = option(1e-6, "Added to the root of the second moment.")
+    weight_decay: float = option(0.01, "Weight decay, not applied to biases and norms.")
+    max_grad_norm: float = option(1.0, "Averaged gradients are clipped to this norm in the optimizer.")
+    clamp_value: float = option(1e9, "Upper limit of the parameter norm in LAMB's trust ratio.")
+    min_8bit_size: int = option(2**20, "Parameters with fewer values keep 32-bit statistics.")
+    max_sequence_length: int = option(2048, "Longest training sequence, in tokens.")
+    initial_sequence_length: int | None = option(256, "Longest sequence at the start.")
+    sequence_length_warmup_steps: int = option(7_000, "Epochs in which the sequence length grows to its maximum.")
+    pad_to_multiple_of: int = option(128, "Sequence lengths are rounded up to a multiple of this.")
+    seed: int = option(0, "Seed of the initial parameters: must be equal on all peers that start a run together.")
+    max_steps: int = option(10**18, "Stop this trainer after so many local steps.")
+    dataloader_num_workers: int = option(0, "Processes that prepare data beside the trainer.")
+    logging_steps: float = option(10**9, argparse.SUPPRESS)
+    logging_nan_inf_filter: bool = option(False, argparse.SUPPRESS)
+    save_strategy: str = option("no", argparse.SUPPRESS)
+    disable_tqdm: bool | None = option(True, argparse.SUPPRESS)
+    remove_unused_columns: bool | None = option(False, argparse.SUPPRESS)
+    optim: str = option("adamw_torch", argparse.SUPPRESS)
+
+    def __post_init__(self):
+        if self.activation_checkpointing is None:  # the newer name of the same option
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        super().__post_init__()
+
+
+class ArgumentParser(HfArgumentParser):
+    """Parser over dataclasses with ``@FILE`` arguments; inherited transformers flags work but are not listed."""
+
+    def __init__(self, *dataclass_types, **kwargs):
+        super().__init__(dataclass_types, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
+        inherited = set(TrainingArguments.__dataclass_fields__) - set(HFTrainerArguments.__annotations__)
+        for action in self._actions:
+            if action.dest.removeprefix("no_") in inherited:
+                action.help = argparse.SUPPRESS
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        words = shlex.split(arg_line, comments=True)
+        return [f"@{DEMO.parent / word[1:]}" if word.startswith("@demo/") else word for word in words]
+
+    def parse(self, argv: list[str]) -> tuple:
+        """Dataclass instances in the order of the types; wrong flags and values end the program with code 2."""
+        try:
+            return self.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+        except ValueError as error:
+            self.error(str(error).splitlines()[0])

@@ -1,0 +1,86 @@
+"""A whole swarm on this machine: one auxiliary peer and two trainers learn Russian together for a few minutes.
+
+Ends with the figures of the run, a learning curve, and what the resulting model fills in. `make demo` runs this.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+EXAMPLES = ["Утром мы пошли в [MASK].", "Она поставила чашку на [MASK].", "В городе построили новый [MASK]."]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output_dir", type=Path, help="default: outputs/demo-DATE-TIME")
+    parser.add_argument("--total_steps", type=int, help="epochs to train (default: as in demo/swarm.args)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the peers are ended, too
+    from src.training.local_swarm import LocalSwarm
+
+    directory = options.output_dir or REPOSITORY / "outputs" / time.strftime("demo-%Y%m%d-%H%M%S")
+    shared = ["--output_dir", str(directory)]
+    shared += ["--total_steps", str(options.total_steps)] if options.total_steps else []
+    print(f"Two trainers and an auxiliary peer start on this machine; their files go to {directory}\n", flush=True)
+    started = time.monotonic()
+    with LocalSwarm(environment={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}) as swarm:
+        swarm.start("aux", "run_aux_peer.py", ["@demo/aux.args", *shared])
+        trainer_arguments = ["@demo/trainer.args", *shared, "--wait_for_peers", "2"]
+        trainers = [swarm.start(f"trainer {number}", "run_trainer.py", trainer_arguments) for number in (1, 2)]
+        codes = [trainer.process.wait() for trainer in trainers]
+    if any(codes):
+        print(f"a trainer ended with code {max(codes)}; its output stands above", file=sys.stderr)
+        return 1
+    run = directory / "demo"
+    report(run, seconds=time.monotonic() - started)
+    fill_masks(run / "aux" / "checkpoint")
+    print(NEXT_STEPS.format(checkpoint=run / "aux" / "checkpoint", trainer=run / "trainer"))
+    return 0
+
+
+def report(run: Path, *, seconds: float) -> None:
+    """Print what the run's metrics files say, and draw the learning curve beside them."""
+    from src.training.swarm_report import compare_parameters, draw_learning_curve, summarise_run
+
+    summary = summarise_run(run / "trainer" / "metrics.jsonl")
+    difference = compare_parameters(run / "trainer" / "backup.pth", run / "trainer-2" / "backup.pth")
+    curve = draw_learning_curve(run / "trainer" / "metrics.jsonl", run / "learning_curve.png")
+    print(f"""
+{summary.epochs} epochs in {seconds:.0f} s, start-up included
+masked words: loss {summary.first_loss:.3f} at first, {summary.last_loss:.3f} at the end
+{summary.rounds_with_partner} of {summary.rounds} rounds averaged gradients with both trainers, {summary.partial} partial
+parameters of the two trainers differ by {difference.relative:.1e} (relative), {difference.largest:.1e} at most
+learning curve: {curve}""")
+
+
+def fill_masks(checkpoint: Path) -> None:
+    """Let the checkpoint that the auxiliary peer stored complete three sentences."""
+    from transformers import pipeline
+
+    from src import LeanAlbertForMaskedLM, load_tokenizer
+
+    fill = pipeline(
+        "fill-mask", model=LeanAlbertForMaskedLM.from_pretrained(checkpoint), tokenizer=load_tokenizer(checkpoint)
+    )
+    print("\nWhat the model fills in (a few minutes of training teach it little more than what is frequent):")
+    for example in EXAMPLES:
+        words = ", ".join(f"{answer['token_str']} {answer['score']:.0%}" for answer in fill(example, top_k=3))
+        print(f"  {example}  {words}")
+
+
+NEXT_STEPS = """
+Next:
+  python run_trainer.py                          your own swarm; it prints how others join
+  python -m tasks.mlm.inspect_data               look at masked training batches
+  {checkpoint}
+                                                 opens with LeanAlbertForMaskedLM.from_pretrained
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Keep a run together from a machine without a GPU: report metrics, help to average, store and upload checkpoints."""
+
+import sys
+from pathlib import Path
+
+from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
+
+STOP_SECONDS = 30.0
+
+
+def main() -> int:
+    # Heavy imports come here, not above: the supervising parent process should stay small.
+    import threading
+
+    from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
+    from src.training import console
+    from src.training.auxiliary import watch
+    from src.training.dht import visible_addresses
+
+    console.quiet_libraries()
+    parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
+    peer, collaboration, training = parser.parse(sys.argv[1:] or ["@demo/aux.args"])
+    progress, stop = console.Progress(), threading.Event()
+    try:
+        swarm, journal, store, threads = build(peer, collaboration, training, progress=progress, stop=stop)
+    except (ValueError, OSError) as error:
+        print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
+        leave_at_once(2)
+    install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
+    addresses = visible_addresses(swarm.dht)
+    progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
+    progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    for thread in threads:
+        thread.start()
+    watch(swarm, peer, journal=journal, store=store, progress=progress, stop=stop)
+    progress.say("leaving the swarm")
+    journal.close()
+    swarm.leave()
+    return 0
+
+
+def build(peer, collaboration, training, *, progress, stop):
+    """All that an auxiliary peer consists of. hivemind forks its processes, so it comes before threads are started."""
+    import threading
+
+    from huggingface_hub import HfApi
+
+    from src.training.auxiliary import AveragingAssistant, CheckpointStore, Uploader
+    from src.training.dht import start_dht
+    from src.training.journal import Journal, claim_run_directory
+    from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from tasks.mlm.task import build_model
+
+    if peer.client_mode:
+        raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
+    if (peer.repo_url or peer.upload_interval) and not (peer.store_checkpoints and peer.repo_url):
+        raise ValueError("uploads need --store_checkpoints, --repo_url and --upload_interval together")
+    model, tokenizer = build_model(peer, seed=training.seed)
+    directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
+    dht, public_key = start_dht(peer)
+    swarm = Swarm(dht, public_key, make_collaborative_optimizer(
+        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True
+    ))  # fmt: skip
+    journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
+    swarm_lock, threads, store = threading.Lock(), [], None
+    if peer.assist_in_averaging:
+        threads.append(AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop))
+    if peer.store_checkpoints:
+        path = Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint"
+        store = CheckpointStore(
+            path,
+            model,
+            tokenizer,
+            swarm.optimizer,
+            swarm_lock=swarm_lock,
+            every_epochs=peer.save_checkpoint_epoch_interval,
+        )
+        if peer.repo_url:
+            threads.append(
+                Uploader(store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop)
+            )
+    return swarm, journal, store, threads
+
+
+if __name__ == "__main__":
+    sys.exit(run_supervised(main, grace_seconds=STOP_SECONDS))

@@ -1,0 +1,91 @@
+"""Train a masked language model together with the other peers of a run.
+
+Without arguments this starts a one-peer swarm on the bundled demo model and text (the same as `@demo/trainer.args`).
+"""
+
+import sys
+from pathlib import Path
+
+from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
+
+STOP_SECONDS = 30.0
+
+
+def main() -> int:
+    # Heavy imports come here, not above: the supervising parent process should stay small.
+    import shlex
+    import threading
+
+    from arguments import ArgumentParser, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+    from src.training import console
+    from src.training.dht import visible_addresses
+
+    console.quiet_libraries()
+    argv = sys.argv[1:] or ["@demo/trainer.args"]
+    parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
+    peer, collaboration, training = parser.parse(argv)
+    progress, stop = console.Progress(), threading.Event()
+    if not sys.argv[1:]:
+        progress.say("no arguments: training the bundled demo model on the bundled text (@demo/trainer.args)")
+    try:
+        trainer, swarm = build(peer, collaboration, training, progress=progress, stop=stop)
+    except (ValueError, OSError) as error:
+        print(f"run_trainer.py: error: {error}", file=sys.stderr)
+        leave_at_once(2)
+    install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
+    joining = shlex.join(["python", "run_trainer.py", *console.joining_arguments(argv, visible_addresses(swarm.dht))])
+    progress.say(f"{'joined' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
+    trainer.train()
+    progress.say(f"stopped at epoch {swarm.optimizer.local_epoch}, leaving the swarm")
+    swarm.leave()
+    return 0
+
+
+def build(peer, collaboration, training, *, progress, stop):
+    """All that a trainer consists of. hivemind forks its processes, so it comes before anything that starts threads."""
+    from transformers import PrinterCallback
+
+    from src.training.callback import CollaborativeCallback
+    from src.training.dht import start_dht
+    from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
+    from src.training.journal import Journal, claim_run_directory
+    from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from tasks.mlm.task import build_data, build_model
+
+    model, tokenizer = build_model(peer, seed=training.seed)
+    model.to(training.device)
+    directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
+    dht, public_key = start_dht(peer)
+    dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=dht.peer_id.to_bytes())
+    optimizer = make_collaborative_optimizer(model, dht, peer=peer, collaboration=collaboration, training=training)
+    swarm = Swarm(dht, public_key, optimizer)
+    meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
+    callback = CollaborativeCallback(
+        swarm,
+        model,
+        peer=peer,
+        training=training,
+        meter=meter,
+        scaler=scaler,
+        current_length=current_length,
+        state_path=Path(peer.state_path) if peer.state_path else directory / "backup.pth",
+        journal=Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=peer.run_id),
+        progress=progress,
+        stop=stop,
+    )
+    trainer = CollaborativeTrainer(
+        collaborative=optimizer,
+        meter=meter,
+        scaler=scaler,
+        model=model,
+        args=training,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, swarm
+
+
+if __name__ == "__main__":
+    sys.exit(run_supervised(main, grace_seconds=STOP_SECONDS))

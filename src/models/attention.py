@@ -1,0 +1,57 @@
+"""Pre-norm self-attention sub-layer."""
+
+import torch.nn.functional as F
+from torch import nn
+
+from .rotary import rotate_queries_and_keys
+
+
+class LeanSelfAttention(nn.Module):
+    """hidden + dropout(sandwich_norm(dense_out(attention(dense_qkv(layer_norm(hidden))))))
+
+    Kept for backward per token, in hidden sizes: the input (1), queries, keys and values (3), the attended values (1).
+    """
+
+    def __init__(
+        self,
+        dense_qkv,
+        dense_out,
+        *,
+        hidden_size,
+        num_attention_heads,
+        layer_norm_eps,
+        sandwich_norm,
+        hidden_dropout_prob,
+        attention_probs_dropout_prob,
+    ):
+        super().__init__()
+        self.num_attention_heads = num_attention_heads
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_probs_dropout_prob = attention_probs_dropout_prob
+        self.dense_qkv, self.dense_out = dense_qkv, dense_out
+        self.layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.sandwich_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps) if sandwich_norm else None
+
+    def forward(self, hidden_states, rotary_angles, attention_mask):
+        """[batch, length, hidden_size] -> the same.
+
+        rotary_angles: cos and sin of `rotary.rotary_cos_sin`, or None; attention_mask: boolean, True = may be
+        attended to, broadcast to [batch, heads, query, key], or None.
+        """
+        norm = self.layer_norm
+        states = self.dense_qkv(hidden_states, self._normalise, norm.weight, norm.bias)
+        if rotary_angles is not None:
+            states = rotate_queries_and_keys(states, self.num_attention_heads, *rotary_angles)
+        states = states.unflatten(-1, (3, self.num_attention_heads, -1))  # [batch, length, 3, heads, head_size]
+        query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, length, head_size]
+
+        dropout_prob = self.attention_probs_dropout_prob if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout_prob)
+        outputs = self.dense_out(attended.transpose(1, 2).flatten(2))  # [batch, length, hidden_size]
+
+        if self.sandwich_norm is not None:
+            outputs = self.sandwich_norm(outputs)
+        return hidden_states + F.dropout(outputs, self.hidden_dropout_prob, self.training)
+
+    def _normalise(self, hidden_states, weight, bias):
+        return F.layer_norm(hidden_states, self.layer_norm.normalized_shape, weight, bias, self.layer_norm.eps)

@@ -1,0 +1,124 @@
+"""Linear layers whose weight matrix may be used by several layers, and what they keep for the backward pass."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+class PreparedLinear(torch.autograd.Function):
+    """Computes linear(prepare(inputs, *parameters), weight, bias), keeping `inputs` instead of what `prepare` returns.
+
+    `prepare` is cheap and element- or row-wise (layer norm, activation): the backward pass runs it again and lets
+    autograd differentiate it, so any such function may be used. The matrix product is not repeated.
+    """
+
+    @staticmethod
+    def forward(ctx, prepare, inputs, weight, bias, *parameters):
+        device_type = inputs.device.type
+        ctx.autocast_options = {
+            "device_type": device_type,
+            "dtype": torch.get_autocast_dtype(device_type),
+            "enabled": torch.is_autocast_enabled(device_type),
+        }
+        ctx.prepare = prepare
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(inputs, weight, *parameters)
+        # .data: linear makes a view of a 2-D product, and autograd forbids changing such a view in place (rotary does).
+        return F.linear(prepare(inputs, *parameters), weight, bias).data
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs):
+        inputs, weight, *parameters = ctx.saved_tensors
+        _, needs_inputs, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad
+        sources = [
+            tensor.detach().requires_grad_(needed)
+            for tensor, needed in zip([inputs, *parameters], [needs_inputs, *needs_parameters], strict=True)
+        ]
+        with torch.enable_grad(), torch.autocast(**ctx.autocast_options):
+            prepared = ctx.prepare(*sources)
+
+        # Casts are explicit because the backward pass usually runs outside of autocast.
+        grad_rows = grad_outputs.flatten(0, -2)  # [rows, out_features]
+        grad_weight = grad_bias = None
+        if needs_weight:
+            prepared_rows = prepared.detach().flatten(0, -2).to(grad_rows.dtype)  # [rows, in_features]
+            grad_weight = (grad_rows.t() @ prepared_rows).to(weight.dtype)
+        if needs_bias:
+            grad_bias = grad_rows.sum(0, dtype=ctx.bias_dtype)
+
+        grad_sources = [None] * len(sources)
+        if prepared.requires_grad:
+            grad_prepared = (grad_outputs @ weight.to(grad_outputs.dtype)).to(prepared.dtype)
+            needed = [index for index, source in enumerate(sources) if source.requires_grad]
+            found = torch.autograd.grad(prepared, [sources[index] for index in needed], grad_prepared)
+            for index, grad in zip(needed, found, strict=True):
+                grad_sources[index] = grad
+        return None, grad_sources[0], grad_weight, grad_bias, *grad_sources[1:]
+
+
+def prepared_linear(prepare, inputs, weight, bias, *parameters):
+    """linear(prepare(inputs, *parameters), weight, bias) that does not keep its prepared input for backward.
+
+    torch.compile chooses by itself what to keep and what to compute again, so it sees the plain expression.
+    """
+    if prepare is None:
+        return F.linear(inputs, weight, bias)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return F.linear(prepare(inputs, *parameters), weight, bias)
+    return PreparedLinear.apply(prepare, inputs, weight, bias, *parameters)
+
+
+class SharedMatrix(nn.Module):
+    """A [out_features, in_features] matrix with an optional low-rank term, held by every layer that uses it."""
+
+    def __init__(self, in_features, out_features, *, lowrank_dim=0):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.lowrank_first = self.lowrank_second = None
+        if lowrank_dim:
+            self.lowrank_first = nn.Parameter(torch.empty(lowrank_dim, in_features))
+            self.lowrank_second = nn.Parameter(torch.empty(out_features, lowrank_dim))
+
+    def multiply(self, inputs, bias, *, prepare=None, parameters=()):
+        """Product with the matrix without its low-rank term: [..., in_features] -> [..., out_features]."""
+        return prepared_linear(prepare, inputs, self.weight, bias, *parameters)
+
+
+class SharedLinear(nn.Module):
+    """Linear layer over a matrix it may share; bias and adapter (arXiv 2106.09685, no scaling) are its own."""
+
+    def __init__(self, shared_matrix, *, bias=True, adapter_dim=0):
+        super().__init__()
+        in_features, out_features = shared_matrix.in_features, shared_matrix.out_features
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.adapter_first = self.adapter_second = None
+        if adapter_dim:
+            self.adapter_first = nn.Parameter(torch.empty(adapter_dim, in_features))
+            self.adapter_second = nn.Parameter(torch.empty(out_features, adapter_dim))
+        self.shared_matrix = shared_matrix
+
+    def forward(self, inputs, prepare=None, *parameters):
+        """[..., in_features] -> [..., out_features]: the layer applied to prepare(inputs, *parameters).
+
+        The prepared input is computed again in backward rather than kept; without `prepare` it is `inputs`.
+        """
+        outputs = self.shared_matrix.multiply(inputs, self.bias, prepare=prepare, parameters=parameters)
+        pairs = (
+            (self.shared_matrix.lowrank_first, self.shared_matrix.lowrank_second),
+            (self.adapter_first, self.adapter_second),
+        )
+        for first, second in pairs:
+            if first is not None:
+                reduced = prepared_linear(prepare, inputs, first, None, *parameters)  # [..., rank]
+                outputs = outputs + F.linear(reduced, second)
+        return outputs
+
+
+def shared_matrix_index(block, *, num_blocks, num_shared, num_inner_matrices):
+    """Which of the shared matrices of one kind the given block uses; blocks come in the order of their groups."""
+    if not num_shared:
+        return block
+    return (block * num_shared // num_blocks) * num_inner_matrices + block % num_inner_matrices

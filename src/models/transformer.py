@@ -1,0 +1,152 @@
+"""The stack of blocks: creates the shared matrices, hands them to the layers, applies the layers in order."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import LeanSelfAttention
+from .butterfly import ButterflyMatrix
+from .config import FUSED_GELU
+from .ffn import LeanFFN
+from .rotary import rotary_cos_sin
+from .shared_linear import SharedLinear, SharedMatrix, shared_matrix_index
+
+
+def get_activation(name):
+    return ACT2FN["gelu_pytorch_tanh" if name == FUSED_GELU else name]
+
+
+class LeanBlock(GradientCheckpointingLayer):
+    """Self-attention followed by the feed-forward sub-layer; the unit of gradient checkpointing."""
+
+    def __init__(self, attention, ffn):
+        super().__init__()
+        self.attention, self.ffn = attention, ffn
+
+    def forward(self, hidden_states, rotary_angles, attention_mask):
+        return self.ffn(self.attention(hidden_states, rotary_angles, attention_mask))
+
+
+class LeanLayerGroup(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, hidden_states, rotary_angles, attention_mask):
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, rotary_angles, attention_mask)
+        return hidden_states
+
+
+class MatrixPool:
+    """Makes each shared matrix when a block first asks for it; blocks that share one receive the same module."""
+
+    def __init__(self, config):
+        self.config = config
+        self.matrices = {}
+
+    def linear(self, kind, block, in_features, out_features, *, bias):
+        config = self.config
+        index = shared_matrix_index(
+            block,
+            num_blocks=config.num_distinct_blocks,
+            num_shared=int(config.share_large_matrices),
+            num_inner_matrices=config.num_inner_matrices,
+        )
+        if (kind, index) not in self.matrices:
+            self.matrices[kind, index] = self._make(in_features, out_features)
+        return SharedLinear(self.matrices[kind, index], bias=bias, adapter_dim=config.adapter_dim)
+
+    def _make(self, in_features, out_features):
+        block_size, lowrank_dim = self.config.block_size, self.config.lowrank_dim
+        if block_size:
+            return ButterflyMatrix(in_features, out_features, block_size=block_size, lowrank_dim=lowrank_dim)
+        return SharedMatrix(in_features, out_features, lowrank_dim=lowrank_dim)
+
+
+def make_block(config, matrices, block):
+    """Block number `block`, counted through all groups, with its matrices taken from the pool."""
+    hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
+    first_size = intermediate_size * (2 if config.hidden_act_gated else 1)
+    common = {
+        "hidden_size": hidden_size,
+        "layer_norm_eps": config.layer_norm_eps,
+        "sandwich_norm": config.sandwich_norm,
+        "hidden_dropout_prob": config.hidden_dropout_prob,
+    }
+    attention = LeanSelfAttention(
+        matrices.linear("qkv", block, hidden_size, 3 * hidden_size, bias=config.attn_qkv_bias),
+        matrices.linear("out", block, hidden_size, hidden_size, bias=config.out_proj_bias),
+        num_attention_heads=config.num_attention_heads,
+        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+        **common,
+    )
+    ffn = LeanFFN(
+        matrices.linear("i2h", block, hidden_size, first_size, bias=True),
+        matrices.linear("h2o", block, intermediate_size, hidden_size, bias=config.out_proj_bias),
+        get_activation(config.hidden_act),
+        gated=config.hidden_act_gated,
+        **common,
+    )
+    return LeanBlock(attention, ffn)
+
+
+class LeanTransformer(nn.Module):
+    """`num_hidden_layers` applications of the layer groups, consecutive ones of the same group, then a layer norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        config.check()
+        self.num_hidden_layers = config.num_hidden_layers
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.rotary_base = config.rotary_embedding_base if config.position_embedding_type == "rotary" else None
+        # The pool is a local variable: matrices belong to the layers, so no state-dict key of its own appears.
+        matrices = MatrixPool(config)
+        num_inner = config.num_inner_groups
+        self.layer_groups = nn.ModuleList(
+            LeanLayerGroup(make_block(config, matrices, group * num_inner + inner) for inner in range(num_inner))
+            for group in range(config.num_hidden_groups)
+        )
+        self.post_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states, attention_mask=None, *, position_ids=None, output_hidden_states=False):
+        """[batch, length, hidden_size] -> the same after all layers, and with `output_hidden_states` a tuple of the
+        input and the output of each group application, the last one normalised (otherwise None).
+
+        attention_mask: 1 for real tokens and 0 for padding, [batch, length], or which keys each query may attend to,
+        [batch, query, key] or [batch, heads or 1, query, key]. position_ids: [batch or 1, length].
+        """
+        attention_mask = make_attention_mask(attention_mask)
+        rotary_angles = None
+        if self.rotary_base is not None:
+            if position_ids is None:
+                position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+            rotary_angles = rotary_cos_sin(position_ids, self.head_size, self.rotary_base)
+
+        all_hidden_states = [hidden_states]
+        for layer in range(self.num_hidden_layers):
+            group = layer * len(self.layer_groups) // self.num_hidden_layers
+            hidden_states = self.layer_groups[group](hidden_states, rotary_angles, attention_mask)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+        hidden_states = self.post_layer_norm(hidden_states)
+        return hidden_states, (*all_hidden_states[:-1], hidden_states) if output_hidden_states else None
+
+
+def make_attention_mask(attention_mask):
+    """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], or None.
+
+    None, which allows the fastest kernels, is also the answer when nothing is masked. A query that may attend to
+    nothing (a row of padding only) attends to everything, because the softmax of an empty set is NaN.
+    """
+    if attention_mask is None:
+        return None
+    attention_mask = attention_mask.bool()
+    if not torch.compiler.is_compiling() and attention_mask.all():
+        return None
+    if attention_mask.dim() == 2:
+        attention_mask = attention_mask[:, None, None, :]  # [batch, 1, 1, key]
+    elif attention_mask.dim() == 3:
+        attention_mask = attention_mask[:, None]  # [batch, 1, query, key]
+    return attention_mask | ~attention_mask.any(dim=-1, keepdim=True)

@@ -1,0 +1,225 @@
+"""What an auxiliary peer does for the swarm: sum up metrics, help to average, store and upload checkpoints."""
+
+import logging
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arguments import AuxiliaryPeerArguments
+from src.training.console import Progress
+from src.training.dht import TrainerMetrics, fetch_metrics
+from src.training.journal import Journal
+from src.training.optimizer import LeanOptimizer, Swarm
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 60.0
+
+
+@dataclass
+class EpochSummary:
+    """Metrics of all trainers for one epoch; losses are means over forward passes."""
+
+    epoch: int
+    loss: float
+    mlm_loss: float
+    sop_loss: float
+    samples: int
+    samples_per_second: float
+    alive_peers: int
+    failed_rounds: int
+
+
+class MetricsMonitor:
+    """Turns what trainers publish into one summary an epoch.
+
+    A trainer's record holds its newest epoch only. An epoch is summed up when every trainer has reported it, or one
+    look later: some never will.
+    """
+
+    def __init__(self):
+        self.last_epoch, self.seen_before = 0, -1
+
+    def summarise(self, metrics: dict[bytes, TrainerMetrics]) -> EpochSummary | None:
+        """The summary of a new epoch, or None if there is nothing new."""
+        if not metrics:
+            return None
+        epoch = max(record.epoch for record in metrics.values())
+        if epoch <= self.last_epoch:
+            return None
+        reports = [record for record in metrics.values() if record.epoch == epoch]
+        if len(reports) < len(metrics) and self.seen_before != epoch:
+            self.seen_before = epoch
+            return None
+        self.last_epoch = epoch
+        mini_steps = max(1, sum(record.mini_steps for record in reports))
+        return EpochSummary(
+            epoch=epoch,
+            loss=sum(record.loss for record in reports) / mini_steps,
+            mlm_loss=sum(record.mlm_loss for record in reports) / mini_steps,
+            sop_loss=sum(record.sop_loss for record in reports) / mini_steps,
+            samples=sum(record.samples for record in reports),
+            samples_per_second=sum(record.samples_per_second for record in reports),
+            alive_peers=len(reports),
+            failed_rounds=sum(record.failed_rounds for record in reports),
+        )
+
+
+class AveragingAssistant(threading.Thread):
+    """Joins the trainers' averaging rounds as a reducer without tensors of its own."""
+
+    def __init__(self, optimizer: LeanOptimizer, lock: threading.Lock, journal: Journal, *, period: float, stop):
+        super().__init__(name="averaging assistant", daemon=True)
+        self.optimizer, self.lock, self.journal, self.period, self.stop = optimizer, lock, journal, period, stop
+
+    def run(self) -> None:
+        while not self.stop.wait(self.period):
+            with self.lock:
+                try:
+                    self.assist()
+                except Exception as error:
+                    logger.warning("could not assist in averaging: %r", error)
+
+    def assist(self) -> None:
+        """Take part in a round if one is near, in the epoch the trainers are in."""
+        tracker, averager = self.optimizer.tracker, self.optimizer.state_averager
+        if tracker.global_progress.num_peers > 1:
+            if averager.local_epoch < tracker.global_epoch - 1:
+                averager.local_epoch = tracker.global_epoch  # an auxiliary has no state that would have to catch up
+                tracker.report_local_progress(averager.local_epoch, samples_accumulated=0)
+            self.optimizer.step()
+        for averaging_round in self.optimizer.finished_rounds():
+            self.journal.write("round", epoch=self.optimizer.local_epoch, complete=averaging_round.complete,
+                               **vars(averaging_round))  # fmt: skip
+
+
+class CheckpointStore:
+    """Keeps the newest state of the swarm as a directory that ``from_pretrained`` opens.
+
+    ``swarm_lock`` is held while the optimizer's parameters change, ``self.lock`` while the directory does.
+    """
+
+    def __init__(self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, swarm_lock, every_epochs: int):
+        self.path, self.model, self.tokenizer, self.optimizer = path, model, tokenizer, optimizer
+        self.swarm_lock, self.every_epochs, self.last_epoch = swarm_lock, every_epochs, 0
+        self.lock = threading.Lock()
+
+    def is_due(self, epoch: int) -> bool:
+        return epoch >= self.last_epoch + self.every_epochs
+
+    def update(self, *, timeout: float) -> int:
+        """Fetch the state from a trainer and save it; returns its epoch.
+
+        Raises ValueError if no trainer could give it or if it is damaged, OSError if it cannot be written.
+        """
+        with self.swarm_lock:
+            epoch = self._download(timeout)
+            if epoch > self.last_epoch:
+                self._save(epoch)
+        return epoch
+
+    def _download(self, timeout: float) -> int:
+        averager = self.optimizer.state_averager
+        own_epoch, averager.local_epoch = averager.local_epoch, -1  # accept whatever epoch the trainer is in
+        try:
+            averager.load_state_from_peers(timeout=timeout)
+        except TimeoutError as error:
+            raise ValueError(f"no answer within {timeout:.0f} s") from error
+        finally:
+            epoch, averager.local_epoch = averager.local_epoch, max(own_epoch, averager.local_epoch)
+        if epoch < 0:
+            raise ValueError("no trainer shares its state yet")
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise ValueError("the downloaded parameters are not finite")
+        return epoch
+
+    def _save(self, epoch: int) -> None:
+        """Write aside, then swap: at any moment one complete checkpoint exists."""
+        aside, old = (self.path.with_name(f".{self.path.name}.{suffix}") for suffix in ("part", "old"))
+        shutil.rmtree(aside, ignore_errors=True)
+        self.model.config.sparse_prediction = False  # a training option; users want logits everywhere
+        self.model.save_pretrained(aside)
+        self.tokenizer.save_pretrained(aside)
+        for file in aside.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        with self.lock:
+            shutil.rmtree(old, ignore_errors=True)
+            if self.path.exists():
+                self.path.rename(old)
+            aside.rename(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+        self.last_epoch = epoch
+
+    def snapshot(self, path: Path) -> bool:
+        """Hard-link the newest checkpoint to ``path``, so that an upload is not disturbed by the next one."""
+        shutil.rmtree(path, ignore_errors=True)
+        with self.lock:
+            if not self.path.exists():
+                return False
+            shutil.copytree(self.path, path, copy_function=os.link)
+        return True
+
+
+class Uploader(threading.Thread):
+    """Uploads the newest checkpoint every ``interval`` seconds; a failed upload is reported and tried again."""
+
+    def __init__(self, store: CheckpointStore, repo_id: str, api, *, interval: float, progress: Progress, stop):
+        super().__init__(name="uploader", daemon=True)
+        self.store, self.repo_id, self.api = store, repo_id, api
+        self.interval, self.progress, self.stop = interval, progress, stop
+        self.uploaded_epoch = 0
+
+    def run(self) -> None:
+        wait = self.interval
+        while not self.stop.wait(wait):
+            wait = self.interval if self.upload() else min(self.interval, RETRY_SECONDS)
+
+    def upload(self) -> bool:
+        """One upload of the newest checkpoint, if there is a new one; False if it failed."""
+        epoch = self.store.last_epoch
+        if epoch <= self.uploaded_epoch:
+            return True
+        folder = self.store.path.with_name(f".{self.store.path.name}.upload")
+        try:
+            if not self.store.snapshot(folder):
+                return True
+            self.api.create_repo(self.repo_id, exist_ok=True)
+            self.api.upload_folder(repo_id=self.repo_id, folder_path=str(folder), commit_message=f"Epoch {epoch}")
+        except Exception as error:  # whatever the network does, the peer goes on
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            self.progress.say(f"upload to {self.repo_id} failed, will try again: {reason}")
+            return False
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.uploaded_epoch = epoch
+        self.progress.say(f"uploaded epoch {epoch} to {self.repo_id}")
+        return True
+
+
+def watch(swarm: Swarm, peer: AuxiliaryPeerArguments, *, journal: Journal, store, progress: Progress, stop) -> None:
+    """Report the trainers' metrics and keep the checkpoint fresh until ``stop`` is set."""
+    monitor = MetricsMonitor()
+    while not stop.wait(peer.refresh_period):
+        summary = monitor.summarise(fetch_metrics(swarm.dht, peer.run_id))
+        if summary is not None:
+            journal.write("swarm_epoch", **vars(summary))
+            progress.say(describe(summary))
+        if store is not None and monitor.last_epoch > 0 and store.is_due(monitor.last_epoch):
+            try:
+                progress.say(f"stored the state of epoch {store.update(timeout=600.0)} in {store.path}")
+            except (ValueError, OSError) as error:
+                progress.say(f"no checkpoint stored, will try again: {error}")
+
+
+def describe(summary: EpochSummary) -> str:
+    """One line on an epoch of the whole swarm."""
+    failed = f", {summary.failed_rounds} rounds of averaging not complete" if summary.failed_rounds else ""
+    return (
+        f"epoch {summary.epoch}  loss {summary.loss:.3f} (words {summary.mlm_loss:.3f}, order {summary.sop_loss:.3f})  "
+        f"{summary.alive_peers} trainers, {summary.samples} samples, {summary.samples_per_second:.1f}/s{failed}"
+    )

@@ -1,0 +1,144 @@
+"""hivemind's averagers, made to say how each round went, and two corrections without which peers lose step.
+
+Names of these classes are part of the protocol (they name the remote calls): all peers of a run must use the same ones.
+"""
+
+import asyncio
+import multiprocessing
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from hivemind.averaging.control import StepControl
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.p2p import P2PContext
+from hivemind.proto import averaging_pb2
+from hivemind.utils import MPFuture
+from hivemind.utils.asyncio import achain, anext, as_aiter
+
+POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
+    members of the group including this one, ``num_lost`` those that failed while sending to this peer."""
+
+    kind: str
+    seconds: float
+    num_peers: int = 0
+    received: float = 0.0
+    num_lost: int = 0
+    error: str = ""
+
+    @property
+    def complete(self) -> bool:
+        return not self.error and self.received == 1.0 and self.num_lost == 0
+
+
+class _RoundResult(dict):
+    """What hivemind returns for a round (peer id -> gathered data), with the figures of `Round` beside it."""
+
+    received = 1.0
+    num_lost = 0
+
+
+class RoundReporting:
+    """Mixin for a `DecentralizedAverager`: sends a `Round` from the averager's process to its owner after each step.
+
+    Also waits for partners that are quicker, see `rpc_aggregate_part`.
+    """
+
+    round_kind = ""
+
+    def __init__(self, *args, **kwargs):
+        # made before the process is forked, so that both sides hold an end
+        self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
+        self._num_active_steps = 0
+        super().__init__(*args, **kwargs)
+
+    def finished_rounds(self) -> list[Round]:
+        """Rounds that ended since the last call; to be called by the owner, often enough for the pipe not to fill."""
+        rounds = []
+        while self._rounds_receiver.poll():
+            rounds.append(self._rounds_receiver.recv())
+        return rounds
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
+        result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        runner = self._running_groups[group_info.group_id].result()
+        container = runner.tensor_part_container
+        result.received = 1.0 - container.failed_size / container.total_size
+        result.num_lost = len(runner.banned_senders)
+        return result
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.AveragingData]:
+        """Average a part that a partner sends; if it is quicker than this peer, wait until this peer's round begins.
+
+        hivemind 1.1.12 means to wait, too, but does it with an event that the end of the *previous* round sets. When
+        that one ends after the search for this group has begun, early parts are refused and the round stays partial.
+        """
+        request = await anext(stream)
+        give_up_at = time.monotonic() + (self.next_chunk_timeout or float("inf"))
+        while (
+            request.group_id not in self._running_groups
+            and self._num_active_steps > 0
+            and time.monotonic() < give_up_at
+        ):
+            await asyncio.sleep(POLL_SECONDS)
+        async for message in super().rpc_aggregate_part(achain(as_aiter(request), stream), context):
+            yield message
+
+    async def _step(self, *, step: StepControl, future_for_init: MPFuture) -> None:
+        started = time.monotonic()
+        self._num_active_steps += 1
+        try:
+            await super()._step(step=step, future_for_init=future_for_init)
+        finally:
+            self._num_active_steps -= 1
+            seconds = time.monotonic() - started
+            if isinstance(step._result, _RoundResult):
+                result = step._result
+                report = Round(self.round_kind, seconds, len(result), result.received, result.num_lost)
+                self._rounds_sender.send(report)
+            elif not step.cancelled():
+                self._rounds_sender.send(
+                    Round(self.round_kind, seconds, error=str(step._exception) or "no group found")
+                )
+
+
+class LeanGradientAverager(RoundReporting, GradientAverager):
+    """Averages gradients once an epoch."""
+
+    round_kind = "gradients"
+
+
+class LeanStateAverager(RoundReporting, TrainingStateAverager):
+    """Averages parameters now and then, and hands the state to peers that join."""
+
+    round_kind = "parameters"
+
+
+def correct_step_cancellation() -> None:
+    """Let `StepControl.cancel` mark a step as cancelled before it wakes the averager.
+
+    hivemind 1.1.12 wakes the averager's process first. If that looks at the step before it is marked, the round runs
+    although its owner no longer takes part, and that peer stays one averaging round off its partners.
+    """
+
+    def cancel(self: StepControl) -> bool:
+        was_cancelled = MPFuture.cancel(self)
+        if self._trigger is not None:
+            self._trigger.cancel()
+        if self._cancel is not None:
+            self._cancel.set_result(None)
+        return was_cancelled
+
+    StepControl.cancel = cancel
+
+
+__all__ = ["LeanGradientAverager", "LeanStateAverager", "Round", "correct_step_cancellation"]

@@ -1,0 +1,84 @@
+"""Save and restore a trainer's state: parameters, optimizer statistics, schedule and epoch, in one file."""
+
+import logging
+import os
+import pickle
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from src.models.checkpoint import load_strictly
+from src.training.optimizer import LeanOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call ``write(file)`` on a new file beside ``path`` and put it in place only when it is complete on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with aside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def save_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> None:
+    """Write ``{"model", "optimizer", "scheduler", "epoch"}``; ``"model"`` loads like a published checkpoint.
+
+    The caller makes sure that no delayed update is under way, or parameters and statistics would be of two epochs.
+    """
+    averager = optimizer.state_averager
+    with averager.lock_optimizer:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": averager.optimizer.state_dict(),
+            "scheduler": {key: value for key, value in averager.scheduler.state_dict().items() if key != "lr_lambdas"},
+            "epoch": averager.local_epoch,
+        }
+        write_atomically(path, lambda file: torch.save(state, file))
+
+
+def read_backup(path: Path) -> dict:
+    """The content of a backup. Raises ValueError if the file is truncated or something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        raise ValueError(
+            f"--state_path: {path} is truncated or not a backup ({str(error).splitlines()[0]}); "
+            "move it away to start without it"
+        ) from error
+    missing = {"model", "optimizer", "scheduler", "epoch"} - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise ValueError(f"--state_path: {path} is not a trainer's backup: it lacks {', '.join(sorted(missing))}")
+    return state
+
+
+@torch.no_grad()
+def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> int:
+    """Load a backup into the model, the optimizer and the averagers' copies of the parameters; returns its epoch."""
+    state = read_backup(path)
+    averager = optimizer.state_averager
+    with averager.lock_optimizer, averager.lock_averaged_tensors:
+        load_strictly(model, state["model"], source=f"--state_path: {path}")
+        optimized = (parameter for group in averager.optimizer.param_groups for parameter in group["params"])
+        for main_parameter, offloaded in zip(averager.main_parameters, optimized, strict=True):
+            if offloaded is not main_parameter:
+                offloaded.copy_(main_parameter)
+        averager.optimizer.load_state_dict(state["optimizer"])
+        averager.scheduler.load_state_dict(state["scheduler"])
+        averager.local_epoch = state["epoch"]
+    if not averager.reuse_tensors:
+        averager._load_local_tensors_into_averager_()
+    optimizer.tracker.report_local_progress(state["epoch"], samples_accumulated=0)
+    if not optimizer.client_mode:
+        averager.state_sharing_priority = state["epoch"]
+        optimizer.grad_averager.state_sharing_priority = state["epoch"]
+    return state["epoch"]

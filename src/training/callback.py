@@ -1,0 +1,239 @@
+"""What a trainer does beside computing gradients: step with the swarm, report, back up, stop."""
+
+import logging
+import threading
+import time
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from arguments import HFTrainerArguments, TrainerPeerArguments
+from src.training.backup import restore_backup, save_backup
+from src.training.console import Progress
+from src.training.dht import TrainerMetrics, fetch_metrics, store_metrics
+from src.training.hf_trainer import LossMeter, LossScaler
+from src.training.journal import Journal
+from src.training.optimizer import Swarm
+from src.training.schedules import sequence_length
+
+logger = logging.getLogger(__name__)
+
+WAIT_FOR_PENDING_SECONDS = 15.0
+
+
+class CollaborativeCallback(TrainerCallback):
+    """Steps hivemind's optimizer where Trainer would step its own.
+
+    Gradients that are not finite are never given to the averager. Parameters that are not finite are replaced by the
+    last backup or, without one, by another peer's state.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        model: torch.nn.Module,
+        *,
+        peer: TrainerPeerArguments,
+        training: HFTrainerArguments,
+        meter: LossMeter,
+        scaler: LossScaler | None,
+        current_length: Synchronized,
+        state_path: Path,
+        journal: Journal,
+        progress: Progress,
+        stop: threading.Event,
+    ):
+        self.dht, self.public_key, self.optimizer = swarm.dht, swarm.public_key, swarm.optimizer
+        self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
+        self.peer, self.training, self.meter, self.scaler = peer, training, meter, scaler
+        self.current_length, self.state_path = current_length, state_path
+        self.journal, self.progress, self.stop = journal, progress, stop
+        self.reuse_grad_buffers = swarm.optimizer.grad_averager.reuse_grad_buffers
+        self.stashed_gradients: list[torch.Tensor | None] = []
+        self.last_epoch = self.last_backup_epoch = -1
+        self.epoch_started = time.monotonic()
+        self.rounds: list = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the newer of the backup on disk and the state of peers, then wait for partners if asked to."""
+        if self.state_path.exists():
+            epoch = restore_backup(self.state_path, self.model, self.optimizer)
+            self.progress.say(f"resumed from {self.state_path} at epoch {epoch}")
+        newest = self.optimizer.tracker.global_epoch
+        if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
+            self.optimizer.load_state_from_peers()
+            self.progress.say(f"joined the run at epoch {self.optimizer.local_epoch}")
+        self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
+        self._follow_epoch()
+        self._wait_for_peers()
+        self.epoch_started = time.monotonic()
+
+    def _wait_for_peers(self) -> None:
+        """Announce this trainer and wait until ``wait_for_peers`` of them are there, or the run has begun."""
+        if self.peer.wait_for_peers <= 1:
+            return
+        said = False
+        while not self.stop.is_set() and self.optimizer.tracker.global_epoch == self.optimizer.local_epoch:
+            store_metrics(
+                self.dht,
+                self.peer.run_id,
+                self.public_key,
+                TrainerMetrics(epoch=self.optimizer.local_epoch),
+                expiration=self.peer.statistics_expiration,
+            )
+            if len(fetch_metrics(self.dht, self.peer.run_id)) >= self.peer.wait_for_peers:
+                return
+            if not said:
+                self.progress.say(f"waiting for {self.peer.wait_for_peers} trainers")
+                said = True
+            self.stop.wait(0.5)
+
+    @torch.no_grad()
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Report the gradients in the model's buffers to hivemind, which may run a global step."""
+        samples = self.meter.take_samples()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.scaler is not None and gradients:
+            torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
+        finite = not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+        if self.scaler is not None:
+            self.scaler.update(finite)
+        if not finite:
+            self._discard_gradients(samples)
+        elif samples > 0:
+            self.optimizer.step(batch_size=samples)
+
+    def _discard_gradients(self, samples: int) -> None:
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        if self.reuse_grad_buffers:  # the buffers held this epoch's earlier batches, too
+            samples += self.optimizer.grad_averager.local_samples_accumulated
+            self.optimizer.grad_averager.reset_accumulated_grads_()
+            self.optimizer.tracker.report_local_progress(self.optimizer.local_epoch, samples_accumulated=0)
+        self.meter.dropped += samples
+        logger.warning("dropped %d samples: their gradients are not finite", samples)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        """Hide the gradient buffers from Trainer, which would reset them after every local step."""
+        if self.reuse_grad_buffers:
+            self.stashed_gradients = [parameter.grad for parameter in self.parameters]
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Put the buffers back; at the end of an epoch report, check and back up."""
+        for parameter, gradient in zip(self.parameters, self.stashed_gradients, strict=False):
+            parameter.grad = gradient
+        self.stashed_gradients = []
+        self._record_rounds()
+        if self.optimizer.local_epoch != self.last_epoch:
+            self._finish_epoch()
+        self.progress.update(self.optimizer)
+        self._back_up_if_due()
+        if self.optimizer.local_epoch >= self.training.total_steps or self.stop.is_set():
+            control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Let delayed updates finish, then write the last backup."""
+        deadline = time.monotonic() + WAIT_FOR_PENDING_SECONDS
+        averager = self.optimizer.state_averager
+        while averager.pending_updates and time.monotonic() < deadline:
+            time.sleep(0.1)
+            averager.step(apply_delayed_updates=True)
+        self._record_rounds()
+        self._save_backup()
+
+    def _record_rounds(self) -> None:
+        for averaging_round in self.optimizer.finished_rounds():
+            self.rounds.append(averaging_round)
+            self.journal.write("round", epoch=self.optimizer.local_epoch, complete=averaging_round.complete,
+                               **vars(averaging_round))  # fmt: skip
+            if not averaging_round.complete:
+                self.progress.say(describe_incomplete(averaging_round))
+
+    def _finish_epoch(self) -> None:
+        seconds = time.monotonic() - self.epoch_started
+        meter, epoch = self.meter, self.optimizer.local_epoch
+        metrics = TrainerMetrics(
+            epoch=epoch,
+            samples_per_second=float(self.optimizer.tracker.performance_ema.samples_per_second),
+            samples=meter.samples,
+            loss=float(meter.loss),
+            mlm_loss=float(meter.mlm_loss),
+            sop_loss=float(meter.sop_loss),
+            mini_steps=meter.mini_steps,
+            failed_rounds=sum(not averaging_round.complete for averaging_round in self.rounds),
+        )
+        store_metrics(self.dht, self.peer.run_id, self.public_key, metrics, expiration=self.peer.statistics_expiration)
+        mini_steps = max(1, meter.mini_steps)
+        record = self.journal.write(
+            "epoch",
+            epoch=epoch,
+            loss=meter.loss / mini_steps,
+            mlm_loss=meter.mlm_loss / mini_steps,
+            sop_loss=meter.sop_loss / mini_steps,
+            samples=meter.samples,
+            dropped_samples=meter.dropped,
+            samples_per_second=round(metrics.samples_per_second, 2),
+            num_peers=self.optimizer.tracker.global_progress.num_peers,
+            seconds=round(seconds, 3),
+            learning_rate=self.optimizer.state_averager.optimizer.param_groups[0]["lr"],
+            sequence_length=self.current_length.value,
+        )
+        self.progress.epoch_finished(record, self.training.total_steps, self.rounds)
+        self.rounds.clear()
+        meter.start_epoch()
+        self.last_epoch, self.epoch_started = epoch, time.monotonic()
+        self._follow_epoch()
+        self._check_parameters()
+
+    def _follow_epoch(self) -> None:
+        training = self.training
+        self.current_length.value = sequence_length(
+            self.optimizer.local_epoch,
+            max_sequence_length=training.max_sequence_length,
+            initial_sequence_length=training.initial_sequence_length,
+            sequence_length_warmup_steps=training.sequence_length_warmup_steps,
+            pad_to_multiple_of=training.pad_to_multiple_of,
+        )
+
+    @torch.no_grad()
+    def _check_parameters(self) -> None:
+        if torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
+            return
+        if self.state_path.exists():
+            epoch = restore_backup(self.state_path, self.model, self.optimizer)
+            self.progress.say(f"parameters were not finite: went back to the backup of epoch {epoch}")
+        else:
+            self.optimizer.load_state_from_peers()
+            self.progress.say("parameters were not finite and there is no backup: took the state of another peer")
+
+    def _back_up_if_due(self) -> None:
+        due = self.optimizer.local_epoch >= self.last_backup_epoch + self.peer.backup_every_epochs
+        if due and not self.optimizer.state_averager.pending_updates:  # else parameters and epoch would not agree
+            self._save_backup()
+
+    @torch.no_grad()
+    def _save_backup(self) -> None:
+        if not torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
+            logger.warning("no backup written: parameters are not finite")
+            return
+        try:
+            save_backup(self.state_path, self.model, self.optimizer)
+        except OSError as error:
+            self.progress.say(f"backup failed, the previous one is kept: {error}")
+        self.last_backup_epoch = self.optimizer.local_epoch
+
+
+def describe_incomplete(averaging_round) -> str:
+    """One line on what went wrong in a round of averaging."""
+    if averaging_round.error:
+        return f"averaging {averaging_round.kind} failed after {averaging_round.seconds:.0f} s: {averaging_round.error}"
+    return (
+        f"averaging {averaging_round.kind} was partial: {averaging_round.received:.0%} of the values came back from "
+        f"{averaging_round.num_peers} peers, {averaging_round.num_lost} failed while sending"
+    )

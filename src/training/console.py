@@ -1,0 +1,85 @@
+"""What the person at the terminal sees: progress lines, quiet libraries, the line with which others join."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+
+from hivemind.utils import get_dht_time
+
+from src.training.averagers import Round
+from src.training.optimizer import LeanOptimizer
+
+
+def quiet_libraries() -> None:
+    """Only errors from the libraries: what matters in their warnings is reported by this project in its own words."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive hivemind's forks
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("hivemind", "transformers", "accelerate", "datasets", "bitsandbytes", "torch"):
+        if f"{name.upper()}_LOGLEVEL" not in os.environ:  # hivemind's own switch, e.g. HIVEMIND_LOGLEVEL=DEBUG
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
+    """The arguments with which another machine joins: those of this peer, less what concerns its own machine."""
+    own = {"--initial_peers", "--host_maddrs", "--announce_maddrs", "--identity_path", "--bandwidth", "--client_mode",
+           "--output_dir", "--local_path", "--state_path", "--cache_dir"}  # fmt: skip
+    kept, skipping = [], False
+    for word in argv:
+        if word.startswith("--") or word.startswith("@"):
+            skipping = word.split("=")[0].replace("-", "_").replace("__", "--", 1) in own
+        if not skipping:
+            kept.append(word)
+    return [*kept, "--initial_peers", *addresses]
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people write it: 45 s, 12 min, 3.5 h, 2.1 d."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}" if divisor < 3600 else f"{seconds / divisor:.1f} {unit}"
+    return f"{seconds / 86_400:.1f} d"
+
+
+class Progress:
+    """Prints to ``stream``; what changes within an epoch only on a terminal, where it can be overwritten."""
+
+    def __init__(self, stream=None, refresh_seconds: float = 0.5):
+        self.stream = stream if stream is not None else sys.stdout
+        self.live = self.stream.isatty()
+        self.refresh_seconds, self.last_update = refresh_seconds, 0.0
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        clear = "\r\033[K" if self.live else ""
+        print(f"{clear}{message}", file=self.stream, flush=True)
+
+    def update(self, optimizer: LeanOptimizer) -> None:
+        """On a terminal, show samples of the target, peers and the time left in this epoch, in place."""
+        if not self.live or time.monotonic() - self.last_update < self.refresh_seconds:
+            return
+        self.last_update = time.monotonic()
+        progress = optimizer.tracker.global_progress
+        eta = max(0.0, progress.eta_next_epoch - get_dht_time())
+        remaining = format_seconds(eta) if eta < 1e9 else "?"
+        print(
+            f"\r\033[Kepoch {optimizer.local_epoch + 1}: {progress.samples_accumulated} of "
+            f"{progress.target_batch_size} samples, {max(1, progress.num_peers)} peers, {remaining} left",
+            end="",
+            file=self.stream,
+            flush=True,
+        )
+
+    def epoch_finished(self, record: dict, total_epochs: int, rounds: list[Round]) -> None:
+        """One line for an epoch; ``record`` is what went into the metrics file."""
+        gradients = [r for r in rounds if r.kind == "gradients" and r.complete]
+        averaged = f"averaged with {gradients[-1].num_peers} peers" if gradients else "not averaged yet"
+        remaining = (total_epochs - record["epoch"]) * record["seconds"]
+        self.say(
+            f"epoch {record['epoch']}/{total_epochs}  loss {record['loss']:.3f} (words {record['mlm_loss']:.3f}, "
+            f"order {record['sop_loss']:.3f})  {record['samples']} samples here, {record['samples_per_second']:.1f}/s  "
+            f"{max(1, record['num_peers'])} peers, {averaged}  {record['seconds']:.1f} s, "
+            f"{format_seconds(remaining)} left"
+        )

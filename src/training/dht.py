@@ -1,0 +1,131 @@
+"""The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
+
+import logging
+import math
+from pathlib import Path
+
+import hivemind
+import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
+from hivemind.p2p import P2PDaemonError
+from hivemind.utils import get_dht_time
+from hivemind.utils.multiaddr import Multiaddr
+
+from arguments import PeerArguments
+
+logger = logging.getLogger(__name__)
+
+
+class TrainerMetrics(pydantic.BaseModel):
+    """What a trainer reports when it finishes an epoch; before its first one, zeros that say that it is there.
+
+    Losses are sums over ``mini_steps`` forward passes.
+    """
+
+    epoch: pydantic.conint(ge=0, strict=True)
+    samples_per_second: pydantic.confloat(ge=0.0, strict=True) = 0.0
+    samples: pydantic.conint(ge=0, strict=True) = 0
+    loss: pydantic.confloat(strict=True) = 0.0
+    mlm_loss: pydantic.confloat(strict=True) = 0.0
+    sop_loss: pydantic.confloat(strict=True) = 0.0
+    mini_steps: pydantic.conint(ge=0, strict=True) = 0
+    failed_rounds: pydantic.conint(ge=0, strict=True) = 0
+
+    @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")
+    def _finite(cls, value):
+        if not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value
+
+
+class MetricsSchema(pydantic.BaseModel):
+    """One record a trainer, stored under its public key, so that nobody can write for another."""
+
+    metrics: dict[BytesWithPublicKey, TrainerMetrics]
+
+
+def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
+    """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and this peer's public key.
+
+    Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
+    """
+    for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
+        for address in getattr(peer, flag):
+            _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
+    signature = RSASignatureValidator()
+    if peer.identity_path is not None:
+        Path(peer.identity_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        dht = hivemind.DHT(
+            start=True,
+            initial_peers=peer.initial_peers,
+            client_mode=peer.client_mode,
+            host_maddrs=peer.host_maddrs,
+            announce_maddrs=peer.announce_maddrs or None,
+            use_ipfs=peer.use_ipfs,
+            use_relay=True,
+            identity_path=peer.identity_path,
+            record_validators=[SchemaValidator(MetricsSchema, prefix=peer.run_id), signature],
+        )
+    except P2PDaemonError as error:
+        raise ValueError(_explain(str(error), peer)) from error
+    return dht, signature.local_public_key
+
+
+def _check_address(flag: str, address: str, *, needs_peer_id: bool) -> None:
+    try:
+        protocols = [protocol.name for protocol in Multiaddr(address).protocols()]
+    except Exception as error:
+        example = "/ip4/203.0.113.5/tcp/31337/p2p/Qm..." if needs_peer_id else "/ip4/0.0.0.0/tcp/31337"
+        raise ValueError(f"--{flag}: {address!r} is not a multiaddress; one looks like {example}") from error
+    if needs_peer_id and "p2p" not in protocols:
+        raise ValueError(
+            f"--{flag}: {address!r} lacks the peer's id; it must end in /p2p/Qm..., as that peer prints it"
+        )
+
+
+def _explain(error: str, peer: PeerArguments) -> str:
+    if "address already in use" in error:
+        return f"--host_maddrs: {' '.join(peer.host_maddrs)} is taken by another program; choose another port"
+    if "failed to connect to bootstrap peers" in error:
+        return (
+            f"--initial_peers: cannot reach {' '.join(peer.initial_peers)}; check that this peer runs, that the "
+            "address is the one it prints, and that its port is open"
+        )
+    return f"cannot start the peer-to-peer daemon: {error.strip().splitlines()[-1]}"
+
+
+def visible_addresses(dht: hivemind.DHT) -> list[str]:
+    """Addresses others can use as ``--initial_peers``: public ones first, loopback ones last."""
+
+    def rank(address: str) -> int:
+        host = address.split("/")[2]
+        return 2 if host in ("127.0.0.1", "::1") else 1 if host.startswith(("10.", "192.168.", "172.")) else 0
+
+    return sorted((str(address) for address in dht.get_visible_maddrs(latest=True)), key=rank)
+
+
+def store_metrics(
+    dht: hivemind.DHT, run_id: str, public_key: bytes, metrics: TrainerMetrics, expiration: float
+) -> None:
+    """Publish a trainer's metrics for ``expiration`` seconds, in the background."""
+    dht.store(
+        key=f"{run_id}_metrics",
+        subkey=public_key,
+        value=metrics.dict(),
+        expiration_time=get_dht_time() + expiration,
+        return_future=True,
+    )
+
+
+def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
+    """The newest metrics of all trainers by public key; records that are not valid are left out."""
+    record = dht.get(f"{run_id}_metrics", latest=True)
+    metrics = {}
+    for public_key, entry in (record.value if record is not None else {}).items():
+        try:
+            metrics[public_key] = TrainerMetrics.parse_obj(entry.value)
+        except pydantic.ValidationError as error:
+            logger.warning("ignored a malformed metrics record: %s", error.errors()[0]["msg"])
+    return metrics

@@ -1,0 +1,134 @@
+"""What Hugging Face's Trainer must do differently when hivemind owns the optimizer; each change with its reason."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from src.training.optimizer import LeanOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class NoOptimizer(torch.optim.Optimizer):
+    """Stands in for the real optimizer, which steps in `CollaborativeCallback`.
+
+    accelerate copies and casts the state of an optimizer it prepares, which hivemind's background threads use.
+    """
+
+    def __init__(self, params):
+        super().__init__(params, defaults={"lr": 0.0})
+
+    def step(self, closure=None) -> None:
+        """Does nothing."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Does nothing."""
+
+
+class ReportedSchedule(LRScheduler):
+    """Shows Trainer the learning rate of the real optimizer; it never changes one."""
+
+    def __init__(self, optimizer: NoOptimizer, collaborative: LeanOptimizer):
+        self.collaborative = collaborative
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        rate = self.collaborative.state_averager.optimizer.param_groups[0]["lr"]
+        return [rate for _ in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """There is no state."""
+
+
+class LossScaler:
+    """Dynamic loss scale for float16 (arXiv 1710.03740): halved when gradients overflow, doubled after a long calm.
+
+    torch's GradScaler cannot be used: accelerate hides it from an optimizer that steps outside of Trainer.
+    """
+
+    def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000):
+        self.scale, self.growth_interval, self.good_steps = scale, growth_interval, 0
+
+    def update(self, finite: bool) -> None:
+        """Adapt the scale after a local step whose gradients were ``finite`` or not."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale = max(self.scale / 2, 1.0)
+        elif self.good_steps == self.growth_interval:
+            self.scale, self.good_steps = self.scale * 2, 0
+
+
+@dataclass
+class LossMeter:
+    """Sums over the forward passes of one epoch, and the samples not yet reported to hivemind."""
+
+    loss: float = 0.0
+    mlm_loss: float = 0.0
+    sop_loss: float = 0.0
+    mini_steps: int = 0
+    samples: int = 0
+    dropped: int = 0
+    unreported_samples: int = 0
+
+    def start_epoch(self) -> None:
+        self.loss = self.mlm_loss = self.sop_loss = 0.0
+        self.mini_steps = self.samples = self.dropped = 0
+
+    def take_samples(self) -> int:
+        """Samples since the last call; their gradients lie in the model's buffers."""
+        samples, self.unreported_samples = self.unreported_samples, 0
+        return samples
+
+
+class CollaborativeTrainer(Trainer):
+    """Computes gradients; everything that concerns the swarm happens in `CollaborativeCallback`."""
+
+    def __init__(self, *, collaborative: LeanOptimizer, meter: LossMeter, scaler: LossScaler | None, **kwargs):
+        self.meter, self.scaler = meter, scaler
+        optimizer = NoOptimizer(kwargs["model"].parameters())
+        super().__init__(optimizers=(optimizer, ReportedSchedule(optimizer, collaborative)), **kwargs)
+        # the model's loss is a mean over its own batch; Trainer would pass it the sum over several and not divide
+        self.model_accepts_loss_kwargs = False
+        self.accelerator.scaler = None  # see LossScaler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A plain loader: accelerate's would read the stream once for each process and drop the other's part."""
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+        )
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The batch's loss; one that is not finite is counted and replaced by zero, so that nothing of it is sent."""
+        outputs = model(**inputs)
+        loss = outputs.loss
+        batch_size = len(inputs["input_ids"])
+        if bool(torch.isfinite(loss)):
+            self.meter.loss += loss.item()
+            self.meter.mlm_loss += float(outputs.mlm_loss)
+            self.meter.sop_loss += float(outputs.sop_loss or 0.0)
+            self.meter.mini_steps += 1
+            self.meter.samples += batch_size
+            self.meter.unreported_samples += batch_size
+            loss = loss if self.scaler is None else loss * self.scaler.scale
+        else:
+            self.meter.dropped += batch_size
+            logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, loss.item())
+            loss = torch.zeros((), device=loss.device, requires_grad=True)
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model) -> None:
+        """Nothing: the optimizer clips the average over the swarm, and local buffers hold sums over several steps."""
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        """Nothing: Trainer would pass over all gradients, clipping them at infinity, only to log a number."""

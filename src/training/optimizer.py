@@ -1,0 +1,176 @@
+"""The swarm's optimizer: parameter groups, 8-bit LAMB with its schedule, and hivemind around it."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import hivemind
+import torch
+from hivemind.compression import Float16Compression, SizeAdaptiveCompression, Uniform8BitQuantization
+from torch.optim.lr_scheduler import LambdaLR
+
+from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
+from src.training.averagers import LeanGradientAverager, LeanStateAverager, Round, correct_step_cancellation
+from src.training.lamb_8bit import CPULAMB8Bit
+from src.training.schedules import learning_rate_factor
+
+logger = logging.getLogger(__name__)
+
+EIGHT_BIT_THRESHOLD = (
+    2**16 + 1
+)  # smaller tensors travel as float16: they cost little, and norms and biases are delicate
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Parameters that need a gradient, in two groups: weight decay applies to all but biases and norms."""
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if name.endswith("bias") or "norm" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
+    """8-bit LAMB with the run's hyperparameters; it may use up the gradients, which nobody reads after the step."""
+    return CPULAMB8Bit(
+        params,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        clamp_value=args.clamp_value,
+        min_8bit_size=args.min_8bit_size,
+        max_grad_norm=args.max_grad_norm,
+        reuse_grad_buffers=True,
+    )
+
+
+def make_learning_rate(args: HFTrainerArguments):
+    """The share of the peak learning rate as a function of the epoch. Raises ValueError for options that contradict."""
+    min_lr_ratio = 0.02 if args.min_learning_rate is None else args.min_learning_rate / args.learning_rate
+    factor = partial(
+        learning_rate_factor,
+        total_steps=args.total_steps,
+        warmup_steps=args.warmup_steps,
+        num_zero_steps=args.num_zero_lr_steps,
+        min_lr_ratio=min_lr_ratio,
+    )
+    factor(0)  # checks the options
+    return factor
+
+
+class LeanOptimizer(hivemind.Optimizer):
+    """`hivemind.Optimizer` over our averagers, which says how its averaging rounds went.
+
+    It looks for a group only while the run has another trainer: a search that is begun alone must be cancelled again at
+    the end of the epoch, just when the second trainer may have joined it.
+    """
+
+    def _make_state_averager(self, **kwargs) -> LeanStateAverager:
+        return LeanStateAverager(
+            dht=self.dht,
+            prefix=f"{self.run_id}_state_averager",
+            min_matchmaking_time=self.matchmaking_time,
+            allreduce_timeout=self.allreduce_timeout,
+            shutdown_timeout=self.shutdown_timeout,
+            offload_optimizer=self.offload_optimizer,
+            custom_gradients=self.offload_optimizer,
+            status_loglevel=self.status_loglevel,
+            next_chunk_timeout=self.next_chunk_timeout,
+            client_mode=self.client_mode,
+            auxiliary=self.auxiliary,
+            start=True,
+            **kwargs,
+        )
+
+    def _maybe_schedule_gradient_averaging(self) -> None:
+        if self.tracker.global_progress.num_peers > 1:
+            super()._maybe_schedule_gradient_averaging()
+
+    def _maybe_schedule_state_averaging(self) -> None:
+        if self.tracker.global_progress.num_peers > 1:
+            super()._maybe_schedule_state_averaging()
+
+    def _average_gradients_and_load_into_optimizer(self, maybe_step_control) -> None:
+        # When a round fails, the buffers still hold this peer's own gradients. hivemind reloads them from accumulators,
+        # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
+        try:
+            maybe_step_control.result(self.averaging_timeout)
+        except BaseException as error:
+            logger.debug("gradients were not averaged: %r", error)
+        self._load_averaged_gradients_into_optimizer_()
+
+    def finished_rounds(self) -> list[Round]:
+        """Averaging rounds of gradients and parameters that ended since the last call."""
+        return self.grad_averager.finished_rounds() + self.state_averager.finished_rounds()
+
+
+@dataclass(frozen=True)
+class Swarm:
+    """This peer's handles on the swarm: its DHT node, the key that signs its records, and the optimizer."""
+
+    dht: hivemind.DHT
+    public_key: bytes
+    optimizer: LeanOptimizer
+
+    def leave(self) -> None:
+        """Say goodbye and end the background processes."""
+        self.optimizer.shutdown()
+        self.dht.shutdown()
+
+
+def make_collaborative_optimizer(
+    model: torch.nn.Module,
+    dht: hivemind.DHT,
+    *,
+    peer: PeerArguments,
+    collaboration: CollaborationArguments,
+    training: HFTrainerArguments,
+    auxiliary: bool = False,
+) -> LeanOptimizer:
+    """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
+
+    An auxiliary peer has no gradients, so nothing of its own can be delayed; hivemind fails if asked to.
+    """
+    learning_rate = make_learning_rate(training)
+    correct_step_cancellation()
+    request_timeout = min(3.0, collaboration.matchmaking_time / 2)  # must be below matchmaking_time, or peers deadlock
+    averager_options = {
+        "min_vector_size": peer.min_vector_size,
+        "bandwidth": peer.bandwidth,
+        "request_timeout": request_timeout,
+    }
+    compression = SizeAdaptiveCompression(
+        threshold=EIGHT_BIT_THRESHOLD, less=Float16Compression(), greater_equal=Uniform8BitQuantization()
+    )
+    delay_step = collaboration.delay_optimizer_step and not auxiliary
+    refresh = min(10.0, max(1.0, collaboration.matchmaking_time / 2))
+    return LeanOptimizer(
+        dht=dht,
+        run_id=peer.run_id,
+        target_batch_size=collaboration.target_batch_size,
+        params=parameter_groups(model, training.weight_decay),
+        optimizer=lambda params: make_lamb(params, training),
+        scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
+        matchmaking_time=collaboration.matchmaking_time,
+        next_chunk_timeout=collaboration.next_chunk_timeout,
+        averaging_timeout=collaboration.averaging_timeout,
+        average_state_every=collaboration.average_state_every,
+        offload_optimizer=collaboration.offload_optimizer,
+        delay_optimizer_step=delay_step,
+        delay_grad_averaging=collaboration.delay_grad_averaging and delay_step,
+        delay_state_averaging=delay_step,
+        reuse_grad_buffers=collaboration.reuse_grad_buffers and not auxiliary,
+        grad_compression=compression,
+        state_averaging_compression=compression,
+        grad_averager_factory=partial(LeanGradientAverager, **averager_options),
+        averager_opts=averager_options,
+        tracker_opts={
+            "min_refresh_period": min(0.5, refresh / 4),
+            "default_refresh_period": min(3.0, refresh),
+            "max_refresh_period": refresh,
+        },
+        client_mode=peer.client_mode,
+        auxiliary=auxiliary,
+        verbose=logger.isEnabledFor(logging.DEBUG),
+    )

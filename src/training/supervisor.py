@@ -1,0 +1,251 @@
+"""Run a program under a small supervisor process, so that whatever way it ends, it leaves no process behind.
+
+hivemind starts processes of its own (a DHT process, averagers, p2pd). They outlive a program that is killed, and they
+die too early when a signal goes to the whole process group, as Ctrl+C in a terminal does: the program then waits for
+them until its timeouts. :func:`run_supervised` therefore splits a script in two. The program proper goes on in a
+forked child, in a session of its own, where group signals do not reach it; the first process becomes a small
+interpreter that runs this very file and only watches.
+
+Standard library only, so that the watching process takes about 15 MB, whatever the script has imported. Linux only.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+logger = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+SECOND_INTERRUPT_SECONDS = 0.2  # `timeout -s INT` sends a signal twice within milliseconds, nobody types that fast
+POLL_SECONDS = 0.02
+CLEANER_SECONDS = 2.0
+GIVE_UP_SECONDS = 10.0  # a process that hangs inside the kernel cannot be killed by anyone
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the direct children of a process, ended but unreaped ones included."""
+    children = []
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            fields = stat_file.read_text(errors="replace").rpartition(")")[2].split()  # the name may hold ") "
+            if int(fields[1]) == pid:
+                children.append(int(stat_file.parent.name))
+    return children
+
+
+def _reap() -> list[tuple[int, int]]:
+    """(process id, wait status) of each child that has ended since the last call."""
+    ended = []
+    with contextlib.suppress(ChildProcessError):  # no child at all
+        while (found := os.waitpid(-1, os.WNOHANG))[0] != 0:
+            ended.append(found)
+    return ended
+
+
+def _is_cleaner(pid: int) -> bool:
+    """Whether a process removes shared memory files when all others are gone; killing it would leak them for good."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"torch_shm_manager" in command or b"multiprocessing.resource_tracker" in command
+    return False
+
+
+def kill_descendants() -> None:
+    """Kill every descendant of this process but cleaners of shared memory, which end after their last user.
+
+    This process must be a subreaper: then the children of a killed child become our own children, and killing
+    direct children until there are none reaches all of them. A child's id cannot be reused before we have reaped it,
+    so no stranger is hit.
+    """
+    give_up_at = time.monotonic() + GIVE_UP_SECONDS
+    while victims := [pid for pid in children_of(os.getpid()) if not _is_cleaner(pid)]:
+        if time.monotonic() > give_up_at:
+            logger.error("Could not kill the processes %s", victims)
+            return
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+        _reap()
+
+
+def _kill_cleaners_that_stay() -> None:
+    give_up_at = time.monotonic() + CLEANER_SECONDS
+    while (cleaners := children_of(os.getpid())) and time.monotonic() < give_up_at:
+        time.sleep(POLL_SECONDS)
+        _reap()
+    for pid in cleaners:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def start_deadline(seconds: float) -> None:
+    """From now on this process has so many seconds to end; after that it and all its descendants are killed."""
+
+    def enforce() -> None:
+        time.sleep(seconds)
+        logger.error("Not finished %g s after the request to stop: ending by force", seconds)
+        kill_descendants()
+        os._exit(1)
+
+    threading.Thread(target=enforce, name="deadline", daemon=True).start()
+
+
+def install_stop_handler(request_stop: Callable[[], None], *, deadline_seconds: float) -> None:
+    """On the first SIGTERM or SIGINT call ``request_stop`` and start a deadline; later ones change nothing.
+
+    Call it on the main thread, and after ``hivemind.Optimizer`` has been created: that one ignores SIGINT. Processes
+    forked later do not inherit the handler, they die of SIGTERM as usual.
+    """
+    stopping = False
+
+    def handle(signal_number: int, frame: object) -> None:
+        nonlocal stopping
+        if not stopping:
+            stopping = True
+            start_deadline(deadline_seconds)
+            request_stop()
+
+    _install_in_this_process_only(handle)
+
+
+def _install_in_this_process_only(handler: Callable[[int, object], None]) -> None:
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_number, handler)
+
+    def reset_in_child() -> None:
+        for signal_number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+            if signal.getsignal(signal_number) is handler:
+                signal.signal(signal_number, default)
+
+    os.register_at_fork(after_in_child=reset_in_child)
+
+
+def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.0) -> NoReturn:
+    """Run ``main`` in a supervised child, then end with its exit code once no descendant is left.
+
+    Call it last in a script, on the main thread. Neither process returns from it: this one executes the supervisor,
+    the child ends as an interpreter does, exit handlers included.
+
+    - SIGTERM, SIGINT (Ctrl+C) and SIGHUP to the supervisor become one SIGTERM to the child, not to its children.
+      Until ``main`` calls :func:`install_stop_handler`, the child ends at once on it.
+    - ``grace_seconds`` after that, or at a second Ctrl+C, the child is killed. So is, when the child has ended in
+      whatever way, everything it has started, daemons in sessions of their own included.
+    - If the supervisor is killed, the child receives SIGTERM and kills its own descendants when it ends.
+
+    Exit code: ``main``'s, or 128 + n if signal n ended the child (130 after Ctrl+C).
+    """
+    assert threading.current_thread() is threading.main_thread(), "signals are delivered to the main thread"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # may be inherited as ignored, children would then vanish unseen
+    # Blocked signals stay pending through fork and exec, until the supervisor asks for them: none is lost.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    supervisor_pid = os.getpid()
+    child_pid = os.fork()
+    if child_pid == 0:
+        _run_child(main, supervisor_pid, mask, grace_seconds)
+    interpreter = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: starts in 30 ms
+    arguments = [str(child_pid), str(grace_seconds), *sys.argv]  # the script's own ones only to be seen in `ps`
+    os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments])
+
+
+def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[int], grace_seconds: float) -> NoReturn:
+    os.setsid()
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != supervisor_pid:  # killed before PDEATHSIG was set
+        os._exit(1)
+    _install_in_this_process_only(_end_at_once)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    child_pid = os.getpid()
+
+    def clean_up_without_supervisor() -> None:
+        if os.getpid() == child_pid and os.getppid() != supervisor_pid:
+            kill_descendants()
+
+    atexit.register(clean_up_without_supervisor)
+    try:
+        code = main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if os.getpid() == child_pid:
+        start_deadline(grace_seconds)  # a hanging exit handler must not keep the process alive
+    sys.exit(code)
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """End this program and its descendants without exit handlers, which would wait for half-started processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kill_descendants()
+    os._exit(code)
+
+
+def _end_at_once(signal_number: int, frame: object) -> None:
+    kill_descendants()
+    os._exit(128 + signal_number)
+
+
+def _supervise(child_pid: int, grace_seconds: float) -> int:
+    """Wait for the child to end, forward signals, kill all when its time is up; returns the exit code."""
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        stop_signals.add(signal.SIGHUP)
+    first_signal, stop_at = None, float("inf")
+    while True:
+        for pid, status in _reap():
+            if pid == child_pid:
+                return _exit_code(status, first_signal)
+        now = time.monotonic()
+        if now >= stop_at:
+            logger.warning("Not finished %g s after the request to stop: killing the program", grace_seconds)
+            return 128 + signal.SIGKILL
+        received = signal.sigtimedwait(stop_signals | {signal.SIGCHLD}, min(1.0, stop_at - now))
+        if received is None or received.si_signo == signal.SIGCHLD:
+            continue
+        if first_signal is None:
+            first_signal, stopped_at, stop_at = received.si_signo, time.monotonic(), time.monotonic() + grace_seconds
+            os.kill(child_pid, signal.SIGTERM)
+        elif received.si_signo == signal.SIGINT and time.monotonic() - stopped_at > SECOND_INTERRUPT_SECONDS:
+            return 128 + signal.SIGINT
+
+
+def _exit_code(status: int, first_signal: int | None) -> int:
+    code = os.waitstatus_to_exitcode(status)
+    ended_by_request = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    if ended_by_request and first_signal is not None:
+        return 128 + first_signal  # what the user sent, not what it was forwarded as
+    return code if code >= 0 else 128 - code
+
+
+def _watch_until_nothing_is_left() -> int:
+    try:
+        return _supervise(int(sys.argv[1]), float(sys.argv[2]))
+    finally:
+        kill_descendants()
+        _kill_cleaners_that_stay()
+
+
+if __name__ == "__main__":
+    sys.exit(_watch_until_nothing_is_left())

@@ -1,0 +1,56 @@
+"""Writes and checks the files that the leaderboards take."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from tasks.finetuning import sources
+
+
+def write_checked(path: Path, text: str, *, check: Callable[[Path], None]) -> None:
+    """Writes beside the target, checks, and only then renames: nobody ever sees a part of a file or a wrong one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="")
+        check(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_fields(entry: Mapping, names: set[str], where: str) -> None:
+    """The object has these fields, no others, and "idx" is an integer."""
+    for name in sorted(names):
+        if name not in entry:
+            raise ValueError(f"{where}: missing field {name!r}")
+    for name in entry.keys() - names:
+        raise ValueError(f"{where}: field {name!r} does not belong here, expected {', '.join(sorted(names))}")
+    sources.field(entry, "idx", int, where)
+
+
+def check_label_entries(entries: Sequence[tuple[str, Mapping]], labels: tuple) -> list[tuple[str, int]]:
+    """Checks lines {"idx": ..., "label": ...}; returns (place, idx) of each."""
+    for where, entry in entries:
+        check_fields(entry, {"idx", "label"}, where)
+        sources.label_index(entry, labels, where, required=True)
+    return [(where, entry["idx"]) for where, entry in entries]
+
+
+def check_ids(path: Path, found: Sequence[tuple[str, object]], *, expected: Iterable, what: str = "idx") -> None:
+    """Every expected id occurs exactly once and no other does, in any order."""
+    seen = sources.UniqueIds(what)
+    expected = list(expected)
+    known = set(expected)
+    for where, identifier in found:
+        seen.add(identifier, where)
+        if identifier not in known:
+            raise ValueError(f"{where}: {what} {json.dumps(identifier)} is not among the {len(known)} test records")
+    missing = [identifier for identifier in expected if identifier not in seen.places]
+    if missing:
+        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"{path}:{len(found)}: {len(found)} of {len(expected)} records, "
+            f"the file ends without {what} {shown} ({len(missing)} missing)"
+        )

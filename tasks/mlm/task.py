@@ -1,0 +1,64 @@
+"""Masked-language-model pretraining put together: model, tokenizer, data."""
+
+import hashlib
+import json
+import multiprocessing
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+from torch.utils.data import IterableDataset
+
+from arguments import HFTrainerArguments, PeerArguments, TrainerPeerArguments
+from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
+from tasks.mlm.data import make_training_dataset
+from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
+
+
+def build_model(peer: PeerArguments, *, seed: int):
+    """The tokenizer, and a model with initial parameters drawn from ``seed`` (equal on all peers).
+
+    Raises ValueError if a file is missing or broken, or if the tokenizer has more tokens than the model.
+    """
+    path = Path(peer.model_config_path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--model_config_path: there is no file {path}; pass a model configuration (.json)")
+    try:
+        config = LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"--model_config_path: {path}: {error}") from error
+    tokenizer = load_tokenizer(peer.tokenizer_path)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer_path: {peer.tokenizer_path} has {len(tokenizer)} tokens, but vocab_size in {path} is "
+            f"{config.vocab_size}; raise vocab_size or take another tokenizer"
+        )
+    config.sparse_prediction = True  # logits at masked positions only: the same loss, a seventh of the work
+    torch.manual_seed(seed)
+    return LeanAlbertForPreTraining(config), tokenizer
+
+
+def build_data(
+    tokenizer, peer: TrainerPeerArguments, training: HFTrainerArguments, *, peer_seed: bytes
+) -> tuple[IterableDataset, DataCollatorForWholeWordMask, Synchronized]:
+    """Endless training instances, their collator, and the shared sequence length that the data follow while it grows.
+
+    ``peer_seed`` (the peer's id) decides the order of documents and the masks, so that trainers see different data.
+    The first instance is read here, so that a wrong source is an error before the peer joins the swarm.
+    """
+    seed = int.from_bytes(hashlib.sha256(peer_seed).digest()[:4], "big")
+    current_length = multiprocessing.Value("i", training.initial_sequence_length or training.max_sequence_length)
+
+    def dataset():
+        return make_training_dataset(
+            tokenizer,
+            sources=peer.dataset_sources,
+            weights=peer.dataset_weights,
+            shuffle_seed=seed,
+            max_sequence_length=current_length,
+            batch_size=training.per_device_train_batch_size,
+        )
+
+    next(iter(dataset()))
+    collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=training.pad_to_multiple_of, seed=seed)
+    return dataset(), collator, current_length

@@ -1,0 +1,116 @@
+"""Who may import whom (see "Layout" in the README), and that the models need nothing but torch and transformers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments"}
+ARGUMENTS_READERS = {
+    "tasks/mlm/task.py",
+    *(f"src/training/{name}.py" for name in ("optimizer", "dht", "hf_trainer", "callback")),
+}
+STANDARD_LIBRARY = set(sys.stdlib_module_names)
+# path prefix -> modules (and all below them) that files there must not import
+FORBIDDEN = {
+    "arguments.py": {"src", "tasks", "hivemind", "bitsandbytes", "datasets"},
+    "src/": {"tasks"},
+    "src/training/": set(),
+    "src/models/": {"src.training", "arguments", "hivemind", "bitsandbytes", "datasets"},
+    "tasks/finetuning/": {"src.training", "tasks.mlm"},
+    "tasks/russian_superglue/": {"src.training", "tasks.mlm"},
+    "tasks/rucola.py": {"src.training", "tasks.mlm"},
+}
+# The last two (google is protobuf) are imported by the functions that read a sentencepiece model, and only there.
+MODEL_DEPENDENCIES = {
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "sentencepiece",
+    "google",
+}
+
+
+def source_files():
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("src/**/*.py"), *ROOT.glob("tasks/**/*.py")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def imported_modules(name):
+    """Absolute names of all modules a file imports, wherever in the file the import stands; and relative levels."""
+    package = Path(name).with_suffix("").parts[:-1]
+    modules, levels = set(), set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            levels.add(node.level)
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            modules |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return modules, levels
+
+
+def is_below(module, parent):
+    return module == parent or module.startswith(f"{parent}.")
+
+
+@pytest.mark.parametrize("name", source_files())
+def test_imports_point_one_way(name):
+    modules, levels = imported_modules(name)
+    forbidden = set().union(*(names for prefix, names in FORBIDDEN.items() if name.startswith(prefix)))
+    if "/" in name:
+        forbidden |= SCRIPTS
+    if "/" in name and name not in ARGUMENTS_READERS:
+        forbidden.add("arguments")
+    assert not {module for module in modules for parent in forbidden if is_below(module, parent)}
+    if name.startswith("src/models/"):
+        outside = {module.split(".")[0] for module in modules} - {"src"} - STANDARD_LIBRARY
+        assert outside <= MODEL_DEPENDENCIES
+        assert not {module for module in modules if is_below(module, "src") and not is_below(module, "src.models")}
+    relative = name.startswith("src/models/") or name == "src/__init__.py"
+    assert relative or levels <= {0}, "relative imports are for src/models alone"
+
+
+@pytest.mark.parametrize("name", [name for name in source_files() if name.startswith("src/models/")])
+def test_models_import_each_other_relatively(name):
+    tree = ast.parse((ROOT / name).read_text())
+    absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 0]
+    assert not [module for module in absolute if is_below(module, "src")]
+
+
+@pytest.mark.parametrize("name", source_files())
+def test_nobody_edits_the_module_search_path(name):
+    assert "sys.path" not in (ROOT / name).read_text()
+
+
+PUBLIC_NAMES = (
+    "LeanAlbertConfig, LeanAlbertModel, LeanAlbertForPreTraining, LeanAlbertForMaskedLM, "
+    "LeanAlbertForSequenceClassification, load_tokenizer"
+)
+BUILD = "LeanAlbertModel(LeanAlbertConfig(hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=9))"
+
+
+def run_python(code, directory):
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_models_import_with_training_packages_blocked():
+    blocked = ("hivemind", "bitsandbytes", "datasets", "wandb", "sklearn", "razdel", "sentencepiece", "google.protobuf")
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nfrom src import {PUBLIC_NAMES}\n{BUILD}"
+    run_python(code, ROOT)
+
+
+def test_package_works_in_a_sub_folder_of_another_project(tmp_path):
+    (tmp_path / "thirdparty").mkdir()
+    (tmp_path / "thirdparty" / "lean").symlink_to(ROOT, target_is_directory=True)
+    code = f"from thirdparty.lean.src import {PUBLIC_NAMES}\n{BUILD}\nimport sys\nassert 'src' not in sys.modules"
+    run_python(code, tmp_path)
