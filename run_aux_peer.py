@@ -34,8 +34,10 @@ def main() -> int:
         thread.start()
     watch(swarm, peer, journal=journal, store=store, progress=progress, stop=stop)
     progress.say("leaving the swarm")
-    journal.close()
+    for thread in threads:
+        thread.join(STOP_SECONDS / 2)  # a round that is under way may end; the uploader is not waited for longer
     swarm.leave()
+    journal.close()
     return 0
 
 

@@ -34,7 +34,7 @@ def main() -> int:
         leave_at_once(2)
     install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
     joining = shlex.join(["python", "run_trainer.py", *console.joining_arguments(argv, visible_addresses(swarm.dht))])
-    progress.say(f"{'joined' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
+    progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     trainer.train()
     progress.say(f"stopped at epoch {swarm.optimizer.local_epoch}, leaving the swarm")
     swarm.leave()

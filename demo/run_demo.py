@@ -54,7 +54,7 @@ def report(run: Path, *, seconds: float) -> None:
     print(f"""
 {summary.epochs} epochs in {seconds:.0f} s, start-up included
 masked words: loss {summary.first_loss:.3f} at first, {summary.last_loss:.3f} at the end
-{summary.rounds_with_partner} of {summary.rounds} rounds averaged gradients with both trainers, {summary.partial} partial
+{summary.rounds_with_partner} of {summary.rounds} rounds averaged gradients of both trainers, {summary.partial} partial
 parameters of the two trainers differ by {difference.relative:.1e} (relative), {difference.largest:.1e} at most
 learning curve: {curve}""")
 

@@ -195,8 +195,7 @@ class MaskedLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.layer_norm = nn.LayerNorm(config.embedding_size, eps=1e-5)
         self.dense = nn.Linear(config.hidden_size, config.embedding_size)
-        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)
-        self.decoder.bias = self.bias
+        self.decoder = nn.Linear(config.embedding_size, config.vocab_size)  # tie_weights makes its bias `self.bias`
         self.activation = get_activation(config.hidden_act)
 
     def forward(self, hidden_states):

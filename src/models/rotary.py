@@ -25,8 +25,8 @@ def rotate(states, cos, sin):
 class RotateInPlace(torch.autograd.Function):
     """Rotates queries and keys inside [batch, length, 3 * heads * head_size] and keeps only the angles.
 
-    Queries, keys and values stay views of the one tensor the projection wrote: attention, which keeps all three for
-    its backward pass, then holds three hidden sizes per token rather than five.
+    Forward and backward take about half the CPU time of autograd over `rotate`, which writes every product and the
+    joined halves to tensors of their own. Queries, keys and values stay views of what the projection wrote.
     """
 
     @staticmethod

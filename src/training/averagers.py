@@ -6,8 +6,8 @@ Names of these classes are part of the protocol (they name the remote calls): al
 import asyncio
 import multiprocessing
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo

@@ -64,7 +64,7 @@ class CollaborativeCallback(TrainerCallback):
         newest = self.optimizer.tracker.global_epoch
         if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
             self.optimizer.load_state_from_peers()
-            self.progress.say(f"joined the run at epoch {self.optimizer.local_epoch}")
+            self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
         self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
         self._follow_epoch()
         self._wait_for_peers()

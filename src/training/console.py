@@ -17,9 +17,11 @@ def quiet_libraries() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive hivemind's forks
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("hivemind", "transformers", "accelerate", "datasets", "bitsandbytes", "torch"):
-        if f"{name.upper()}_LOGLEVEL" not in os.environ:  # hivemind's own switch, e.g. HIVEMIND_LOGLEVEL=DEBUG
-            logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("transformers", "accelerate", "datasets", "bitsandbytes", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
+        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:

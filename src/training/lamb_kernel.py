@@ -17,6 +17,7 @@ import numpy as np
 BLOCK_SIZE = 4096
 NUM_DECADES = 7
 MIN_BLOCKS_PER_THREAD = 64  # starting a thread for less does not pay
+TINY = np.float32(1e-37)  # below, the inverse may overflow
 # Every input is finite (the optimizer checks), so that sums and maxima may be reordered into vector registers.
 FAST_MATH = {"nnan", "ninf", "nsz", "contract", "reassoc"}
 
@@ -73,15 +74,14 @@ def _encode_unsigned(value, inverse_absmax):
 
 
 @numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
-def update_blocks(arrays, options, squares, first_block, last_block):
+def update_blocks(arrays, scalars, squares, first_block, last_block):
     """Update the blocks ``first_block <= i < last_block`` of one tensor.
 
     Writes ``m / (sqrt(v) + eps) + weight_decay * param`` into ``update`` (which may be ``grad`` itself), the new
     statistics into codes and absmax, and the sums of squares of ``update`` and ``param`` into ``squares[i]``.
     """
     codes1, absmax1, codes2, absmax2, book1, book2, grad, param, update = arrays
-    grad_scale, beta1, beta2, eps, weight_decay = options[0], options[1], options[2], options[3], options[4]
-    one = np.float32(1)
+    grad_scale, beta1, new1, beta2, new2, eps, weight_decay = scalars
     moments1, moments2 = np.empty(BLOCK_SIZE, np.float32), np.empty(BLOCK_SIZE, np.float32)
     table1, table2 = np.empty(256, np.float32), np.empty(256, np.float32)
     for block in range(first_block, last_block):
@@ -97,8 +97,8 @@ def update_blocks(arrays, options, squares, first_block, last_block):
         largest1 = largest2 = sum_update = sum_param = np.float32(0)
         for i in range(size):
             g, p = block_grad[i] * grad_scale, block_param[i]
-            m = table1[block_codes1[i]] + (one - beta1) * g
-            v = table2[block_codes2[i]] + (one - beta2) * g * g
+            m = table1[block_codes1[i]] + new1 * g
+            v = table2[block_codes2[i]] + new2 * g * g
             moments1[i], moments2[i] = m, v
             largest1, largest2 = max(largest1, abs(m)), max(largest2, v)
             delta = m / (np.sqrt(v) + eps) + weight_decay * p
@@ -107,8 +107,8 @@ def update_blocks(arrays, options, squares, first_block, last_block):
             sum_param += p * p
         squares[block, 0], squares[block, 1] = sum_update, sum_param
         absmax1[block], absmax2[block] = largest1, largest2
-        inverse1 = one / largest1 if largest1 > 0 else np.float32(0)
-        inverse2 = one / largest2 if largest2 > 0 else np.float32(0)
+        inverse1 = np.float32(1) / largest1 if largest1 > TINY else np.float32(0)
+        inverse2 = np.float32(1) / largest2 if largest2 > TINY else np.float32(0)
         for i in range(size):
             block_codes1[i] = _encode_signed(moments1[i], inverse1)
         for i in range(size):
@@ -126,12 +126,14 @@ def update_tensor(
     """
     num_blocks = arrays[1].size
     squares = np.empty((num_blocks, 2), np.float64)
-    option_array = np.array(options, np.float32)
+    grad_scale, beta1, beta2, eps, weight_decay = options
+    # 1 - beta in double precision: 1 - float32(0.999) would be off by 1e-5 of itself
+    scalars = tuple(map(np.float32, (grad_scale, beta1, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)))
     num_threads = max(1, min(num_threads, num_blocks // MIN_BLOCKS_PER_THREAD))
     borders = [num_blocks * i // num_threads for i in range(num_threads + 1)]
 
     def update_range(first_block: int, last_block: int) -> None:
-        update_blocks(arrays, option_array, squares, first_block, last_block)
+        update_blocks(arrays, scalars, squares, first_block, last_block)
 
     if num_threads == 1:
         update_range(0, num_blocks)

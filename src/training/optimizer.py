@@ -134,7 +134,7 @@ def make_collaborative_optimizer(
     """
     learning_rate = make_learning_rate(training)
     correct_step_cancellation()
-    request_timeout = min(3.0, collaboration.matchmaking_time / 2)  # must be below matchmaking_time, or peers deadlock
+    request_timeout = min(3.0, collaboration.matchmaking_time * 2 / 3)  # must be shorter, or peers wait for each other
     averager_options = {
         "min_vector_size": peer.min_vector_size,
         "bandwidth": peer.bandwidth,

@@ -76,7 +76,7 @@ class FinetuningTask:
         except ValueError as error:
             looked = "no --data-dir was given" if data_dir is None else f"there is no folder {self.name} in {data_dir}"
             raise ValueError(
-                f"{self.name}: {looked} (nor in its RussianSuperGLUE/ or combined/), and {error}. "
+                f"{self.name}: {looked} (nor in its RussianSuperGLUE/ or combined/), and {str(error).rstrip('.')}. "
                 f"Put {', '.join(self.files.values())} from {self.download_url} into DATA_DIR/{self.name}/"
             ) from error
 

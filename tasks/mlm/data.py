@@ -404,7 +404,7 @@ def make_training_dataset(
         then pads little); up to 1024 of them are made ahead, before a growing maximum length is read.
 
     An item holds input_ids, token_type_ids, special_tokens_mask (lists) and sentence_order_label: 0 in order, 1
-    swapped, -100 for a single sentence. Raises ValueError for missing, empty or unreadable sources and for unfit arguments.
+    swapped, -100 for a single sentence. Raises ValueError for missing, empty or unreadable sources and unfit arguments.
     """
     sources = [DEFAULT_SOURCE] if sources is None else [sources] if isinstance(sources, str) else list(sources)
     if not sources:

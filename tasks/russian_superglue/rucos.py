@@ -23,6 +23,7 @@ from tasks.finetuning.spans import Span, find_text, text_offsets, tokens_of_span
 from tasks.finetuning.submission_format import check_fields, check_ids
 
 PLACEHOLDER = "@placeholder"
+LONG_MENTION = 16  # tokens; windows overlap by as much where they have the room, so that mentions are whole in one
 INVISIBLE = "\u200b\ufeff"
 FALLBACK_PATTERNS = (r"[A-ZА-ЯЁ]\w+(?:[ -][A-ZА-ЯЁ]\w+)*", r"\w+", r"\S+")
 
@@ -135,7 +136,7 @@ class RuCoS(FinetuningTask):
         return bool(metrics.best_exact_match(answer_text(record["text"], span), answers))
 
     def windows(self, record: Mapping, tokenizer, *, max_length: int):
-        """The query with each part of the text in turn; neighbours overlap by a quarter of the text's room."""
+        """The query with each part of the text in turn; neighbours overlap by a quarter of the text's room or more."""
         gap = tokenizer.mask_token or PLACEHOLDER
         query = record["query"].replace(PLACEHOLDER, gap)
         query = shorten_query(tokenizer, query, gap=gap, max_tokens=max_length // 2)
@@ -145,7 +146,7 @@ class RuCoS(FinetuningTask):
             record["text"],
             truncation="only_second",
             max_length=max_length,
-            stride=max(0, room // 4),
+            stride=max(room // 4, min(room // 2, LONG_MENTION)),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )

@@ -199,6 +199,9 @@ def test_embeddings_can_be_read_replaced_and_bypassed(tiny_config, encoder_input
     model.set_input_embeddings(other)
     model.tie_weights()
     assert model.predictions.decoder.weight is other.weight
+    decoder = torch.nn.Linear(16, 61)
+    model.set_output_embeddings(decoder)
+    assert model.predictions.decoder is decoder and model.predictions.bias is decoder.bias
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
 

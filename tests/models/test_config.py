@@ -128,7 +128,7 @@ def test_config_override_on_loading_moves_what_depends_on_it(tmp_path):
         {"pad_token_id": 61},
         {"layer_norm_eps": 0},
         {"vocab_size": 0},
-        {"rotary_embedding_base": float("nan")},
+        {"rotary_embedding_base": float("inf")},
     ],
 )
 def test_config_refuses_impossible_values_by_name(tiny_config, options):

@@ -88,7 +88,8 @@ def invent_sentences() -> list[str]:
     generator = random.Random(0)
     syllables = ["ма", "мы", "ла", "ра", "му", "чит", "ёж", "йо", "од", "га", "зе", "ту", "По", "ЕЗД", "ре", "ко", "й"]
     words = ["".join(generator.choices(syllables, k=generator.randint(1, 3))) for _ in range(300)]
-    return PARAGRAPHS + [" ".join(generator.choices(words, k=8)) + "." for _ in range(200)]
+    sentences = [" ".join(generator.choices(words, k=8)) + "." for _ in range(200)]
+    return PARAGRAPHS + sentences + ["мама мыла " + sentence for sentence in sentences[:50]]
 
 
 def train_sentencepiece(directory: Path, sentences=None, **options) -> sentencepiece.SentencePieceProcessor:
@@ -287,7 +288,22 @@ def test_sentencepiece_model_gives_the_ids_of_sentencepiece(tmp_path, options):
     expected = train_sentencepiece(tmp_path, **options)
     raw = raw_tokenizer(load_tokenizer(tmp_path))
     generator = random.Random(0)
-    alphabet = [*"абвёйЁЙМам  .,—«»№…²ﬁя", "и\u0306", "е\u0308", "чит", "аё", "▁", "🎉", "\n", "日", "\u00a0", "раму"]
+    alphabet = [
+        *"абвёйЁЙМам  .,—«»№…²ﬁя",
+        "и\u0306",
+        "е\u0308",
+        "чит",
+        "аё",
+        "и\u0306\u0301",
+        "<0xD0>",
+        "мама мыла ",
+        "▁",
+        "🎉",
+        "\n",
+        "日",
+        "\u00a0",
+        "раму",
+    ]
     texts = ["".join(generator.choices(alphabet, k=generator.randint(0, 12))) for _ in range(500)]
     for text in ["", "  ", *PARAGRAPHS, *texts]:
         ids, pieces = raw.encode(text, add_special_tokens=False).ids, expected.encode(text)

@@ -3,7 +3,7 @@ import pytest
 
 from tasks.finetuning.encoding import EncodedSplit, encode_text, model_inputs, with_label
 
-SHORT, LONG = "Кто там?", "Лиса поймала мышь и унесла её в лес. " * 4
+SHORT, LONG = "Кто там?", "Лиса поймала мышь и унесла её в лес. " * 4 + "Конец"
 
 
 def parts(tokenizer, encoding):
@@ -11,12 +11,17 @@ def parts(tokenizer, encoding):
     return [tokenizer.decode(np.asarray(encoding["input_ids"])[owners == sequence]) for sequence in (0, 1)]
 
 
-@pytest.mark.parametrize(("pair", "keep"), [((SHORT, LONG), "first"), ((LONG, SHORT), "second")])
-def test_encode_text_keeps_the_important_text_whole(tiny_tokenizer, pair, keep):
-    encoding = encode_text(tiny_tokenizer, *pair, max_length=24, keep=keep)
-    assert len(encoding["input_ids"]) == 24
-    kept, cut = parts(tiny_tokenizer, encoding)[:: 1 if keep == "first" else -1]
-    assert kept == SHORT
+@pytest.mark.parametrize("kept", [SHORT, LONG])
+@pytest.mark.parametrize("keep", ["first", "second"])
+def test_encode_text_keeps_the_important_text_whole(tiny_tokenizer, kept, keep):
+    """Also where it is the longer one."""
+    max_length = len(tiny_tokenizer(kept)["input_ids"]) + 6
+    pair = (kept, LONG) if keep == "first" else (LONG, kept)
+    encoding = encode_text(tiny_tokenizer, *pair, max_length=max_length, keep=keep)
+    assert len(encoding["input_ids"]) == max_length
+    texts = parts(tiny_tokenizer, encoding)
+    whole, cut = texts if keep == "first" else texts[::-1]
+    assert whole == kept
     assert LONG.startswith(cut)
 
 

@@ -47,12 +47,15 @@ def test_sequence_classifier_dropout_is_that_of_the_classifier_alone(backbone):
 
 def test_choice_model_scores_each_choice_by_itself(backbone):
     model = ChoiceModel(sequence_classifier(backbone, num_labels=1, dropout=0.1)).eval()
-    pairs = torch.stack([INPUT_IDS, INPUT_IDS.flip(0)])  # [batch, choices, length]: the second row is the first, turned
-    output = model(input_ids=pairs, attention_mask=torch.ones_like(pairs), labels=torch.tensor([0, 1]))
-    assert output.logits.shape == (2, 2)
-    torch.testing.assert_close(output.logits[0], output.logits[1].flip(0), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(output.loss, -output.logits[0].log_softmax(0)[0], rtol=1e-5, atol=1e-6)
-    assert (output.logits[0, 0] - output.logits[0, 1]).abs() > 1e-4
+    first, second = INPUT_IDS
+    rows = torch.stack([torch.stack(row) for row in ((first, second), (second, first), (second, second))])
+    output = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=torch.tensor([0, 1, 0]))
+    one, other = output.logits[0]
+    assert (one - other).abs() > 1e-4
+    expected = torch.stack([torch.stack(row) for row in ((one, other), (other, one), (other, other))])
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+    losses = -expected.log_softmax(1)[torch.arange(3), torch.tensor([0, 1, 0])]
+    torch.testing.assert_close(output.loss, losses.mean(), rtol=1e-5, atol=1e-5)
 
 
 def test_choice_model_has_no_loss_without_labels(backbone):

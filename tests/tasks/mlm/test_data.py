@@ -1,4 +1,4 @@
-"""The stream of training instances: form, what is kept of the text, order, mixing, growth, workers, resuming, errors."""
+"""The stream of training instances: form, text kept, order, mixing, growth, workers, resuming, errors."""
 
 import itertools
 import json

@@ -137,6 +137,14 @@ def test_every_row_predicts_something(tokenizer):
     assert [row.nonzero().flatten().tolist() for row in chosen] == [[7, 8], [1], [1, 2]]
 
 
+def test_a_piece_after_a_special_token_begins_a_word(tokenizer):
+    inside = next(token for token in range(5, 400) if not tokenizer.convert_ids_to_tokens(token).startswith("▁"))
+    start = next(token for token in range(5, 400) if tokenizer.convert_ids_to_tokens(token).startswith("▁"))
+    collator = DataCollatorForWholeWordMask(tokenizer, mlm_probability=0.99, seed=0)
+    _, chosen = restore(collator([make_instance([CLS, inside, SEP, inside, inside, start, SEP])]))
+    assert chosen[0].nonzero().flatten().tolist() == [1, 3, 4, 5]
+
+
 def test_choice_equals_visiting_the_words_one_by_one():
     generator = np.random.default_rng(0)
     for _ in range(300):

@@ -50,18 +50,19 @@ def test_rcb_score_is_the_mean_of_macro_f1_and_accuracy():
     assert scores == pytest.approx({"macro_f1": 7 / 18, "accuracy": 0.5, "score": (7 / 18 + 0.5) / 2})
 
 
-def test_terra_keeps_the_hypothesis_and_cuts_the_premise(tiny_tokenizer):
-    record = {"premise": "Лиса поймала мышь. " * 20, "hypothesis": "Мышь поймали.", "label": 1}
-    encoded = TASKS["terra"].encode_split([record], tiny_tokenizer, max_length=32, training=True)
-    text = decode(tiny_tokenizer, encoded.rows[0]["input_ids"])
-    assert text.endswith("[SEP] Мышь поймали.[SEP]") or text.endswith("[SEP]Мышь поймали.[SEP]")
-    assert encoded.rows[0]["labels"] == 1
-
-
-def test_danetqa_keeps_the_question_and_cuts_the_passage(tiny_tokenizer):
-    record = {"question": "Кит рыба?", "passage": "Кит — зверь. " * 20, "label": None}
-    encoded = TASKS["danetqa"].encode_split([record], tiny_tokenizer, max_length=32, training=False)
-    assert "Кит рыба?" in decode(tiny_tokenizer, encoded.rows[0]["input_ids"])
+@pytest.mark.parametrize(
+    ("name", "kept", "cut"),
+    [("terra", "hypothesis", "premise"), ("rcb", "hypothesis", "premise"), ("danetqa", "question", "passage")],
+)
+def test_the_long_text_of_a_pair_is_cut_and_the_other_kept_whole(name, kept, cut, tiny_tokenizer):
+    record = {kept: "Мышь поймали в лесу у реки?", cut: "Лиса поймала мышь. " * 20, "label": 1}
+    max_length = len(tiny_tokenizer(record[kept])["input_ids"]) + 6
+    row = TASKS[name].encode_split([record], tiny_tokenizer, max_length=max_length, training=True).rows[0]
+    assert len(row["input_ids"]) == max_length
+    assert record[kept] in decode(tiny_tokenizer, row["input_ids"])
+    assert row["labels"] == 1
+    second = decode(tiny_tokenizer, row["input_ids"][row["token_type_ids"] == 1])
+    assert (record[kept] in second) == (kept == "hypothesis")
 
 
 def test_lidirus_scores_every_tag_by_itself(data_dir):

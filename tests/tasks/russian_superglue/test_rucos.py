@@ -50,7 +50,7 @@ def test_spans_are_trimmed_and_a_trimmed_answer_equals_its_entity(official):
     assert TASK.is_answer(record, (start + 1, start + 7))
 
 
-@pytest.mark.parametrize("max_length", [24, 64, 512])
+@pytest.mark.parametrize("max_length", [32, 64, 512])
 def test_every_candidate_is_scored_and_decodes_to_itself(splits, tiny_tokenizer, max_length):
     record = splits["validation"][0]
     encoded = encode([record], tiny_tokenizer, max_length)
