@@ -32,7 +32,7 @@ def main() -> int:
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
     for thread in threads:
         thread.start()
-    watch(swarm, peer, journal=journal, store=store, progress=progress, stop=stop)
+    watch(swarm, peer.run_id, period=peer.refresh_period, journal=journal, store=store, progress=progress, stop=stop)
     progress.say("leaving the swarm")
     for thread in threads:
         thread.join(STOP_SECONDS / 2)  # a round that is under way may end; the uploader is not waited for longer

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from arguments import AuxiliaryPeerArguments
 from src.training.console import Progress
 from src.training.dht import TrainerMetrics, fetch_metrics
 from src.training.journal import Journal
@@ -201,11 +200,11 @@ class Uploader(threading.Thread):
         return True
 
 
-def watch(swarm: Swarm, peer: AuxiliaryPeerArguments, *, journal: Journal, store, progress: Progress, stop) -> None:
+def watch(swarm: Swarm, run_id: str, *, period: float, journal: Journal, store, progress: Progress, stop) -> None:
     """Report the trainers' metrics and keep the checkpoint fresh until ``stop`` is set."""
     monitor = MetricsMonitor()
-    while not stop.wait(peer.refresh_period):
-        summary = monitor.summarise(fetch_metrics(swarm.dht, peer.run_id))
+    while not stop.wait(period):
+        summary = monitor.summarise(fetch_metrics(swarm.dht, run_id))
         if summary is not None:
             journal.write("swarm_epoch", **vars(summary))
             progress.say(describe(summary))

@@ -144,6 +144,10 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         _check_options(self.param_groups[-1])
         for param in self.param_groups[-1]["params"]:
             self.state[param] = self._initial_state(param)
+        if self.kernel == "numba" and any("absmax1" in state for state in self.state.values()):
+            from src.training.lamb_kernel import compile_kernel  # here, not above: numba takes seconds to import
+
+            compile_kernel()  # now, because a background thread would hold up the others while it compiles
 
     def _initial_state(self, param: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "weight_norm": 0.0, "step_norm": 0.0, "trust_ratio": 1.0}
@@ -195,7 +199,7 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         self, param: torch.Tensor, update: torch.Tensor, group: dict[str, Any], grad_scale: float
     ) -> tuple[float, float]:
         """Updates the statistics and writes the update; returns the norms of update and parameter."""
-        from src.training.lamb_kernel import update_tensor  # here, not above: numba takes a second to import
+        from src.training.lamb_kernel import update_tensor
 
         state = self.state[param]
         tensors = [state[key] for key in ("state1", "absmax1", "state2", "absmax2")]

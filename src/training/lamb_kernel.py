@@ -142,3 +142,10 @@ def update_tensor(
             list(pool.map(update_range, borders[:-1], borders[1:]))
     update_norm, param_norm = np.sqrt(squares.sum(axis=0))
     return float(update_norm), float(param_norm)
+
+
+def compile_kernel() -> None:
+    """Compile :func:`update_blocks`, or load it from numba's cache, so that the first step does not have to."""
+    codes, values = np.zeros(BLOCK_SIZE, np.uint8), np.zeros(BLOCK_SIZE, np.float32)
+    arrays = codes, values[:1], codes, values[:1], values, values, values, values, values
+    update_tensor(arrays, (1.0, 0.0, 0.0, 1.0, 0.0), num_threads=1)

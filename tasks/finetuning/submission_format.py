@@ -21,13 +21,10 @@ def write_checked(path: Path, text: str, *, check: Callable[[Path], None]) -> No
 
 
 def check_fields(entry: Mapping, names: set[str], where: str) -> None:
-    """The object has these fields, no others, and "idx" is an integer."""
-    for name in sorted(names):
-        if name not in entry:
-            raise ValueError(f"{where}: missing field {name!r}")
-    for name in entry.keys() - names:
-        raise ValueError(f"{where}: field {name!r} does not belong here, expected {', '.join(sorted(names))}")
+    """The object has no other fields than these, and its "idx" is an integer."""
     sources.field(entry, "idx", int, where)
+    for name in sorted(entry.keys() - names):
+        raise ValueError(f"{where}: field {name!r} does not belong here, expected {', '.join(sorted(names))}")
 
 
 def check_label_entries(entries: Sequence[tuple[str, Mapping]], labels: tuple) -> list[tuple[str, int]]:

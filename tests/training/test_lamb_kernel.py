@@ -26,7 +26,7 @@ def lognormal(shape, spread, *, seed):
 
 def make_optimizer(*shapes, **options):
     params = [torch.nn.Parameter(lognormal(shape, 1.0, seed=index)) for index, shape in enumerate(shapes)]
-    options = {"lr": 0.01, "weight_decay": 0.01, "min_8bit_size": 0, "kernel": "numba"} | options
+    options = {"lr": 0.01, "weight_decay": 1.0, "min_8bit_size": 0, "kernel": "numba"} | options
     return CPULAMB8Bit(params, **options), params
 
 
@@ -184,6 +184,13 @@ def test_kernel_works_in_a_forked_process(monkeypatch):
             os.kill(child, 9)
         time.sleep(0.01)
     assert os.waitstatus_to_exitcode(ended[1]) == 33
+
+
+def test_kernel_is_compiled_once_and_by_the_constructor():
+    optimizer, _ = make_optimizer((9000,))
+    compiled = list(lamb_kernel.update_blocks.signatures)
+    train(optimizer, [1])
+    assert len(compiled) == 1 and lamb_kernel.update_blocks.signatures == compiled
 
 
 def test_kernel_auto_is_numba_and_the_default_is_the_original_arithmetic():
