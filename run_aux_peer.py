@@ -5,7 +5,7 @@ from pathlib import Path
 
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
-STOP_SECONDS = 30.0
+STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
 
 
 def main() -> int:
@@ -85,4 +85,4 @@ def build(peer, collaboration, training, *, progress, stop):
 
 
 if __name__ == "__main__":
-    sys.exit(run_supervised(main, grace_seconds=STOP_SECONDS))
+    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS))

@@ -110,7 +110,7 @@ def run_swarm(options, run_directory: Path, arguments: list[str]) -> float:
     shared = [
         *("--run_id", "corpus", "--output_dir", str(run_directory), *arguments),
         *("--target_batch_size", str(options.target_batch_size), "--average_state_every", "5"),
-        *("--matchmaking_time", "1.5", "--next_chunk_timeout", "20", "--averaging_timeout", "60"),
+        *("--matchmaking_time", "2", "--next_chunk_timeout", "20", "--averaging_timeout", "60"),
         *("--min_vector_size", "1000"),
     ]
     auxiliary = [

@@ -16,9 +16,8 @@ from src.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
 
-EIGHT_BIT_THRESHOLD = (
-    2**16 + 1
-)  # smaller tensors travel as float16: they cost little, and norms and biases are delicate
+# Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
+EIGHT_BIT_THRESHOLD = 2**16 + 1
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -40,8 +39,9 @@ def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
         weight_decay=args.weight_decay,
         clamp_value=args.clamp_value,
         min_8bit_size=args.min_8bit_size,
-        max_grad_norm=args.max_grad_norm,
+        max_grad_norm=args.max_grad_norm or None,
         reuse_grad_buffers=True,
+        kernel="auto",
     )
 
 
@@ -134,7 +134,7 @@ def make_collaborative_optimizer(
     """
     learning_rate = make_learning_rate(training)
     correct_step_cancellation()
-    request_timeout = min(3.0, collaboration.matchmaking_time * 2 / 3)  # must be shorter, or peers wait for each other
+    request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
     averager_options = {
         "min_vector_size": peer.min_vector_size,
         "bandwidth": peer.bandwidth,

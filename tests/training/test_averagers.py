@@ -1,0 +1,381 @@
+"""Averaging does exchange values, says how it went, and waits for partners that are quicker."""
+
+import asyncio
+import contextlib
+import time
+from types import SimpleNamespace
+
+import hivemind
+import pytest
+import torch
+from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.control import StepControl
+from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.compression import (
+    Float16Compression,
+    NoCompression,
+    SizeAdaptiveCompression,
+    Uniform8BitQuantization,
+)
+from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.proto import averaging_pb2
+from hivemind.utils import MPFuture
+from hivemind.utils.asyncio import as_aiter
+
+from src.training.averagers import (
+    LeanGradientAverager,
+    LeanStateAverager,
+    Round,
+    RoundReporting,
+    correct_step_cancellation,
+)
+from src.training.optimizer import EIGHT_BIT_THRESHOLD
+
+SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
+COMPRESSIONS = {
+    # relative errors: none has float32's, float16 has 11 significant bits, uniform 8-bit has 256 levels in +-6 sigma
+    "none": (NoCompression(), 1e-6),
+    "float16": (Float16Compression(), 2e-3),
+    "uniform 8-bit": (Uniform8BitQuantization(), 5e-2),
+    "by size": (
+        SizeAdaptiveCompression(
+            threshold=EIGHT_BIT_THRESHOLD, less=Float16Compression(), greater_equal=Uniform8BitQuantization()
+        ),
+        5e-2,
+    ),
+}
+
+
+class PlainAverager(RoundReporting, DecentralizedAverager):
+    """Averages any tensors and reports its rounds. At module level: remote calls are named after the class."""
+
+    round_kind = "anything"
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    """Two DHT nodes on loopback that know each other."""
+    with contextlib.ExitStack() as stack:
+        nodes = []
+        for _ in range(2):
+            initial_peers = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+            node = hivemind.DHT(start=True, initial_peers=initial_peers, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+            stack.callback(node.shutdown)
+            nodes.append(node)
+        yield nodes
+
+
+def averager_options(prefix: str, compression, *, averaging_timeout: float = 30.0) -> dict:
+    return {
+        "prefix": prefix,
+        "start": True,
+        "compression": compression,
+        "min_matchmaking_time": 1.5,
+        "request_timeout": 1.0,
+        "allreduce_timeout": averaging_timeout,
+        "next_chunk_timeout": 15.0,
+        "min_vector_size": 1000,
+    }
+
+
+def reported_rounds(averager, *, timeout: float = 5.0) -> list[Round]:
+    """What the averager reports; the report may come a moment later than the result."""
+    give_up_at = time.monotonic() + timeout
+    while not (rounds := averager.finished_rounds()) and time.monotonic() < give_up_at:
+        time.sleep(0.02)
+    return rounds
+
+
+def assert_complete(rounds: list[Round], kind: str) -> None:
+    assert [r.kind for r in rounds] == [kind]
+    assert rounds[0].complete and rounds[0].num_peers == 2, rounds
+    assert rounds[0].received == 1.0 and rounds[0].num_lost == 0 and not rounds[0].error
+    assert 0 < rounds[0].seconds < 60
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_gradient_averaging_yields_the_weighted_mean_under_each_compression(two_nodes, name):
+    compression, tolerance = COMPRESSIONS[name]
+    generator = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in two_nodes]
+    samples = (1, 3)
+    expected = [(one * samples[0] + other * samples[1]) / sum(samples) for one, other in zip(*gradients, strict=True)]
+    averagers = []
+    try:
+        for node, own in zip(two_nodes, gradients, strict=True):
+            parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+            for parameter, gradient in zip(parameters, own, strict=True):
+                parameter.grad = gradient.clone()
+            options = averager_options(f"gradients_{name.replace(' ', '_')}", compression)
+            averagers.append(LeanGradientAverager(parameters, dht=node, reuse_grad_buffers=True, **options))
+        steps = []
+        for averager, num_samples in zip(averagers, samples, strict=True):
+            averager.accumulate_grads_(num_samples)
+            steps.append(averager.step(wait=False, timeout=30))
+        for step in steps:
+            assert len(step.result(60)) == 2
+        for averager in averagers:
+            assert_complete(reported_rounds(averager), "gradients")
+            with averager.get_tensors() as averaged:
+                for tensor, mean in zip(averaged, expected, strict=True):
+                    assert float((tensor - mean).norm() / mean.norm()) < tolerance
+    finally:
+        for averager in averagers:
+            averager.shutdown()
+
+
+def test_state_averaging_yields_the_mean_of_parameters(two_nodes):
+    averagers = []
+    try:
+        for value, node in zip((1.0, 2.0), two_nodes, strict=True):
+            parameter = torch.nn.Parameter(torch.full((2000,), value))
+            options = averager_options("state", Float16Compression())
+            averagers.append(
+                LeanStateAverager(
+                    dht=node,
+                    params=[{"params": [parameter]}],
+                    optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+                    initialize_optimizer=False,
+                    **options,
+                )
+            )
+        steps = [
+            DecentralizedAverager.step(averager, wait=False, timeout=30, gather=number)
+            for number, averager in enumerate(averagers)
+        ]
+        for step in steps:
+            assert sorted(step.result(60).values()) == [0, 1]
+        for averager in averagers:
+            assert_complete(reported_rounds(averager), "parameters")
+            with averager.get_tensors() as averaged:
+                torch.testing.assert_close(averaged[0], torch.full((2000,), 1.5), rtol=1e-3, atol=0)
+    finally:
+        for averager in averagers:
+            averager.shutdown()
+
+
+def test_round_without_a_partner_is_reported_with_an_error(two_nodes):
+    averager = PlainAverager([torch.ones(2000)], two_nodes[0], **averager_options("alone", NoCompression()))
+    try:
+        step = averager.step(wait=False, timeout=3, allow_retries=False)
+        with pytest.raises(Exception, match="could not find a group"):
+            step.result(30)
+        (failed,) = reported_rounds(averager)
+        assert failed.kind == "anything" and not failed.complete
+        assert "could not find a group" in failed.error
+        with averager.get_tensors() as tensors:
+            torch.testing.assert_close(tensors[0], torch.ones(2000))
+    finally:
+        averager.shutdown()
+
+
+def test_cancelled_step_is_no_round(two_nodes):
+    correct_step_cancellation()
+    averager = PlainAverager([torch.ones(2000)], two_nodes[0], **averager_options("cancelled", NoCompression()))
+    try:
+        step = averager.step(wait=False, timeout=10, require_trigger=True)
+        assert step.cancel()
+        again = averager.step(wait=False, timeout=2, allow_retries=False)  # its report comes after the first one's
+        with contextlib.suppress(Exception):
+            again.result(30)
+        assert len(reported_rounds(averager)) == 1
+    finally:
+        averager.shutdown()
+
+
+# Below no process is started: the averagers' methods are called as in the averager's own process.
+
+
+class FakeAverager:
+    """Stands in for `DecentralizedAverager`: ends a step with what the test says."""
+
+    outcome: object
+
+    async def _step(self, *, step, future_for_init):
+        if isinstance(self.outcome, BaseException):
+            step._exception = self.outcome
+            raise self.outcome
+        step._result = await self._aggregate_with_group(SimpleNamespace(group_id=b"group"))
+
+    async def _aggregate_with_group(self, group_info, **kwargs):
+        return self.outcome
+
+
+class ReportingFakeAverager(RoundReporting, FakeAverager):
+    round_kind = "fake"
+
+    def __init__(self, outcome, *, failed_size: int = 0, banned=()):
+        super().__init__()
+        self.outcome = outcome
+        runner = asyncio.Future(loop=asyncio.new_event_loop())
+        container = SimpleNamespace(failed_size=failed_size, total_size=1000)
+        runner.set_result(SimpleNamespace(tensor_part_container=container, banned_senders=set(banned)))
+        self._running_groups = {b"group": runner}
+
+
+def fake_step(*, cancelled: bool = False):
+    return SimpleNamespace(_result=None, _exception=None, cancelled=lambda: cancelled)
+
+
+def report_of(averager: ReportingFakeAverager, **kwargs) -> list[Round]:
+    with contextlib.suppress(Exception):
+        asyncio.run(averager._step(step=fake_step(**kwargs), future_for_init=None))
+    return averager.finished_rounds()
+
+
+def test_round_report_counts_what_was_lost():
+    members = {"first": None, "second": None, "third": None}
+    (whole,) = report_of(ReportingFakeAverager(members))
+    assert (whole.num_peers, whole.received, whole.num_lost, whole.complete) == (3, 1.0, 0, True)
+    (partial,) = report_of(ReportingFakeAverager(members, failed_size=250))
+    assert (partial.received, partial.complete, partial.error) == (0.75, False, "")
+    (lost,) = report_of(ReportingFakeAverager(members, banned=["second"]))
+    assert (lost.num_lost, lost.complete) == (1, False)
+
+
+def test_round_report_names_the_error():
+    (failed,) = report_of(ReportingFakeAverager(MatchmakingException("no leader")))
+    assert failed.error == "no leader" and not failed.complete
+    (timed_out,) = report_of(ReportingFakeAverager(TimeoutError()))  # has no message of its own
+    assert "timed out" in timed_out.error.lower() or "TimeoutError" in timed_out.error
+    assert report_of(ReportingFakeAverager(asyncio.CancelledError("owner's wish")), cancelled=True) == []
+
+
+def test_round_report_ends_the_activity_also_after_a_failure():
+    averager = ReportingFakeAverager(MatchmakingException("no leader"))
+    report_of(averager)
+    assert averager._num_active_steps == 0
+
+
+class Group:
+    """A round under way that answers each part with what it was sent."""
+
+    async def rpc_aggregate_part(self, stream, context):
+        async for message in stream:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, weight=message.weight)
+
+
+def part_for(group_id: bytes, weight: float) -> averaging_pb2.AveragingData:
+    return averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=group_id, weight=weight)
+
+
+def idle_averager(*, active_steps: int, next_chunk_timeout: float | None) -> LeanGradientAverager:
+    """An averager's inside without its process, between two rounds: the last one's event is still set."""
+    averager = LeanGradientAverager.__new__(LeanGradientAverager)
+    averager._parent_pid = None  # hivemind's __del__ leaves it alone
+    averager._running_groups, averager._num_active_steps = {}, active_steps
+    averager.next_chunk_timeout = next_chunk_timeout
+    averager._pending_groups_registered = asyncio.Event()
+    averager._pending_groups_registered.set()
+    return averager
+
+
+async def collect(averager, *parts) -> list:
+    stream = averager.rpc_aggregate_part(as_aiter(*parts), context=None)
+    return [message async for message in stream]
+
+
+def test_part_that_comes_before_the_round_begins_is_served_once_it_does():
+    async def scenario():
+        averager = idle_averager(active_steps=1, next_chunk_timeout=30.0)
+        answers = asyncio.create_task(collect(averager, part_for(b"late", 1.0), part_for(b"late", 2.0)))
+        for _ in range(5):  # the partner's call has reached us and waits
+            await asyncio.sleep(0.01)
+        assert not answers.done()
+        round_under_way = asyncio.get_running_loop().create_future()
+        round_under_way.set_result(Group())
+        averager._running_groups[b"late"] = round_under_way
+        return await asyncio.wait_for(answers, 10)
+
+    answers = asyncio.run(scenario())
+    assert [message.code for message in answers] == [averaging_pb2.AVERAGED_PART] * 2
+    assert [message.weight for message in answers] == [1.0, 2.0]
+
+
+def test_part_of_an_unknown_group_is_refused_at_once_while_no_step_is_active():
+    async def scenario():
+        averager = idle_averager(active_steps=0, next_chunk_timeout=None)
+        return await asyncio.wait_for(collect(averager, part_for(b"unknown", 1.0)), 5)
+
+    assert [message.code for message in asyncio.run(scenario())] == [averaging_pb2.BAD_GROUP_ID]
+
+
+def test_part_of_an_unknown_group_is_refused_when_the_step_ends_or_time_is_up():
+    async def scenario(*, next_chunk_timeout, ends: bool):
+        averager = idle_averager(active_steps=1, next_chunk_timeout=next_chunk_timeout)
+        answers = asyncio.create_task(collect(averager, part_for(b"unknown", 1.0)))
+        await asyncio.sleep(0.05)
+        if ends:
+            assert not answers.done()
+            averager._num_active_steps = 0
+        return await asyncio.wait_for(answers, 5)
+
+    for options in ({"next_chunk_timeout": None, "ends": True}, {"next_chunk_timeout": 0.2, "ends": False}):
+        assert [message.code for message in asyncio.run(scenario(**options))] == [averaging_pb2.BAD_GROUP_ID], options
+
+
+@pytest.mark.parametrize("averager_type", [LeanGradientAverager, LeanStateAverager])
+def test_remote_calls_stream_in_both_directions(averager_type):
+    averager_type._collect_rpc_handlers()
+    handlers = {handler.method_name: handler for handler in averager_type._rpc_handlers}
+    original = {handler.method_name: handler for handler in handlers_of(averager_type.__mro__[2])}
+    assert handlers == original  # the same messages and streams as in hivemind's own class
+    part = handlers["rpc_aggregate_part"]
+    assert part.stream_input and part.stream_output
+    assert part.request_type is part.response_type is averaging_pb2.AveragingData
+
+
+def handlers_of(averager_type) -> list:
+    fresh = type(averager_type.__name__, (averager_type,), {"_rpc_handlers": None})
+    fresh._collect_rpc_handlers()
+    return fresh._rpc_handlers
+
+
+def test_step_cancellation_marks_the_step_before_it_wakes_the_averager():
+    correct_step_cancellation()
+    step = StepControl(
+        scheduled_time=hivemind.get_dht_time() + 10,
+        deadline=hivemind.get_dht_time() + 60,
+        allow_retries=False,
+        weight=1.0,
+        data_for_gather=b"",
+    )
+    order = []
+
+    def recording(name: str, action):
+        def record(*args):
+            order.append((name, step.cancelled()))
+            return action(*args)
+
+        return record
+
+    trigger, wake = MPFuture(), MPFuture()
+    trigger.cancel = recording("trigger", trigger.cancel)
+    wake.set_result = recording("wake", wake.set_result)
+    step.attach(trigger, wake)
+    assert step.cancel() is True
+    assert step.cancelled() and trigger.cancelled() and wake.done()
+    assert order == [("trigger", True), ("wake", True)]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *[
+            (DecentralizedAverager, name)
+            for name in (
+                "_step",
+                "_aggregate_with_group",
+                "rpc_aggregate_part",
+                "_run_allreduce_inplace_",
+                "_register_allreduce_group",
+            )
+        ],
+        (GradientAverager, "load_accumulators_into_averager_"),
+        (TrainingStateAverager, "_load_local_tensors_into_averager_"),
+        (StepControl, "cancel"),
+    ],
+)
+def test_hivemind_has_what_the_averagers_override_or_rely_on(owner, name):
+    assert callable(getattr(owner, name, None)), f"{owner.__name__}.{name} is gone: src/training/averagers.py needs it"
