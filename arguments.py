@@ -21,6 +21,13 @@ def option(default, help: str, **kwargs):
     return field(default=default, metadata={"help": help, **kwargs})
 
 
+def check_positive(arguments, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is not above zero."""
+    for name in names:
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name} must be positive, not {getattr(arguments, name)}")
+
+
 @dataclass
 class PeerArguments:
     """Who this peer is, whom it talks to, and which model the swarm trains."""
@@ -63,6 +70,8 @@ class PeerArguments:
             raise ValueError(f"--run_id {self.run_id!r}: only letters, digits, - and _ are allowed")
         if str(self.authorize).lower() not in ("false", "none", "no", "0"):
             raise ValueError(f"--authorize {self.authorize}: only open runs are supported; pass --authorize False")
+        if self.bandwidth is not None:
+            check_positive(self, "bandwidth")
 
 
 @dataclass
@@ -81,6 +90,10 @@ class TrainerPeerArguments(PeerArguments):
     state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")
     wait_for_peers: int = option(1, "Start training when this many trainers, this one included, are present.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "statistics_expiration", "backup_every_epochs")
+
 
 @dataclass
 class AuxiliaryPeerArguments(PeerArguments):
@@ -94,6 +107,17 @@ class AuxiliaryPeerArguments(PeerArguments):
     local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
     upload_interval: float | None = option(None, "Seconds between two uploads of the newest checkpoint to repo_url.")
     repo_url: str | None = option(None, "Repository on the Hugging Face hub (ORGANISATION/NAME) for uploads.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.client_mode:
+            raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
+        check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval")
+        if self.upload_interval is not None:
+            check_positive(self, "upload_interval")
+        given = self.upload_interval is not None, self.repo_url is not None
+        if any(given) and not (all(given) and self.store_checkpoints):
+            raise ValueError("uploads need --store_checkpoints, --repo_url and --upload_interval together")
 
 
 @dataclass
@@ -111,9 +135,7 @@ class CollaborationArguments:
     reuse_grad_buffers: bool = option(True, "Accumulate in the model's own gradient buffers: saves one copy of them.")
 
     def __post_init__(self):
-        for name in ("target_batch_size", "matchmaking_time", "next_chunk_timeout", "average_state_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be positive, not {getattr(self, name)}")
+        check_positive(self, "target_batch_size", "matchmaking_time", "next_chunk_timeout", "average_state_every")
         if self.averaging_timeout <= self.matchmaking_time:
             raise ValueError(
                 f"--averaging_timeout {self.averaging_timeout} must be longer than --matchmaking_time "
@@ -134,9 +156,7 @@ class HFTrainerArguments(TrainingArguments):
     gradient_accumulation_steps: int = option(
         1, "Forward passes between two reports to the swarm; aim at 1 to 10 seconds."
     )
-    gradient_checkpointing: bool | None = option(
-        None, "Recompute activations in the backward pass: less memory, slower."
-    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
     fp16: bool = option(False, "Mixed precision with float16 (older GPUs).")
     bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).")
     learning_rate: float = option(2.5e-3, "Peak learning rate.")
@@ -167,8 +187,26 @@ class HFTrainerArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.activation_checkpointing is None:  # the newer name of the same option
-            self.activation_checkpointing = bool(self.gradient_checkpointing)
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()
+        check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+                       "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of")  # fmt: skip
+        if self.min_learning_rate is not None and not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"--min_learning_rate {self.min_learning_rate} must lie between 0 and --learning_rate "
+                f"{self.learning_rate}"
+            )
+        if not 0 <= self.warmup_steps <= self.total_steps:
+            raise ValueError(
+                f"--warmup_steps {self.warmup_steps} must lie between 0 and --total_steps {self.total_steps}"
+            )
+        if self.initial_sequence_length is not None and not (
+            0 < self.initial_sequence_length <= self.max_sequence_length
+        ):
+            raise ValueError(
+                f"--initial_sequence_length {self.initial_sequence_length} must lie between 1 and "
+                f"--max_sequence_length {self.max_sequence_length}"
+            )
 
 
 class ArgumentParser(HfArgumentParser):
@@ -182,12 +220,25 @@ class ArgumentParser(HfArgumentParser):
                 action.help = argparse.SUPPRESS
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        words = shlex.split(arg_line, comments=True)
-        return [f"@{DEMO.parent / word[1:]}" if word.startswith("@demo/") else word for word in words]
+        return find_demo_files(shlex.split(arg_line, comments=True))
 
     def parse(self, argv: list[str]) -> tuple:
         """Dataclass instances in the order of the types; wrong flags and values end the program with code 2."""
         try:
-            return self.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+            *instances, unknown = self.parse_args_into_dataclasses(
+                args=find_demo_files(argv), look_for_args_file=False, return_remaining_strings=True
+            )
         except ValueError as error:
             self.error(str(error).splitlines()[0])
+        if unknown:
+            self.error(f"unknown arguments: {' '.join(unknown)}")
+        return tuple(instances)
+
+    def error(self, message: str):
+        """One line instead of argparse's sixty: the usage of all flags would hide it."""
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+
+def find_demo_files(words: list[str]) -> list[str]:
+    """``@demo/...`` names a file of this repository, wherever the program is started."""
+    return [f"@{DEMO.parent / word[1:]}" if word.startswith("@demo/") else word for word in words]

@@ -53,10 +53,6 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.optimizer import Swarm, make_collaborative_optimizer
     from tasks.mlm.task import build_model
 
-    if peer.client_mode:
-        raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
-    if (peer.repo_url or peer.upload_interval) and not (peer.store_checkpoints and peer.repo_url):
-        raise ValueError("uploads need --store_checkpoints, --repo_url and --upload_interval together")
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     dht, public_key = start_dht(peer)

@@ -73,6 +73,7 @@ def build(peer, collaboration, training, *, progress, stop):
         progress=progress,
         stop=stop,
     )
+    callback.resume()
     trainer = CollaborativeTrainer(
         collaborative=optimizer,
         meter=meter,

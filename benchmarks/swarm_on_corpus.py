@@ -54,10 +54,10 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=HERE / "swarm_on_corpus.json", help="figures; the PNG beside it"
     )
-    parser.add_argument("--epochs", type=int, default=220, help="global steps")
-    parser.add_argument("--target_batch_size", type=int, default=192, help="samples in a global step")
+    parser.add_argument("--epochs", type=int, default=130, help="global steps")
+    parser.add_argument("--target_batch_size", type=int, default=160, help="samples in a global step")
     parser.add_argument("--learning_rate", type=float, default=1e-2)
-    parser.add_argument("--warmup", type=int, default=30, help="epochs in which the learning rate rises")
+    parser.add_argument("--warmup", type=int, default=20, help="epochs in which the learning rate rises")
     options = parser.parse_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     run_directory = options.work_dir / time.strftime("run-%Y%m%d-%H%M%S")

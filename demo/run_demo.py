@@ -5,7 +5,6 @@ Ends with the figures of the run, a learning curve, and what the resulting model
 
 import argparse
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, help="default: outputs/demo-DATE-TIME")
     parser.add_argument("--total_steps", type=int, help="epochs to train (default: as in demo/swarm.args)")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the peers are ended, too
     from src.training.local_swarm import LocalSwarm
 
     directory = options.output_dir or REPOSITORY / "outputs" / time.strftime("demo-%Y%m%d-%H%M%S")

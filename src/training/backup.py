@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 from contextlib import suppress
 from pathlib import Path
 
@@ -48,13 +47,14 @@ def save_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) ->
 
 def read_backup(path: Path) -> dict:
     """The content of a backup. Raises ValueError if the file is truncated or something else."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(
-            f"--state_path: {path} is truncated or not a backup ({str(error).splitlines()[0]}); "
-            "move it away to start without it"
-        ) from error
+    with path.open("rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # bytes that are no pickle fail in a dozen ways, OSError and IndexError included
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"--state_path: {path} is truncated or not a backup ({reason}); move it away to start without it"
+            ) from error
     missing = {"model", "optimizer", "scheduler", "epoch"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"--state_path: {path} is not a trainer's backup: it lacks {', '.join(sorted(missing))}")
@@ -73,7 +73,8 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
             if offloaded is not main_parameter:
                 offloaded.copy_(main_parameter)
         averager.optimizer.load_state_dict(state["optimizer"])
-        averager.scheduler.load_state_dict(state["scheduler"])
+        own_functions = averager.scheduler.state_dict()["lr_lambdas"]  # torch asks for them, the file has none
+        averager.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": own_functions})
         averager.local_epoch = state["epoch"]
     if not averager.reuse_tensors:
         averager._load_local_tensors_into_averager_()

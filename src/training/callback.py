@@ -56,11 +56,16 @@ class CollaborativeCallback(TrainerCallback):
         self.epoch_started = time.monotonic()
         self.rounds: list = []
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Take the newer of the backup on disk and the state of peers, then wait for partners if asked to."""
+    def resume(self) -> None:
+        """Load the backup, if there is one. Raises ValueError if it is damaged or of another model."""
         if self.state_path.exists():
             epoch = restore_backup(self.state_path, self.model, self.optimizer)
             self.progress.say(f"resumed from {self.state_path} at epoch {epoch}")
+            if epoch >= self.training.total_steps:
+                self.progress.say(f"the run is at its end, --total_steps; raise it, or choose another --run_id")
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Take the state of peers if it is newer than the backup, then wait for partners if asked to."""
         newest = self.optimizer.tracker.global_epoch
         if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
             self.optimizer.load_state_from_peers()

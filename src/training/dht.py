@@ -1,7 +1,9 @@
 """The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
 
+import ipaddress
 import logging
 import math
+import resource
 from pathlib import Path
 
 import hivemind
@@ -45,6 +47,14 @@ class MetricsSchema(pydantic.BaseModel):
     metrics: dict[BytesWithPublicKey, TrainerMetrics]
 
 
+def raise_open_file_limit(wanted: int = 16_384) -> None:
+    """Each connection and shared tensor is an open file; the usual limit of 1024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
 def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
     """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and this peer's public key.
 
@@ -53,6 +63,7 @@ def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
     for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
         for address in getattr(peer, flag):
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
+    raise_open_file_limit()
     signature = RSASignatureValidator()
     if peer.identity_path is not None:
         Path(peer.identity_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +111,11 @@ def visible_addresses(dht: hivemind.DHT) -> list[str]:
     """Addresses others can use as ``--initial_peers``: public ones first, loopback ones last."""
 
     def rank(address: str) -> int:
-        host = address.split("/")[2]
-        return 2 if host in ("127.0.0.1", "::1") else 1 if host.startswith(("10.", "192.168.", "172.")) else 0
+        try:
+            host = ipaddress.ip_address(address.split("/")[2])
+        except ValueError:  # a name
+            return 0
+        return 2 if host.is_loopback else 1 if host.is_private else 0
 
     return sorted((str(address) for address in dht.get_visible_maddrs(latest=True)), key=rank)
 
@@ -123,7 +137,9 @@ def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]
     """The newest metrics of all trainers by public key; records that are not valid are left out."""
     record = dht.get(f"{run_id}_metrics", latest=True)
     metrics = {}
-    for public_key, entry in (record.value if record is not None else {}).items():
+    if record is None or not isinstance(record.value, dict):
+        return metrics
+    for public_key, entry in record.value.items():
         try:
             metrics[public_key] = TrainerMetrics.parse_obj(entry.value)
         except pydantic.ValidationError as error:

@@ -68,12 +68,15 @@ class LocalPeer:
 
 
 class LocalSwarm:
-    """An auxiliary peer and trainers on loopback; ``with`` ends them all."""
+    """An auxiliary peer and trainers on loopback; ``with`` ends them all, also when this program gets SIGTERM."""
 
     def __init__(self, *, echo: bool = True, environment: dict[str, str] | None = None):
         self.echo, self.environment, self.peers, self.initial_peers = echo, environment, [], []
 
     def __enter__(self) -> "LocalSwarm":
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):  # programs started with & in a script ignore SIGINT
+                signal.signal(signum, lambda number, frame: sys.exit(128 + number))
         return self
 
     def __exit__(self, *exception) -> None:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import multiprocessing
+import os
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
+import huggingface_hub.constants
 import torch
 from torch.utils.data import IterableDataset
 
@@ -15,11 +17,20 @@ from tasks.mlm.data import make_training_dataset
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
 
+def use_cache_dir(directory: str) -> None:
+    """Keep downloads of this process in ``directory``; to be called before the ``datasets`` library is imported."""
+    path = Path(directory).expanduser().resolve()
+    os.environ["HF_DATASETS_CACHE"] = str(path / "datasets")
+    huggingface_hub.constants.HF_HUB_CACHE = str(path / "hub")
+
+
 def build_model(peer: PeerArguments, *, seed: int):
     """The tokenizer, and a model with initial parameters drawn from ``seed`` (equal on all peers).
 
     Raises ValueError if a file is missing or broken, or if the tokenizer has more tokens than the model.
     """
+    if peer.cache_dir is not None:
+        use_cache_dir(peer.cache_dir)
     path = Path(peer.model_config_path).expanduser()
     if not path.is_file():
         raise ValueError(f"--model_config_path: there is no file {path}; pass a model configuration (.json)")

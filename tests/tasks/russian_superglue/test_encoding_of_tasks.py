@@ -93,4 +93,5 @@ def test_published_scores_use_the_names_of_the_metrics(task, data_dir):
     train = splits.get("train", splits["test"])
     scores = task.score(task.majority_predictions(train, records), records)
     assert all(published.keys() <= scores.keys() for published in task.published_scores.values())
+    assert task.main_metric in scores
     assert "RuLeanALBERT" in task.published_scores or task.name == "RuCoLA"

@@ -1,0 +1,239 @@
+"""Finds a pretrained encoder and its tokenizer: published weights, our own checkpoints, any masked model of the hub."""
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+
+from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
+from src.models.checkpoint import load_backbone, read_state_dict
+from src.models.tokenizer import has_vocabulary
+
+ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEMO = REPOSITORY / "demo"
+STATE_FILE, BACKUP_FILE, AUXILIARY_CHECKPOINT = "state.pth", "backup.pth", "aux/checkpoint"
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")
+# Parts of a path that say what kind of thing it is, not which model.
+GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+MAX_NAMED_KEYS = 3
+WHAT_TO_PASS = (
+    "pass -c CHECKPOINT (state.pth, a trainer's backup.pth or a directory), or -m MODEL (ruroberta-large, an id of the "
+    "Hugging Face hub, tfidf or majority)"
+)
+
+
+@dataclass
+class Pretrained:
+    """Where a pretrained encoder comes from and all that is needed to load it, as often as there are seeds.
+
+    name: for folders; source: what the user passed; fingerprint: equal for equal weights, config and tokenizer;
+    notes: what was chosen without being asked for.
+    """
+
+    name: str
+    source: str
+    path: str
+    config: object
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    notes: list[str]
+
+    def load(self) -> nn.Module:
+        """A fresh copy of the encoder. Raises ValueError where the weights do not fit, naming the first keys."""
+        if isinstance(self.config, LeanAlbertConfig):
+            backbone = LeanAlbertModel(copy.deepcopy(self.config))
+            load_backbone(backbone, self.path)
+            return backbone
+        return load_hub_encoder(self.path, copy.deepcopy(self.config))
+
+
+def find_pretrained(
+    model_name: str | None, checkpoint: str | None, *, model_config: str | None = None, tokenizer: str | None = None
+) -> Pretrained:
+    """The encoder that -m or -c names, or else ./state.pth, or else the newest checkpoint under ./outputs.
+
+    Raises ValueError (or OSError) that says what is missing or does not fit; the weights themselves are read by `load`.
+    """
+    if model_name is not None and checkpoint is not None:
+        raise ValueError(f"-m {model_name} and -c {checkpoint} both name a model; pass one of them")
+    notes = []
+    if model_name is None and checkpoint is None:
+        checkpoint = str(find_checkpoint(Path()))
+        notes.append(f"neither -m nor -c given: fine-tuning {checkpoint}")
+    source = checkpoint if checkpoint is not None else model_name
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _from_file(source, path, model_config, tokenizer, notes)
+    if checkpoint is not None and not path.is_dir():
+        raise ValueError(f"-c {checkpoint}: no such file or directory; {WHAT_TO_PASS}")
+    return _from_directory_or_hub(source, path, model_config, tokenizer, notes)
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """state.pth in the directory, or the newest checkpoint that pretraining has left under its outputs/."""
+    if (directory / STATE_FILE).is_file():
+        return directory / STATE_FILE
+    outputs = directory / "outputs"
+    checkpoints = [
+        (path.stat().st_mtime, path.parent) for path in outputs.glob(f"**/{AUXILIARY_CHECKPOINT}/*.safetensors")
+    ]
+    checkpoints += [(path.stat().st_mtime, path) for path in outputs.glob(f"**/{BACKUP_FILE}")]
+    if not checkpoints:
+        raise ValueError(
+            f"no model to fine-tune: there is no {STATE_FILE} here and no checkpoint of a pretraining run under "
+            f"{outputs}/; {WHAT_TO_PASS}"
+        )
+    return max(checkpoints)[1]
+
+
+def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str]) -> Pretrained:
+    """state.pth or backup.pth, which hold weights alone: configuration and tokenizer lie elsewhere."""
+    shapes = {name.removeprefix("albert."): tuple(value.shape) for name, value in read_state_dict(path).items()}
+    num_embeddings = shapes.get(WORD_EMBEDDINGS, (None,))[0]
+    tokenizers = [tokenizer] if tokenizer else _nearby(path, "tokenizer")
+    loaded = _first_fitting_tokenizer(tokenizers, num_embeddings, path)
+    configs = [Path(model_config)] if model_config else _nearby(path, "config.json")
+    config_path, config = _first_fitting_config(configs, shapes, num_embeddings, len(loaded), path)
+    if not model_config:
+        notes.append(f"{path} is read with the configuration {config_path} (--model-config)")
+    if not tokenizer:
+        notes.append(f"and the tokenizer {loaded.name_or_path} (--tokenizer)")
+    digest = _digest([path], config, loaded)
+    return Pretrained(_local_name(path, digest), source, str(path), config, loaded, digest, notes)
+
+
+def _nearby(path: Path, name: str) -> list[Path]:
+    """Where a configuration or a tokenizer may lie: beside the weights, with the run's auxiliary peer, here, demo."""
+    run = path.resolve().parent.parent / AUXILIARY_CHECKPOINT
+    places = [path.parent, run, Path(), DEMO]
+    candidates = [place / name for place in places] if name == "config.json" else []
+    for place in places if name == "tokenizer" else []:
+        candidates += [place, place / name]
+    exists = Path.is_file if name == "config.json" else lambda place: place.is_dir() and has_vocabulary(place)
+    return list(dict.fromkeys(candidate for candidate in candidates if exists(candidate)))
+
+
+def _first_fitting_tokenizer(directories: list, num_embeddings: int | None, path: Path) -> PreTrainedTokenizerBase:
+    if not directories:
+        raise ValueError(f"{path}: no tokenizer beside it; pass --tokenizer DIRECTORY (or a hub id)")
+    loaded = [load_tokenizer(str(directory)) for directory in directories]
+    return next((tokenizer for tokenizer in loaded if len(tokenizer) == num_embeddings), loaded[0])
+
+
+def _first_fitting_config(
+    paths: list[Path], shapes: dict, num_embeddings: int | None, vocabulary_size: int, checkpoint: Path
+):
+    """(path, config) of the first configuration whose model has the checkpoint's shapes, else of the first.
+
+    The number of embeddings may be that of the tokenizer instead of the configuration's: the published model was
+    resized before it was trained. What does not fit is told in full when the weights are loaded.
+    """
+    if not paths:
+        raise ValueError(f"{checkpoint}: no config.json beside it nor here; pass --model-config FILE")
+    configs = []
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--model-config {path}: no such file")
+        try:
+            config = LeanAlbertConfig.from_json_file(str(path))
+        except (ValueError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
+        if num_embeddings == vocabulary_size:
+            config.vocab_size = num_embeddings
+        configs.append((path, config))
+    return next((found for found in configs if _fits(found[1], shapes)), configs[0])
+
+
+def _fits(config: LeanAlbertConfig, shapes: dict) -> bool:
+    with torch.device("meta"):
+        expected = LeanAlbertModel(config).state_dict()
+    return all(shapes.get(name) == tuple(tensor.shape) for name, tensor in expected.items())
+
+
+def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, notes: list[str]) -> Pretrained:
+    is_local = path.is_dir()
+    location = str(path) if is_local else ALIASES.get(source.lower(), source)
+    if is_local and not (path / "config.json").is_file() and model_config is None:
+        raise ValueError(f"{path}: no config.json in this directory; pass one written by save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(model_config or location)
+    except Exception as error:  # a damaged file, a repository that does not exist, no network: all kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source}: no model configuration could be read ({reason}); {WHAT_TO_PASS}") from error
+    loaded = load_tokenizer(tokenizer or location)
+    if len(loaded) > config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer {loaded.name_or_path} has {len(loaded)} tokens, the model only "
+            f"{config.vocab_size}; they do not belong together (--tokenizer)"
+        )
+    if is_local:
+        files = sorted(file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern))
+        if not files:
+            raise ValueError(f"{path}: no weights in this directory ({', '.join(WEIGHT_PATTERNS)})")
+        digest = _digest(files, config, loaded)
+        return Pretrained(_local_name(path, digest), source, location, config, loaded, digest, notes)
+    name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
+    version = f"{location}@{getattr(config, '_commit_hash', None)}"
+    digest = hashlib.sha256((version + loaded.backend_tokenizer.to_str()).encode()).hexdigest()
+    return Pretrained(name, source, location, config, loaded, digest, notes)
+
+
+def load_hub_encoder(path: str, config) -> nn.Module:
+    """The encoder of any masked model. Its keys must all be there, but for a pooler, which counts as a head here;
+    what else a checkpoint holds must belong to a head."""
+    model, loading = AutoModel.from_pretrained(path, config=config, output_loading_info=True, dtype=torch.float32)
+    prefix = f"{model.base_model_prefix}."
+    missing = [key for key in loading["missing_keys"] if not key.removeprefix(prefix).startswith("pooler.")]
+    own_parts = {name.split(".")[0] for name, _ in model.named_parameters()}
+    left_over = [key for key in loading["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in own_parts]
+    left_over = [key for key in left_over if not key.endswith("position_ids")]  # a buffer of old releases
+    problems = {"missing": missing, "unexpected": left_over, "of another shape": loading["mismatched_keys"]}
+    found = [f"{what}: {_name_keys(keys)}" for what, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(found)}")
+    return model
+
+
+def _name_keys(keys) -> str:
+    names = sorted(key if isinstance(key, str) else key[0] for key in keys)
+    rest = f" and {len(names) - MAX_NAMED_KEYS} more" if len(names) > MAX_NAMED_KEYS else ""
+    return ", ".join(names[:MAX_NAMED_KEYS]) + rest
+
+
+def max_positions(backbone: nn.Module) -> int | None:
+    """The longest input that learned position embeddings allow; None where there are none (rotary)."""
+    embeddings = getattr(backbone, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    offset = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from after the padding
+    return table.num_embeddings - offset
+
+
+def build_encoder(directory: Path) -> nn.Module:
+    """An encoder of the architecture that config.json in the directory names, with random weights."""
+    return AutoModel.from_config(AutoConfig.from_pretrained(directory))
+
+
+def _digest(files: list[Path], config, tokenizer) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    digest.update(config.to_json_string().encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+def _local_name(path: Path, digest: str) -> str:
+    """A folder name: the part of the path that tells models apart, and the first digits of the fingerprint."""
+    path = path.resolve()
+    parts = [*path.parent.parts, path.stem if path.is_file() else path.name]
+    telling = [part for part in parts[1:] if part not in GENERIC_NAMES]
+    return f"{telling[-1] if telling else 'model'}-{digest[:6]}"

@@ -1,0 +1,348 @@
+"""Fine-tunes one seed with the Hugging Face Trainer: resumes where it was killed, keeps the best epoch by dev score."""
+
+import contextlib
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from tasks.finetuning.base import FinetuningTask
+from tasks.finetuning.encoding import EncodedSplit
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS, STATE = "weights.pt", "trainer_state.json"
+CHECKPOINTS = "checkpoints"
+MEMORY_FILE = "batch.json"
+WARMUP_SHARE = 0.1
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything on the command line that decides the result of a seed, and nothing else."""
+
+    batch_size: int = 32
+    grad_acc_steps: int = 1
+    dropout: float = 0.1
+    weight_decay: float = 0.01
+    num_epochs: int = 40
+    learning_rate: float = 1e-5
+    max_length: int = 512
+    early_stopping_patience: int | None = None
+    max_steps: int | None = None
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        for name in ("batch_size", "grad_acc_steps", "num_epochs", "early_stopping_patience", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.max_length < 8:
+            raise ValueError(f"--max-length {self.max_length}: must be at least 8")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout}: must be in [0, 1)")
+        for name in ("weight_decay", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must not be negative")
+
+
+def choose_precision(wanted: str) -> str:
+    """auto: bf16 where the GPU computes in it, else fp16 on a GPU, else fp32."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "fp16" and not has_gpu:
+        raise ValueError("--precision fp16: needs a GPU; pass fp32 or bf16")
+    if wanted != "auto":
+        return wanted
+    if not has_gpu:
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@dataclass
+class TaskData:
+    """The records of a task by split, and the model rows made of them."""
+
+    records: Mapping[str, Sequence[Mapping]]
+    encoded: Mapping[str, EncodedSplit]
+    collator: Callable
+
+
+def encode_data(task: FinetuningTask, records: Mapping[str, Sequence[Mapping]], tokenizer, *, max_length: int):
+    """Rows of the training and validation splits; those of the test split are made when they are needed."""
+    encoded = {
+        split: task.encode_split(records[split], tokenizer, max_length=max_length, training=split == "train")
+        for split in ("train", "validation")
+    }
+    if not encoded["train"].rows:
+        raise ValueError(f"{task.name}: no training record could be encoded")
+    return TaskData(records, encoded, task.collator(tokenizer))
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, rows: Sequence[dict], collator, *, batch_size: int, precision: str
+) -> list[np.ndarray]:
+    """The logits of each row, with the padding of its batch; batches of similar length, the longest first."""
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: -max_row_length(rows[i]))
+    logits: list = [None] * len(rows)
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collator([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
+        with autocast(device, precision):
+            outputs = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        for i, row_logits in zip(chosen, outputs.float().cpu().numpy(), strict=True):
+            logits[i] = row_logits
+    return logits
+
+
+def max_row_length(row: Mapping) -> int:
+    tokens = row["input_ids"]
+    return max(map(len, tokens)) if isinstance(tokens, list) else len(tokens)
+
+
+def autocast(device: torch.device, precision: str):
+    dtype = DTYPES[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+class SeedTrainer(Trainer):
+    """Trainer that scores with the task's own metrics and can save models whose tensors have several names."""
+
+    def __init__(self, *, task: FinetuningTask, data: TaskData, precision: str, best_path: Path, **options):
+        super().__init__(train_dataset=data.encoded["train"].rows, data_collator=data.collator, **options)
+        self.task, self.data, self.precision, self.best_path = task, data, precision, best_path
+        # The models average their loss over the batch they see, whatever their forward's **kwargs suggest.
+        self.model_accepts_loss_kwargs = False
+
+    def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
+        """Official metrics on the validation split; keeps the weights if they are the best so far."""
+        encoded, records = self.data.encoded["validation"], self.data.records["validation"]
+        batch_size = self.args.per_device_eval_batch_size
+        logits = predict_logits(
+            self.model, encoded.rows, self.data.collator, batch_size=batch_size, precision=self.precision
+        )
+        scores = self.task.score(self.task.predict(logits, encoded, records), records)
+        history = dev_history(self.state.log_history)
+        if scores[self.task.main_metric] > max((e[self.task.main_metric] for e in history), default=-math.inf):
+            save_weights(self.model, self.best_path)
+        metrics = {f"eval_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer writes safetensors, which cannot hold shared matrices of a model that is no PreTrainedModel."""
+        save_weights(self.model, Path(output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    torch.save(model.state_dict(), aside)
+    aside.replace(path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises ValueError where the file is missing or does not fit the model."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
+
+
+def dev_history(log_history: Sequence[Mapping]) -> list[dict]:
+    """One entry an epoch: epoch, training loss, and the dev scores by their names."""
+    history, loss = [], None
+    for entry in log_history:
+        loss = entry.get("loss", loss)
+        scores = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        if scores:
+            history.append({"epoch": entry["epoch"], "loss": loss, **scores})
+    return history
+
+
+def best_index(history: Sequence[Mapping], metric: str) -> int:
+    """The first of the best epochs."""
+    return max(range(len(history)), key=lambda i: (history[i][metric], -i))
+
+
+def out_of_patience(history: Sequence[Mapping], metric: str, patience: int | None) -> bool:
+    return patience is not None and bool(history) and len(history) - 1 - best_index(history, metric) >= patience
+
+
+class EpochLines(TrainerCallback):
+    """A progress bar, one line an epoch, and the early stop; all from the state, so it goes on after a resume."""
+
+    def __init__(self, task: FinetuningTask, *, seed: int, patience: int | None):
+        self.task, self.seed, self.patience, self.bar = task, seed, patience, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"{self.task.name} seed {self.seed}",
+                        unit="step", leave=False, disable=None)  # fmt: skip
+        self.started, self.first_step = time.monotonic(), state.global_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        history, metric = dev_history(state.log_history), self.task.main_metric
+        best = best_index(history, metric)
+        entry = history[-1]
+        scores = ", ".join(f"{name} {entry[name]:.4f}" for name in shown_metrics(self.task, entry))
+        spent = time.monotonic() - self.started
+        left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
+        tqdm.write(
+            f"{self.task.name} seed {self.seed}  epoch {entry['epoch']:g}/{args.num_train_epochs:g}  "
+            f"loss {entry['loss']:.4f}  dev {scores}  (best {metric} {history[best][metric]:.4f}, "
+            f"epoch {history[best]['epoch']:g})  {format_seconds(left)} left"
+        )
+        control.should_training_stop |= out_of_patience(history, metric, self.patience)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def shown_metrics(task: FinetuningTask, scores: Mapping) -> list[str]:
+    """The metrics worth a column: the main one first, none of LiDiRus's dozens of tags."""
+    names = [name for name in scores if name not in ("epoch", "loss", task.main_metric) and "/" not in name]
+    return [task.main_metric, *names]
+
+
+def format_seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def last_complete_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint whose last file was written whole; one that a kill has cut short is removed."""
+    while (name := get_last_checkpoint(str(directory)) if directory.is_dir() else None) is not None:
+        try:
+            json.loads((Path(name) / STATE).read_text())
+            return Path(name)
+        except (OSError, ValueError):
+            shutil.rmtree(name)
+    return None
+
+
+def training_arguments(
+    settings: Settings, directory: Path, *, seed: int, batch_size: int, grad_acc_steps: int, report_to: str
+) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(directory / CHECKPOINTS),
+        run_name=str(directory),
+        seed=seed,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        gradient_accumulation_steps=grad_acc_steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        num_train_epochs=settings.num_epochs,
+        max_steps=settings.max_steps or -1,
+        warmup_steps=WARMUP_SHARE,
+        train_sampling_strategy="group_by_length",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        disable_tqdm=True,
+        report_to=report_to,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would multiply the batch by the number of visible GPUs
+    return arguments
+
+
+def fit_seed(
+    model_factory: Callable[[], nn.Module],
+    task: FinetuningTask,
+    data: TaskData,
+    settings: Settings,
+    *,
+    seed: int,
+    directory: Path,
+    report_to: str = "none",
+) -> list[dict]:
+    """Trains one seed in its directory, from its last checkpoint if there is one; returns the dev scores by epoch.
+
+    Afterwards the directory holds `weights.pt`, those of the best epoch. Raises MemoryError if not even a batch of one
+    row fits.
+    """
+    batch_size, grad_acc_steps = _read_batch(directory, settings)
+    while True:
+        try:
+            return _fit(model_factory, task, data, settings, seed=seed, directory=directory, report_to=report_to,
+                        batch_size=batch_size, grad_acc_steps=grad_acc_steps)  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise MemoryError(f"{task.name}: out of memory even with a batch of one row; lower --max-length") from error
+        torch.cuda.empty_cache()
+        batch_size, grad_acc_steps = (batch_size + 1) // 2, grad_acc_steps * 2
+        tqdm.write(
+            f"{task.name} seed {seed}: out of memory, starting it again with --batch-size {batch_size} "
+            f"--grad-acc-steps {grad_acc_steps}"
+        )
+        shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / MEMORY_FILE).write_text(json.dumps([batch_size, grad_acc_steps]))
+
+
+def _read_batch(directory: Path, settings: Settings) -> tuple[int, int]:
+    """The batch size and accumulation that fitted into memory before, or those of the settings."""
+    try:
+        batch_size, grad_acc_steps = json.loads((directory / MEMORY_FILE).read_text())
+    except (OSError, ValueError):
+        return settings.batch_size, settings.grad_acc_steps
+    return batch_size, grad_acc_steps
+
+
+def _fit(model_factory, task, data, settings, *, seed, directory, report_to, batch_size, grad_acc_steps) -> list[dict]:
+    arguments = training_arguments(
+        settings, directory, seed=seed, batch_size=batch_size, grad_acc_steps=grad_acc_steps, report_to=report_to
+    )
+    checkpoint = last_complete_checkpoint(directory / CHECKPOINTS)
+    if checkpoint is not None:
+        state = json.loads((checkpoint / STATE).read_text())
+        history = dev_history(state["log_history"])
+        done = state["global_step"] >= state["max_steps"]
+        if done or out_of_patience(history, task.main_metric, settings.early_stopping_patience):
+            return history
+        tqdm.write(f"{task.name} seed {seed}: goes on after epoch {history[-1]['epoch']:g}")
+    set_seed(seed)
+    trainer = SeedTrainer(
+        model=model_factory(),
+        args=arguments,
+        task=task,
+        data=data,
+        precision=settings.precision,
+        best_path=directory / WEIGHTS,
+        callbacks=[EpochLines(task, seed=seed, patience=settings.early_stopping_patience)],
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return dev_history(trainer.state.log_history)

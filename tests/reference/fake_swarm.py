@@ -1,0 +1,143 @@
+"""Stand-ins for a swarm: a collaborative optimizer without network that records what it is given, and tiny data."""
+
+import threading
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.training.averagers import Round
+from src.training.lamb_8bit import CPULAMB8Bit
+
+VOCAB_SIZE = 300
+LENGTH = 12
+
+
+def tiny_model(seed: int = 0) -> LeanAlbertForPreTraining:
+    """Two layers, no dropout; the word embeddings (4800 values) are the only parameter with 8-bit statistics."""
+    torch.manual_seed(seed)
+    return LeanAlbertForPreTraining(
+        LeanAlbertConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_attention_heads=2,
+            embedding_size=16,
+            vocab_size=VOCAB_SIZE,
+            num_hidden_layers=2,
+            share_large_matrices=1,
+        )
+    )
+
+
+def tiny_items(count: int, *, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows of 12 tokens with 3 labels each, so that a mean over rows does not depend on how they are batched."""
+    generator = torch.Generator().manual_seed(seed)
+    items = []
+    for row in range(count):
+        input_ids = torch.randint(5, VOCAB_SIZE, (LENGTH,), generator=generator)
+        labels = torch.full((LENGTH,), -100)
+        places = torch.randperm(LENGTH, generator=generator)[:3]
+        labels[places] = input_ids[places]
+        items.append({"input_ids": input_ids, "labels": labels, "sentence_order_label": torch.tensor(row % 2)})
+    return items
+
+
+class EndlessItems(torch.utils.data.IterableDataset):
+    """The same rows over and over."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __iter__(self):
+        while True:
+            yield from self.items
+
+
+class FakeOptimizer:
+    """Takes one global step for every ``samples_per_epoch`` samples, all of them its own, without changing parameters.
+
+    ``steps``: (samples, copies of the gradient buffers) of each call of `step`. ``num_downloads`` counts state
+    downloads, which set all parameters to ``downloaded_value`` if there is one.
+    """
+
+    def __init__(self, model, *, samples_per_epoch: int = 8, reuse_grad_buffers: bool = True, epoch: int = 0):
+        self.model, self.samples_per_epoch = model, samples_per_epoch
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
+        self.client_mode = False
+        lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
+        self.state_averager = SimpleNamespace(
+            local_epoch=epoch,
+            pending_updates=set(),
+            optimizer=lamb,
+            scheduler=LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch)),
+            lock_optimizer=threading.Lock(),
+            lock_averaged_tensors=nullcontext(),
+            main_parameters=self.parameters,
+            reuse_tensors=True,
+            state_sharing_priority=0,
+            step=lambda **kwargs: None,
+        )
+        self.grad_averager = SimpleNamespace(
+            reuse_grad_buffers=reuse_grad_buffers,
+            local_samples_accumulated=0,
+            reset_accumulated_grads_=self._reset_accumulated,
+            state_sharing_priority=0,
+        )
+        self.tracker = SimpleNamespace(
+            global_epoch=epoch,
+            global_progress=SimpleNamespace(
+                num_peers=1, samples_accumulated=3, target_batch_size=samples_per_epoch, eta_next_epoch=0.0
+            ),
+            performance_ema=SimpleNamespace(samples_per_second=2.5),
+            reported=[],
+            report_local_progress=lambda epoch, samples_accumulated: self.tracker.reported.append(
+                (epoch, samples_accumulated)
+            ),
+        )
+
+    @property
+    def local_epoch(self) -> int:
+        return self.state_averager.local_epoch
+
+    def _reset_accumulated(self) -> None:
+        self.grad_averager.local_samples_accumulated = 0
+        if self.grad_averager.reuse_grad_buffers:
+            for parameter in self.parameters:
+                parameter.grad.zero_()
+
+    def step(self, batch_size: int) -> None:
+        self.steps.append((batch_size, {n: p.grad.clone() for n, p in self.model.named_parameters()}))
+        self.grad_averager.local_samples_accumulated += batch_size
+        if self.grad_averager.local_samples_accumulated >= self.samples_per_epoch:
+            self.state_averager.local_epoch += 1
+            self.state_averager.scheduler.step()
+            self.tracker.global_epoch = self.local_epoch
+            self.rounds.append(Round("gradients", 0.5, num_peers=2, received=1.0))
+            self._reset_accumulated()
+
+    def finished_rounds(self) -> list[Round]:
+        rounds, self.rounds = self.rounds, []
+        return rounds
+
+    @torch.no_grad()
+    def load_state_from_peers(self) -> None:
+        self.num_downloads += 1
+        if self.downloaded_value is not None:
+            for parameter in self.parameters:
+                parameter.fill_(self.downloaded_value)
+
+
+class FakeDHT:
+    """Keeps what is stored; every value is there at once."""
+
+    def __init__(self):
+        self.records: dict[str, dict] = {}
+
+    def store(self, key, subkey, value, **kwargs) -> None:
+        self.records.setdefault(key, {})[subkey] = SimpleNamespace(value=value)
+
+    def get(self, key, latest):
+        return SimpleNamespace(value=self.records[key]) if key in self.records else None

@@ -1,0 +1,204 @@
+"""A backup is complete or absent, and brings back everything a trainer needs: parameters, statistics, schedule, epoch."""
+
+import signal
+
+import hivemind
+import pytest
+import torch
+
+from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+from src.models.checkpoint import load_checkpoint
+from src.training import backup
+from src.training.backup import read_backup, restore_backup, save_backup, write_atomically
+from src.training.optimizer import make_collaborative_optimizer
+from tests.reference.fake_swarm import FakeOptimizer, tiny_model
+
+EPOCH = 7
+
+
+@pytest.fixture(scope="module", params=["offloaded", "on the model's device"])
+def lone_peer(request, tmp_path_factory):
+    """A model and the real optimizer of a swarm of one, as run_trainer.py makes them."""
+    dht = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    offload = request.param == "offloaded"
+    collaboration = CollaborationArguments(
+        target_batch_size=8, matchmaking_time=1.0, averaging_timeout=10.0,
+        offload_optimizer=offload, delay_optimizer_step=offload, delay_grad_averaging=offload,
+    )  # fmt: skip
+    training = HFTrainerArguments(
+        output_dir=str(tmp_path_factory.mktemp("outputs")), use_cpu=True, min_8bit_size=4096,
+        warmup_steps=10, num_zero_lr_steps=0, total_steps=100,
+    )  # fmt: skip
+    model, interrupt_handler = tiny_model(), signal.getsignal(signal.SIGINT)
+    optimizer = make_collaborative_optimizer(
+        model, dht, peer=TrainerPeerArguments(run_id="backup"), collaboration=collaboration, training=training
+    )
+    signal.signal(signal.SIGINT, interrupt_handler)  # hivemind ignores Ctrl+C
+    yield model, optimizer
+    optimizer.shutdown()
+    dht.shutdown()
+
+
+def optimized_parameters(optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.state_averager.optimizer.param_groups for p in group["params"]]
+
+
+def copies_of_parameters(model, optimizer) -> list[list[torch.Tensor]]:
+    """The places that hold the parameters, each in the optimizer's order: model, inner optimizer, averager."""
+    averager = optimizer.state_averager
+    with averager.get_tensors() as tensors:
+        averaged = [tensor.clone() for tensor in tensors][: len(averager.main_parameters)]
+    return [list(averager.main_parameters), optimized_parameters(optimizer), averaged]
+
+
+def take_steps(optimizer, count: int, *, seed: int) -> None:
+    """Let the inner optimizer and its schedule step on random gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    averager = optimizer.state_averager
+    for _ in range(count):
+        for parameter in optimized_parameters(optimizer):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        averager.optimizer.step()
+        averager.local_epoch += 1
+        averager.scheduler.step()
+    if averager.offload_optimizer:
+        averager._apply_optimizer_parameters_()
+
+
+def snapshot(model, optimizer) -> tuple[dict, dict]:
+    parameters = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = optimizer.state_averager.optimizer.state_dict()["state"]
+    return parameters, {
+        index: {k: v.clone() if torch.is_tensor(v) else v for k, v in entry.items()} for index, entry in state.items()
+    }
+
+
+def test_backup_restores_all_copies_of_parameters_statistics_epoch_and_learning_rate(lone_peer, tmp_path):
+    model, optimizer = lone_peer
+    averager, path = optimizer.state_averager, tmp_path / "backup.pth"
+    take_steps(optimizer, EPOCH, seed=1)
+    epoch, rate = averager.local_epoch, averager.optimizer.param_groups[0]["lr"]
+    parameters, statistics = snapshot(model, optimizer)
+    save_backup(path, model, optimizer)
+    take_steps(optimizer, 3, seed=2)
+    assert averager.optimizer.param_groups[0]["lr"] != rate
+
+    assert restore_backup(path, model, optimizer) == epoch == optimizer.local_epoch
+    assert averager.optimizer.param_groups[0]["lr"] == rate
+    assert optimizer.tracker.local_progress.epoch == epoch
+    restored_parameters, restored_statistics = snapshot(model, optimizer)
+    for name, tensor in parameters.items():
+        assert torch.equal(tensor, restored_parameters[name]), name
+    dtypes = set()
+    for index, entry in statistics.items():
+        for key, value in entry.items():
+            restored = restored_statistics[index][key]
+            assert torch.equal(value, restored) if torch.is_tensor(value) else value == restored, (index, key)
+            dtypes.add(restored.dtype if torch.is_tensor(restored) else None)
+    assert torch.uint8 in dtypes
+    of_model, *others = copies_of_parameters(model, optimizer)
+    for copies in others:
+        for one, other in zip(of_model, copies, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_backup_continues_the_run_it_was_taken_from(lone_peer, tmp_path):
+    model, optimizer = lone_peer
+    take_steps(optimizer, 2, seed=3)
+    save_backup(tmp_path / "backup.pth", model, optimizer)
+    take_steps(optimizer, 2, seed=4)
+    expected, rate = snapshot(model, optimizer)[0], optimizer.state_averager.optimizer.param_groups[0]["lr"]
+    take_steps(optimizer, 1, seed=5)
+    restore_backup(tmp_path / "backup.pth", model, optimizer)
+    take_steps(optimizer, 2, seed=4)
+    assert optimizer.state_averager.optimizer.param_groups[0]["lr"] == rate
+    for name, tensor in snapshot(model, optimizer)[0].items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_backup_holds_four_parts_and_its_model_loads_like_a_published_checkpoint(tmp_path):
+    model, path = tiny_model(seed=1), tmp_path / "run" / "backup.pth"
+    save_backup(path, model, FakeOptimizer(model, epoch=EPOCH))
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {"model", "optimizer", "scheduler", "epoch"}
+    assert state["epoch"] == EPOCH
+    dtypes = [v.dtype for entry in state["optimizer"]["state"].values() for v in entry.values() if torch.is_tensor(v)]
+    assert torch.uint8 in dtypes
+    fresh = tiny_model(seed=2)
+    load_checkpoint(fresh, path)
+    for (name, tensor), other in zip(fresh.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_backup_that_fails_while_writing_leaves_the_previous_one(tmp_path):
+    path = tmp_path / "backup.pth"
+    path.write_bytes(b"previous")
+
+    def fail(file):
+        file.write(b"half of")
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_backup_is_not_visible_before_it_is_complete_on_disk(tmp_path, monkeypatch):
+    path, order = tmp_path / "backup.pth", []
+    path.write_bytes(b"previous")
+    monkeypatch.setattr(backup.os, "fsync", lambda descriptor: order.append(("fsync", path.read_bytes())))
+
+    def write(file):
+        file.write(b"new")
+        order.append(("write", path.read_bytes()))
+
+    write_atomically(path, write)
+    assert order == [("write", b"previous"), ("fsync", b"previous")]
+    assert path.read_bytes() == b"new"
+
+
+@pytest.fixture(scope="module")
+def complete_backup(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("complete") / "backup.pth"
+    model = tiny_model()
+    save_backup(path, model, FakeOptimizer(model))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
+def test_backup_that_is_truncated_is_an_error_of_one_line(complete_backup, tmp_path, share):
+    path = tmp_path / "backup.pth"
+    path.write_bytes(complete_backup[: int(share * len(complete_backup))])
+    with pytest.raises(ValueError, match=r"backup\.pth is truncated") as caught:
+        read_backup(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"some text\n", "текст".encode(), b"\x00" * 1000, b"\x80\x02}q\x00.", bytes(range(256))])
+def test_backup_that_is_another_file_is_an_error_of_one_line(tmp_path, content):
+    path = tmp_path / "backup.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"--state_path: .*backup\.pth is ") as caught:
+        read_backup(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_backup_that_lacks_a_part_is_refused_by_name(tmp_path):
+    torch.save({"model": {}, "epoch": 3}, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match="lacks optimizer, scheduler"):
+        read_backup(tmp_path / "state.pth")
+
+
+def test_backup_of_another_model_is_refused_and_changes_nothing(tmp_path):
+    model, other = tiny_model(), tiny_model()
+    path = tmp_path / "backup.pth"
+    other.sop_classifier.classifier = torch.nn.Linear(32, 3)
+    save_backup(path, other, FakeOptimizer(other, epoch=EPOCH))
+    optimizer = FakeOptimizer(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"of another shape: sop_classifier\.classifier\.weight \(\[3, 32\]"):
+        restore_backup(path, model, optimizer)
+    assert optimizer.local_epoch == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
