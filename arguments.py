@@ -9,6 +9,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 DEMO = Path(__file__).resolve().parent / "demo"
@@ -136,6 +137,11 @@ class CollaborationArguments:
 
     def __post_init__(self):
         check_positive(self, "target_batch_size", "matchmaking_time", "next_chunk_timeout", "average_state_every")
+        if self.averaging_timeout <= 2 * self.next_chunk_timeout:
+            raise ValueError(
+                f"--averaging_timeout {self.averaging_timeout} must be longer than twice --next_chunk_timeout "
+                f"{self.next_chunk_timeout}, or one silent peer fails the round for all"
+            )
         if self.averaging_timeout <= self.matchmaking_time:
             raise ValueError(
                 f"--averaging_timeout {self.averaging_timeout} must be longer than --matchmaking_time "
@@ -188,6 +194,7 @@ class HFTrainerArguments(TrainingArguments):
     def __post_init__(self):
         if self.activation_checkpointing is None:  # the newer name of the same option
             self.activation_checkpointing = self.gradient_checkpointing
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # otherwise --bf16 is refused without a GPU
         super().__post_init__()
         check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
                        "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of")  # fmt: skip

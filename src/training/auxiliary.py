@@ -37,7 +37,7 @@ class MetricsMonitor:
     """Turns what trainers publish into one summary an epoch.
 
     A trainer's record holds its newest epoch only. An epoch is summed up when every trainer has reported it, or one
-    look later: some never will.
+    look later: some never will, and when epochs are shorter than looks it is then the newest one.
     """
 
     def __init__(self):
@@ -51,10 +51,10 @@ class MetricsMonitor:
         if epoch <= self.last_epoch:
             return None
         reports = [record for record in metrics.values() if record.epoch == epoch]
-        if len(reports) < len(metrics) and self.seen_before != epoch:
+        if len(reports) < len(metrics) and self.seen_before <= self.last_epoch:
             self.seen_before = epoch
             return None
-        self.last_epoch = epoch
+        self.last_epoch = self.seen_before = epoch
         mini_steps = max(1, sum(record.mini_steps for record in reports))
         return EpochSummary(
             epoch=epoch,

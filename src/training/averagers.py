@@ -4,13 +4,16 @@ Names of these classes are part of the protocol (they name the remote calls): al
 """
 
 import asyncio
+import logging
 import multiprocessing
 import time
 from dataclasses import dataclass
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
+from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.p2p import P2PContext
@@ -24,7 +27,8 @@ POLL_SECONDS = 0.02
 @dataclass(frozen=True)
 class Round:
     """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
-    members of the group including this one, ``num_lost`` those that failed while sending to this peer."""
+    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``reasons``
+    is what went wrong between this peer and others."""
 
     kind: str
     seconds: float
@@ -32,6 +36,7 @@ class Round:
     received: float = 0.0
     num_lost: int = 0
     error: str = ""
+    reasons: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -43,6 +48,23 @@ class _RoundResult(dict):
 
     received = 1.0
     num_lost = 0
+
+
+class _FailureCollector(logging.Handler):
+    """Keeps what hivemind says, at debug level only, of the failures that make a round partial."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.failures: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Caught"):
+            self.failures.append(message)
+
+    def take(self) -> tuple[str, ...]:
+        failures, self.failures = tuple(self.failures), []
+        return failures
 
 
 class RoundReporting:
@@ -57,6 +79,7 @@ class RoundReporting:
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
         self._num_active_steps = 0
+        self._failures: _FailureCollector | None = None
         super().__init__(*args, **kwargs)
 
     def finished_rounds(self) -> list[Round]:
@@ -67,12 +90,27 @@ class RoundReporting:
         return rounds
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
+        # A trainer whom only auxiliary peers have found would get its own values back, count the round, and be one
+        # round ahead of the others. All of such a group see that, and look on until the step's time is up.
+        modes = [self.serializer.loads(gathered)[1] for gathered in group_info.gathered]
+        if sum(mode != AveragingMode.AUX.value for mode in modes) < 2:
+            raise MatchmakingException("the group has no second trainer")
+        self._collect_failures()
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost = len(runner.banned_senders)
         return result
+
+    def _collect_failures(self) -> None:
+        """In the averager's own process, so that the caller's loggers stay as they are."""
+        if self._failures is None:
+            self._failures = _FailureCollector()
+            allreduce_logger = logging.getLogger("hivemind.averaging.allreduce")
+            allreduce_logger.addHandler(self._failures)
+            allreduce_logger.setLevel(logging.DEBUG)
+            allreduce_logger.propagate = False
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
@@ -101,14 +139,16 @@ class RoundReporting:
         finally:
             self._num_active_steps -= 1
             seconds = time.monotonic() - started
+            reasons = self._failures.take() if self._failures is not None else ()
             if isinstance(step._result, _RoundResult):
                 result = step._result
-                report = Round(self.round_kind, seconds, len(result), result.received, result.num_lost)
-                self._rounds_sender.send(report)
-            elif not step.cancelled():
                 self._rounds_sender.send(
-                    Round(self.round_kind, seconds, error=str(step._exception) or "no group found")
+                    Round(self.round_kind, seconds, len(result), result.received, result.num_lost, reasons=reasons)
                 )
+            elif not step.cancelled():
+                error = step._exception
+                message = str(error) or repr(error) if error is not None else "no group found"
+                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
 
 
 class LeanGradientAverager(RoundReporting, GradientAverager):

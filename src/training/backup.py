@@ -51,10 +51,8 @@ def read_backup(path: Path) -> dict:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # bytes that are no pickle fail in a dozen ways, OSError and IndexError included
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"--state_path: {path} is truncated or not a backup ({reason}); move it away to start without it"
-            ) from error
+            message = f"--state_path: {path} is truncated or not a backup; move it away to start without it"
+            raise ValueError(message) from error  # torch's own words would advise to load it unsafely
     missing = {"model", "optimizer", "scheduler", "epoch"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"--state_path: {path} is not a trainer's backup: it lacks {', '.join(sorted(missing))}")

@@ -62,7 +62,7 @@ class CollaborativeCallback(TrainerCallback):
             epoch = restore_backup(self.state_path, self.model, self.optimizer)
             self.progress.say(f"resumed from {self.state_path} at epoch {epoch}")
             if epoch >= self.training.total_steps:
-                self.progress.say(f"the run is at its end, --total_steps; raise it, or choose another --run_id")
+                self.progress.say("the run is at its end, --total_steps; raise it, or choose another --run_id")
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the state of peers if it is newer than the backup, then wait for partners if asked to."""
@@ -128,11 +128,18 @@ class CollaborativeCallback(TrainerCallback):
             for parameter in self.parameters:
                 parameter.grad = None
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Put the buffers back; at the end of an epoch report, check and back up."""
+    @torch.no_grad()
+    def _restore_gradient_buffers(self) -> None:
         for parameter, gradient in zip(self.parameters, self.stashed_gradients, strict=False):
             parameter.grad = gradient
+        kept = [gradient for gradient in self.stashed_gradients if gradient is not None]
+        if self.scaler is not None and kept:  # the gradients that will be added to them are scaled
+            torch._foreach_mul_(kept, self.scaler.scale)
         self.stashed_gradients = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Put the buffers back; at the end of an epoch report, check and back up."""
+        self._restore_gradient_buffers()
         self._record_rounds()
         if self.optimizer.local_epoch != self.last_epoch:
             self._finish_epoch()
@@ -239,6 +246,7 @@ def describe_incomplete(averaging_round) -> str:
     if averaging_round.error:
         return f"averaging {averaging_round.kind} failed after {averaging_round.seconds:.0f} s: {averaging_round.error}"
     return (
-        f"averaging {averaging_round.kind} was partial: {averaging_round.received:.0%} of the values came back from "
+        f"averaging {averaging_round.kind} was partial: {averaging_round.received:.1%} of the values came back from "
         f"{averaging_round.num_peers} peers, {averaging_round.num_lost} failed while sending"
+        + "".join(f"; {reason}" for reason in averaging_round.reasons[:3])
     )

@@ -35,11 +35,17 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
+        if path.read_bytes()[-1:] not in (b"", b"\n"):  # a crash cut the last line off: begin a new one
+            self._file.write("\n")
         self._wandb = None
         if wandb_project is not None:
             import wandb  # takes a second and writes a folder: only when asked for
 
-            self._wandb = wandb.init(project=wandb_project, name=run_name, config=config)
+            try:
+                self._wandb = wandb.init(project=wandb_project, name=run_name, config=config)
+            except wandb.Error as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"--wandb_project {wandb_project}: {reason} Or set WANDB_MODE=offline.") from error
 
     def write(self, event: str, **values) -> dict:
         """Add a record; numbers that are not finite become null, which JSON can hold."""
@@ -61,7 +67,7 @@ class Journal:
 def read_journal(path: Path) -> list[dict]:
     """All complete records of a metrics file; a last line cut off by a crash is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -91,6 +91,13 @@ class LeanOptimizer(hivemind.Optimizer):
         if self.tracker.global_progress.num_peers > 1:
             super()._maybe_schedule_state_averaging()
 
+    def _begin_averaging_gradients(self, grad_scaler) -> bool:
+        # Without a round hivemind leaves the sum over local steps in reused buffers that are not offloaded.
+        began = super()._begin_averaging_gradients(grad_scaler)
+        if not began and not self.offload_optimizer:
+            self._load_local_gradients_into_optimizer()
+        return began
+
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control) -> None:
         # When a round fails, the buffers still hold this peer's own gradients. hivemind reloads them from accumulators,
         # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
@@ -162,7 +169,8 @@ def make_collaborative_optimizer(
         delay_state_averaging=delay_step,
         reuse_grad_buffers=collaboration.reuse_grad_buffers and not auxiliary,
         grad_compression=compression,
-        state_averaging_compression=compression,
+        # parameters, unlike gradients, keep the error: after a round in 8 bits two peers would differ by 1.3 %
+        state_averaging_compression=Float16Compression(),
         grad_averager_factory=partial(LeanGradientAverager, **averager_options),
         averager_opts=averager_options,
         tracker_opts={

@@ -187,7 +187,13 @@ def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, not
 def load_hub_encoder(path: str, config) -> nn.Module:
     """The encoder of any masked model. Its keys must all be there, but for a pooler, which counts as a head here;
     what else a checkpoint holds must belong to a head."""
-    model, loading = AutoModel.from_pretrained(path, config=config, output_loading_info=True, dtype=torch.float32)
+    model, loading = AutoModel.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below
+    )
     prefix = f"{model.base_model_prefix}."
     missing = [key for key in loading["missing_keys"] if not key.removeprefix(prefix).startswith("pooler.")]
     own_parts = {name.split(".")[0] for name, _ in model.named_parameters()}

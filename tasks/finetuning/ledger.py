@@ -31,7 +31,9 @@ class Ledger:
                 row = json.loads(line)
                 rows.append({**row, "seed": row["seed"], "key": row["key"]})
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{self.path}:{number}: not a row of the ledger; remove the line, and its seed runs again") from error
+                raise ValueError(
+                    f"{self.path}:{number}: not a row of the ledger; remove the line, and its seed runs again"
+                ) from error
         return rows
 
     def append(self, row: dict) -> None:

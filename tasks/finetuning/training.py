@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,15 @@ def choose_precision(wanted: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def check_reporting(report_to: str) -> None:
+    if report_to == "tensorboard":
+        found = find_spec("tensorboard") or find_spec("tensorboardX")
+    else:
+        found = report_to == "none" or find_spec(report_to)
+    if not found:
+        raise ValueError(f"--report-to {report_to}: pip install {report_to} first, or pass none")
+
+
 @dataclass
 class TaskData:
     """The records of a task by split, and the model rows made of them."""
@@ -95,7 +105,21 @@ def encode_data(task: FinetuningTask, records: Mapping[str, Sequence[Mapping]], 
 def predict_logits(
     model: nn.Module, rows: Sequence[dict], collator, *, batch_size: int, precision: str
 ) -> list[np.ndarray]:
-    """The logits of each row, with the padding of its batch; batches of similar length, the longest first."""
+    """The logits of each row, with the padding of its batch; batches of similar length, the longest first.
+
+    Where a batch does not fit into the GPU's memory, smaller ones are tried, down to one row.
+    """
+    while True:
+        try:
+            return _predict_logits(model, rows, collator, batch_size=batch_size, precision=precision)
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise MemoryError("out of memory even with one row; lower --max-length") from error
+        torch.cuda.empty_cache()
+        batch_size = (batch_size + 1) // 2
+
+
+def _predict_logits(model, rows, collator, *, batch_size, precision) -> list[np.ndarray]:
     device = next(model.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -max_row_length(rows[i]))
     logits: list = [None] * len(rows)
@@ -124,7 +148,12 @@ class SeedTrainer(Trainer):
     """Trainer that scores with the task's own metrics and can save models whose tensors have several names."""
 
     def __init__(self, *, task: FinetuningTask, data: TaskData, precision: str, best_path: Path, **options):
-        super().__init__(train_dataset=data.encoded["train"].rows, data_collator=data.collator, **options)
+        super().__init__(
+            train_dataset=data.encoded["train"].rows,
+            eval_dataset=data.encoded["validation"].rows,  # Trainer insists on one
+            data_collator=data.collator,
+            **options,
+        )
         self.task, self.data, self.precision, self.best_path = task, data, precision, best_path
         # The models average their loss over the batch they see, whatever their forward's **kwargs suggest.
         self.model_accepts_loss_kwargs = False
@@ -212,9 +241,9 @@ class EpochLines(TrainerCallback):
         spent = time.monotonic() - self.started
         left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
         tqdm.write(
-            f"{self.task.name} seed {self.seed}  epoch {entry['epoch']:g}/{args.num_train_epochs:g}  "
+            f"{self.task.name} seed {self.seed}  epoch {entry['epoch']:.3g}/{args.num_train_epochs:g}  "
             f"loss {entry['loss']:.4f}  dev {scores}  (best {metric} {history[best][metric]:.4f}, "
-            f"epoch {history[best]['epoch']:g})  {format_seconds(left)} left"
+            f"epoch {history[best]['epoch']:.3g})  {format_seconds(left)} left"
         )
         control.should_training_stop |= out_of_patience(history, metric, self.patience)
 
@@ -223,9 +252,9 @@ class EpochLines(TrainerCallback):
 
 
 def shown_metrics(task: FinetuningTask, scores: Mapping) -> list[str]:
-    """The metrics worth a column: the main one first, none of LiDiRus's dozens of tags."""
+    """The metrics worth a place in a line: the main one and two others."""
     names = [name for name in scores if name not in ("epoch", "loss", task.main_metric) and "/" not in name]
-    return [task.main_metric, *names]
+    return [task.main_metric, *names[:2]]
 
 
 def format_seconds(seconds: float) -> str:
@@ -299,7 +328,9 @@ def fit_seed(
                         batch_size=batch_size, grad_acc_steps=grad_acc_steps)  # fmt: skip
         except torch.OutOfMemoryError as error:
             if batch_size == 1:
-                raise MemoryError(f"{task.name}: out of memory even with a batch of one row; lower --max-length") from error
+                raise MemoryError(
+                    f"{task.name}: out of memory even with a batch of one row; lower --max-length"
+                ) from error
         torch.cuda.empty_cache()
         batch_size, grad_acc_steps = (batch_size + 1) // 2, grad_acc_steps * 2
         tqdm.write(

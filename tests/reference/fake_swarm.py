@@ -1,15 +1,24 @@
 """Stand-ins for a swarm: a collaborative optimizer without network that records what it is given, and tiny data."""
 
+import io
+import multiprocessing
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback
 
+from arguments import HFTrainerArguments, TrainerPeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.training.averagers import Round
+from src.training.callback import CollaborativeCallback
+from src.training.console import Progress
+from src.training.hf_trainer import CollaborativeTrainer, LossMeter
+from src.training.journal import Journal
 from src.training.lamb_8bit import CPULAMB8Bit
+from src.training.optimizer import Swarm
 
 VOCAB_SIZE = 300
 LENGTH = 12
@@ -27,6 +36,7 @@ def tiny_model(seed: int = 0) -> LeanAlbertForPreTraining:
             vocab_size=VOCAB_SIZE,
             num_hidden_layers=2,
             share_large_matrices=1,
+            classifier_dropout_prob=0.0,
         )
     )
 
@@ -68,6 +78,7 @@ class FakeOptimizer:
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
         self.client_mode = False
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
+        lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         self.state_averager = SimpleNamespace(
             local_epoch=epoch,
             pending_updates=set(),
@@ -141,3 +152,43 @@ class FakeDHT:
 
     def get(self, key, latest):
         return SimpleNamespace(value=self.records[key]) if key in self.records else None
+
+
+def stack(items) -> dict[str, torch.Tensor]:
+    """A collator for rows of equal length."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, dht=None, wait_for_peers=1, **training):
+    """A trainer and its callback as run_trainer.py makes them, around a fake optimizer; metrics go to ``folder``."""
+    options = {
+        "per_device_train_batch_size": 4, "max_sequence_length": 64, "initial_sequence_length": 16,
+        "sequence_length_warmup_steps": 3, "pad_to_multiple_of": 8, "total_steps": 100, "warmup_steps": 0,
+    }  # fmt: skip
+    arguments = HFTrainerArguments(output_dir=str(folder), use_cpu=True, **{**options, **training})
+    meter = LossMeter()
+    callback = CollaborativeCallback(
+        Swarm(dht or FakeDHT(), b"key", optimizer),
+        optimizer.model,
+        peer=TrainerPeerArguments(run_id="fake", backup_every_epochs=2, wait_for_peers=wait_for_peers),
+        training=arguments,
+        meter=meter,
+        scaler=scaler,
+        current_length=multiprocessing.Value("i", 16),
+        state_path=folder / "backup.pth",
+        journal=Journal(folder / "metrics.jsonl"),
+        progress=Progress(io.StringIO()),
+        stop=threading.Event(),
+    )
+    trainer = CollaborativeTrainer(
+        collaborative=optimizer,
+        meter=meter,
+        scaler=scaler,
+        model=optimizer.model,
+        args=arguments,
+        train_dataset=EndlessItems(items or tiny_items(16)),
+        data_collator=stack,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, callback

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from src.models import load_tokenizer
+from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
 
 SPECIAL_TOKENS = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = "абвгдеёжзийклмнопрстуфхцчшщъыьэюя"
@@ -275,3 +276,22 @@ def demo_tokenizer():
     if not path.is_dir():
         pytest.skip(f"no tokenizer at {path}")
     return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A directory that from_pretrained opens: an untrained LeanALBERT of two layers, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("pretrained") / "tiny"
+    torch.manual_seed(0)
+    config = LeanAlbertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=2,
+        embedding_size=16,
+        num_hidden_layers=2,
+        vocab_size=len(tiny_tokenizer),
+        share_large_matrices=1,
+    )
+    LeanAlbertForPreTraining(config).save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory

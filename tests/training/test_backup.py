@@ -1,4 +1,4 @@
-"""A backup is complete or absent, and brings back everything a trainer needs: parameters, statistics, schedule, epoch."""
+"""A backup is complete or absent, and brings back all a trainer needs: parameters, statistics, schedule, epoch."""
 
 import signal
 
@@ -175,7 +175,9 @@ def test_backup_that_is_truncated_is_an_error_of_one_line(complete_backup, tmp_p
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"some text\n", "текст".encode(), b"\x00" * 1000, b"\x80\x02}q\x00.", bytes(range(256))])
+@pytest.mark.parametrize(
+    "content", [b"some text\n", "текст".encode(), b"\x00" * 1000, b"\x80\x02}q\x00.", bytes(range(256))]
+)
 def test_backup_that_is_another_file_is_an_error_of_one_line(tmp_path, content):
     path = tmp_path / "backup.pth"
     path.write_bytes(content)

@@ -1,0 +1,70 @@
+"""Answer LiDiRus with a model fine-tuned on TERRa: MCC, its table by linguistic tag, and the submission.
+
+python predict_on_lidirus.py                            # the newest TERRa run in runs/runs.jsonl
+python predict_on_lidirus.py -m ruroberta-large -d DATA
+python predict_on_lidirus.py -m runs/MODEL/TERRa/KEY/seed-0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+PROGRAM = "predict_on_lidirus.py"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("-m", "--model-name", help="directory of a TERRa run, or a model as it was given to "
+                        "finetune_mlm.py: its best seed by dev (default: of the newest TERRa run)")  # fmt: skip
+    parser.add_argument("-d", "--data-dir", type=Path, default=Path(), help="holds LiDiRus/LiDiRus.jsonl (default: .)")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where the ledger is (default: runs)")
+    parser.add_argument("--predictions-dir", type=Path, default=Path("preds"), help="(default: preds)")
+    return parser.parse_args(argv)
+
+
+def find_run(model_name: str | None, output_dir: Path) -> Path:
+    """The directory of the run that -m means: that directory itself, or the best seed of the model's newest run."""
+    from tasks.benchmarks import TASKS
+    from tasks.finetuning.experiment import RUN_FILE
+    from tasks.finetuning.ledger import LEDGER, Ledger, best_row
+
+    if model_name is not None and (Path(model_name) / RUN_FILE).is_file():
+        return Path(model_name)
+    ledger = Ledger(output_dir / LEDGER)
+    rows = ledger.newest("TERRa", model_name)
+    if not rows:
+        known = sorted({row["model"] for row in ledger.rows() if row["task"] == "TERRa"})
+        of_model = f" of {model_name}" if model_name else ""
+        there_are = f"there are those of {', '.join(known)}" if known else "it has none"
+        raise ValueError(
+            f"no TERRa run{of_model} in {ledger.path} ({there_are}); pass -m RUN_DIRECTORY, or train one with "
+            f"python finetune_mlm.py -t TERRa"
+        )
+    return output_dir / best_row(rows, TASKS["terra"].main_metric)["directory"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    from tasks import evaluation
+    from tasks.benchmarks import TASKS
+    from tasks.finetuning.console import quiet_libraries
+    from tasks.finetuning.experiment import open_run
+
+    quiet_libraries()
+    lidirus, terra = TASKS["lidirus"], TASKS["terra"]
+    try:
+        records = lidirus.load(options.data_dir)["test"]
+        directory = find_run(options.model_name, options.output_dir)
+        run = open_run(directory, terra)
+    except (ValueError, OSError) as error:
+        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"TERRa run: {directory}")
+    path = evaluation.predict_with_run(lidirus, run, records, predictions_dir=options.predictions_dir)
+    return 0 if evaluation.pack(path.parent, options.data_dir) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

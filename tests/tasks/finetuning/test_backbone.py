@@ -1,0 +1,162 @@
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+from src.models import LeanAlbertForPreTraining
+from tasks.finetuning import backbone
+from tasks.finetuning.backbone import find_checkpoint, find_pretrained, max_positions
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.fixture
+def model(tiny_checkpoint):
+    return LeanAlbertForPreTraining.from_pretrained(tiny_checkpoint)
+
+
+@pytest.fixture
+def run(tmp_path, tiny_checkpoint, model):
+    """What a pretraining run leaves: a trainer's backup and an auxiliary peer's checkpoint."""
+    directory = tmp_path / "outputs" / "demo" / "my-run"
+    shutil.copytree(tiny_checkpoint, directory / "aux" / "checkpoint")
+    (directory / "trainer").mkdir()
+    torch.save({"model": model.state_dict(), "optimizer": {}, "epoch": 3}, directory / "trainer" / "backup.pth")
+    return directory
+
+
+@pytest.fixture
+def hub_model(tmp_path, tiny_tokenizer):
+    directory = tmp_path / "bert"
+    BertForMaskedLM(BertConfig(**SMALL, vocab_size=len(tiny_tokenizer))).save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    return directory
+
+
+def assert_encoder_of(model, loaded):
+    expected = model.base_model.state_dict()
+    state = loaded.state_dict()
+    shared = expected.keys() & state.keys()
+    assert {name.split(".")[0] for name in expected.keys() ^ state.keys()} <= {"pooler"}
+    for name in shared:
+        assert torch.equal(expected[name], state[name]), name
+
+
+def test_directory_gives_weights_and_tokenizer(tiny_checkpoint, tiny_tokenizer, model):
+    pretrained = find_pretrained(None, str(tiny_checkpoint))
+    assert_encoder_of(model, pretrained.load())
+    assert pretrained.tokenizer("Кот спит.")["input_ids"] == tiny_tokenizer("Кот спит.")["input_ids"]
+    assert pretrained.name == f"tiny-{pretrained.fingerprint[:6]}"
+    assert find_pretrained(str(tiny_checkpoint), None).fingerprint == pretrained.fingerprint
+
+
+def test_state_file_uses_the_config_and_tokenizer_beside_it(tmp_path, tiny_checkpoint, model):
+    torch.save({"model": model.state_dict()}, tmp_path / "state.pth")
+    shutil.copy(tiny_checkpoint / "config.json", tmp_path)
+    shutil.copytree(
+        tiny_checkpoint, tmp_path / "tokenizer", ignore=shutil.ignore_patterns("config.json", "*.safetensors")
+    )
+    assert_encoder_of(model, find_pretrained(None, str(tmp_path / "state.pth")).load())
+
+
+def test_backup_uses_the_files_of_the_auxiliary_peer_of_its_run(run, model):
+    pretrained = find_pretrained(None, str(run / "trainer" / "backup.pth"))
+    assert_encoder_of(model, pretrained.load())
+    assert pretrained.name.startswith("my-run-")
+    assert any("aux/checkpoint/config.json" in note for note in pretrained.notes)
+
+
+def test_embeddings_may_have_the_size_of_the_tokenizer_instead_of_the_config(tmp_path, run, tiny_checkpoint, model):
+    config = json.loads((tiny_checkpoint / "config.json").read_text()) | {"vocab_size": 9999}
+    (tmp_path / "published.json").write_text(json.dumps(config))
+    backup = str(run / "trainer" / "backup.pth")
+    pretrained = find_pretrained(
+        None, backup, model_config=str(tmp_path / "published.json"), tokenizer=str(tiny_checkpoint)
+    )
+    assert_encoder_of(model, pretrained.load())
+
+
+def test_config_of_another_size_is_an_error_that_names_keys(tmp_path, run, tiny_checkpoint):
+    config = json.loads((tiny_checkpoint / "config.json").read_text()) | {"hidden_size": 64}
+    (tmp_path / "other.json").write_text(json.dumps(config))
+    pretrained = find_pretrained(
+        None,
+        str(run / "trainer" / "backup.pth"),
+        model_config=str(tmp_path / "other.json"),
+        tokenizer=str(tiny_checkpoint),
+    )
+    with pytest.raises(ValueError, match=r"does not fit LeanAlbertModel: .*of another shape: .*\[64"):
+        pretrained.load()
+
+
+def test_without_names_the_state_file_here_comes_first_then_the_newest_checkpoint(tmp_path, run):
+    backup = run / "trainer" / "backup.pth"
+    weights = run / "aux" / "checkpoint" / "model.safetensors"
+    for older, newer, expected in ((backup, weights, weights.parent), (weights, backup, backup)):
+        os.utime(older, (1000, 1000))
+        os.utime(newer, (2000, 2000))
+        assert find_checkpoint(tmp_path) == expected
+    (tmp_path / "state.pth").touch()
+    assert find_checkpoint(tmp_path) == tmp_path / "state.pth"
+
+
+def test_without_anything_the_error_says_what_to_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"no model to fine-tune: .*pass -c CHECKPOINT .* or -m MODEL"):
+        find_pretrained(None, None)
+
+
+def test_hub_models_keep_their_encoder_and_get_a_fresh_pooler_at_most(hub_model):
+    assert_encoder_of(BertForMaskedLM.from_pretrained(hub_model), find_pretrained(str(hub_model), None).load())
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "of another shape"])
+def test_hub_model_with_a_damaged_encoder_is_an_error(hub_model, damage):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(hub_model / "model.safetensors")
+    if damage == "missing":
+        del state["bert.encoder.layer.1.output.dense.weight"]
+    elif damage == "unexpected":
+        state["bert.encoder.layer.2.output.dense.weight"] = torch.zeros(2)
+    else:
+        state["bert.encoder.layer.1.output.dense.weight"] = torch.zeros(2, 2)
+    save_file(state, hub_model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"does not fit BertModel: {damage}: .*encoder\.layer\.\d\.output\.dense"):
+        find_pretrained(str(hub_model), None).load()
+
+
+def test_tokenizer_larger_than_the_model_is_an_error(hub_model, demo_tokenizer, tmp_path):
+    demo_tokenizer.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match="do not belong together"):
+        find_pretrained(str(hub_model), None, tokenizer=str(tmp_path / "large"))
+
+
+@pytest.mark.parametrize(
+    ("model_name", "checkpoint", "message"),
+    [
+        ("a", "b", "both name a model"),
+        (None, "nowhere.pth", "no such file or directory"),
+        (None, "empty", "no config.json in this directory"),
+        (None, "cut.pth", "not a complete PyTorch checkpoint"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path, monkeypatch, model_name, checkpoint, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut.pth").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=message):
+        find_pretrained(model_name, checkpoint)
+
+
+def test_max_positions_leaves_out_what_roberta_reserves(tiny_checkpoint):
+    config = RobertaConfig(**SMALL, vocab_size=50, pad_token_id=1, max_position_embeddings=130)
+    assert max_positions(RobertaForMaskedLM(config).base_model) == 128
+    assert max_positions(find_pretrained(None, str(tiny_checkpoint)).load()) is None  # rotary
+
+
+def test_ruroberta_large_is_an_alias():
+    assert backbone.ALIASES["ruroberta-large"] == "ai-forever/ruRoberta-large"

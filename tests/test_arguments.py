@@ -1,0 +1,306 @@
+"""Every documented flag with its default; argument files; contradictions and typing mistakes end with code 2."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from arguments import (
+    DEMO,
+    ArgumentParser,
+    AuxiliaryPeerArguments,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+)
+from src.training.schedules import learning_rate, sequence_length
+
+PEER = {
+    "run_id": None,
+    "initial_peers": [],
+    "host_maddrs": ["/ip4/0.0.0.0/tcp/0"],
+    "announce_maddrs": [],
+    "client_mode": False,
+    "bandwidth": None,
+    "min_vector_size": 4_000_000,
+    "identity_path": None,
+    "use_ipfs": False,
+    "authorize": "False",
+    "model_config_path": str(DEMO / "config.json"),
+    "tokenizer_path": str(DEMO / "tokenizer"),
+    "cache_dir": None,
+    "wandb_project": None,
+}
+DEFAULTS = {
+    TrainerPeerArguments: {
+        **PEER,
+        "dataset_sources": [str(DEMO / "corpus" / "*.txt")],
+        "dataset_weights": None,
+        "statistics_expiration": 600.0,
+        "backup_every_epochs": 10,
+        "state_path": None,
+        "wait_for_peers": 1,
+    },
+    AuxiliaryPeerArguments: {
+        **PEER,
+        "refresh_period": 10.0,
+        "assist_in_averaging": False,
+        "assist_refresh": 1.0,
+        "store_checkpoints": False,
+        "save_checkpoint_epoch_interval": 5,
+        "local_path": None,
+        "upload_interval": None,
+        "repo_url": None,
+    },
+    CollaborationArguments: {
+        "target_batch_size": 16384,
+        "matchmaking_time": 60.0,
+        "next_chunk_timeout": 60.0,
+        "averaging_timeout": 600.0,
+        "average_state_every": 5,
+        "offload_optimizer": True,
+        "delay_optimizer_step": True,
+        "delay_grad_averaging": True,
+        "reuse_grad_buffers": True,
+    },
+    HFTrainerArguments: {
+        "output_dir": "outputs",
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
+        "fp16": False,
+        "bf16": False,
+        "learning_rate": 2.5e-3,
+        "min_learning_rate": None,
+        "num_zero_lr_steps": 50,
+        "total_steps": 15_625,
+        "warmup_steps": 3_125,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "clamp_value": 1e9,
+        "min_8bit_size": 2**20,
+        "max_sequence_length": 2048,
+        "initial_sequence_length": 256,
+        "sequence_length_warmup_steps": 7_000,
+        "pad_to_multiple_of": 128,
+        "seed": 0,
+        "max_steps": 10**18,
+        "dataloader_num_workers": 0,
+    },
+}
+FLAGS = [(kind, name, default) for kind, table in DEFAULTS.items() for name, default in table.items()]
+
+
+def parse(argv, kind=TrainerPeerArguments):
+    """The three dataclass instances, as the scripts make them; ``argv`` is one string or a list."""
+    argv = argv.split() if isinstance(argv, str) else argv
+    return ArgumentParser(kind, CollaborationArguments, HFTrainerArguments, prog="script.py").parse(argv)
+
+
+def refusal(argv, capsys, kind=TrainerPeerArguments) -> str:
+    """What is printed when these arguments are refused with code 2."""
+    with pytest.raises(SystemExit) as caught:
+        parse(argv, kind)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def untouched():
+    """What `--run_id a` alone gives, by dataclass."""
+    aux = parse("--run_id a", AuxiliaryPeerArguments)[0]
+    return {type(instance): instance for instance in (*parse("--run_id a"), aux)}
+
+
+@pytest.mark.parametrize(("kind", "name", "default"), FLAGS, ids=[f"{k.__name__}.{n}" for k, n, _ in FLAGS])
+def test_arguments_flag_has_the_documented_default(untouched, kind, name, default):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    declared = fields[name].default
+    if declared is dataclasses.MISSING:
+        declared = fields[name].default_factory()
+    assert declared == default
+    assert type(declared) is type(default)
+    if name != "run_id":
+        assert getattr(untouched[kind], name) == default
+
+
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
+def test_arguments_table_of_flags_is_complete(kind):
+    own = {name for base in kind.__mro__ if base.__module__ == "arguments" for name in base.__annotations__}
+    hidden = {"logging_steps", "logging_nan_inf_filter", "save_strategy", "disable_tqdm", "remove_unused_columns"}
+    assert own - hidden - {"optim"} == set(DEFAULTS[kind])
+
+
+def test_arguments_lists_are_not_shared_between_instances():
+    first, second = (TrainerPeerArguments(run_id="a") for _ in range(2))
+    first.initial_peers.append("/ip4/10.0.0.1/tcp/1/p2p/Qm")
+    assert second.initial_peers == []
+
+
+def test_arguments_schedule_defaults_equal_those_of_the_pure_functions():
+    training = HFTrainerArguments()
+    for epoch in (0, 49, 50, 3124, 3125, 9000, 15_624, 15_625):
+        assert learning_rate(epoch) == learning_rate(
+            epoch, peak_learning_rate=training.learning_rate, min_learning_rate=training.min_learning_rate,
+            warmup_steps=training.warmup_steps, total_steps=training.total_steps,
+            num_zero_steps=training.num_zero_lr_steps,
+        )  # fmt: skip
+        assert sequence_length(epoch) == sequence_length(
+            epoch, max_sequence_length=training.max_sequence_length,
+            initial_sequence_length=training.initial_sequence_length,
+            sequence_length_warmup_steps=training.sequence_length_warmup_steps,
+            pad_to_multiple_of=training.pad_to_multiple_of,
+        )  # fmt: skip
+
+
+# -- the original guide's commands ------------------------------------------------------------------------------------
+
+ADDRESS = "/ip4/203.0.113.5/tcp/12345/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC"
+
+
+def test_arguments_of_the_original_trainer_command_parse():
+    peer, _, training = parse(
+        "--run_id my-exp --host_maddrs /ip4/0.0.0.0/tcp/31337 --announce_maddrs /ip4/203.0.113.9/tcp/31337 "
+        f"--initial_peers {ADDRESS} {ADDRESS} --bandwidth 100 "
+        "--per_device_train_batch_size 1 --gradient_accumulation_steps 1 --client_mode --gradient_checkpointing"
+    )
+    assert (peer.run_id, peer.bandwidth, peer.client_mode) == ("my-exp", 100.0, True)
+    assert peer.host_maddrs == ["/ip4/0.0.0.0/tcp/31337"]
+    assert peer.announce_maddrs == ["/ip4/203.0.113.9/tcp/31337"]
+    assert peer.initial_peers == [ADDRESS, ADDRESS]
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (1, 1)
+    assert training.gradient_checkpointing
+
+
+@pytest.mark.parametrize("flag", ["fp16", "bf16"])
+def test_arguments_mixed_precision_flags_need_no_value(flag):
+    assert getattr(parse(f"--run_id a --{flag}")[2], flag) is True
+
+
+def test_arguments_of_the_original_auxiliary_command_parse():
+    peer, *_ = parse(
+        "--run_id my-exp --host_maddrs /ip4/0.0.0.0/tcp/12345 --announce_maddrs /ip4/203.0.113.9/tcp/12345 "
+        "--wandb_project my-exp --store_checkpoints --upload_interval 43200 --repo_url org/my-exp "
+        f"--assist_in_averaging --bandwidth 100 --initial_peers {ADDRESS} --authorize False",
+        AuxiliaryPeerArguments,
+    )
+    assert peer.store_checkpoints and peer.assist_in_averaging
+    assert (peer.upload_interval, peer.repo_url, peer.wandb_project) == (43200.0, "org/my-exp", "my-exp")
+
+
+def test_arguments_gradient_checkpointing_reaches_transformers_under_its_newer_name():
+    assert parse("--run_id a --gradient_checkpointing")[2].activation_checkpointing is True
+    assert not parse("--run_id a")[2].activation_checkpointing
+    assert parse("--run_id a --activation_checkpointing True")[2].activation_checkpointing is True
+
+
+def test_arguments_delayed_modes_can_be_switched_off():
+    collaboration = parse("--run_id a --no_delay_grad_averaging --no-delay-optimizer-step --offload_optimizer False")[1]
+    assert not collaboration.delay_grad_averaging
+    assert not collaboration.delay_optimizer_step
+    assert not collaboration.offload_optimizer
+    assert collaboration.reuse_grad_buffers
+
+
+def test_arguments_inherited_from_transformers_work():
+    assert parse("--run_id a --dataloader_drop_last True")[2].dataloader_drop_last is True
+
+
+# -- argument files ---------------------------------------------------------------------------------------------------
+
+
+def test_arguments_file_holds_comments_quotes_and_other_files(tmp_path):
+    inner, outer = tmp_path / "inner.args", tmp_path / "outer.args"
+    inner.write_text("# shared settings\n\n--run_id inner --learning_rate 1e-3  # a comment behind flags\n")
+    outer.write_text(f"@{inner}\n--learning_rate 2e-3\n--state_path \"a file.pth\" --cache_dir 'b c'\n")
+    peer, _, training = parse([f"@{outer}"])
+    assert (peer.run_id, training.learning_rate) == ("inner", 2e-3)
+    assert (peer.state_path, peer.cache_dir) == ("a file.pth", "b c")
+
+
+def test_arguments_on_the_command_line_override_a_file_before_them():
+    peer, collaboration, training = parse("@demo/trainer.args --learning_rate 1e-4 --run_id other --dataset_sources x")
+    assert (peer.run_id, training.learning_rate, peer.dataset_sources) == ("other", 1e-4, ["x"])
+    assert collaboration == parse("@demo/swarm.args")[1], "demo/trainer.args names demo/swarm.args"
+
+
+@pytest.mark.parametrize(
+    ("file", "kind"), [("trainer.args", TrainerPeerArguments), ("aux.args", AuxiliaryPeerArguments)]
+)
+def test_arguments_of_the_demo_are_found_from_any_folder(tmp_path, monkeypatch, file, kind):
+    monkeypatch.chdir(tmp_path)
+    assert parse(f"@demo/{file}", kind)[0].run_id == "demo"
+
+
+def test_arguments_of_all_demo_peers_agree_on_what_the_swarm_shares():
+    trainer, aux = parse("@demo/trainer.args"), parse("@demo/aux.args", AuxiliaryPeerArguments)
+    assert trainer[1] == aux[1]
+    assert trainer[0].min_vector_size == aux[0].min_vector_size
+    for name in ("learning_rate", "total_steps", "warmup_steps", "num_zero_lr_steps", "min_8bit_size", "seed"):
+        assert getattr(trainer[2], name) == getattr(aux[2], name), name
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+CONTRADICTIONS = {
+    "--target_batch_size 1": "--run_id is missing",
+    "--run_id": "expected one argument",
+    "--run_id my/exp": "--run_id 'my/exp'",
+    "--run_id a --target_batch_size 0": "--target_batch_size must be positive, not 0",
+    "--run_id a --matchmaking_time -1": "--matchmaking_time must be positive",
+    "--run_id a --next_chunk_timeout 0": "--next_chunk_timeout must be positive",
+    "--run_id a --average_state_every 0": "--average_state_every must be positive",
+    "--run_id a --matchmaking_time 30 --averaging_timeout 30": "--averaging_timeout 30.0 must be longer than --matchma",
+    "--run_id a --no_delay_optimizer_step": "--delay_grad_averaging needs --delay_optimizer_step",
+    "--run_id a --no_offload_optimizer": "--delay_optimizer_step needs --offload_optimizer",
+    "--run_id a --authorize True": "--authorize True",
+    "--run_id a --bandwidth 0": "--bandwidth must be positive",
+    "--run_id a --backup_every_epochs 0": "--backup_every_epochs must be positive",
+    "--run_id a --statistics_expiration 0": "--statistics_expiration must be positive",
+    "--run_id a --per_device_train_batch_size 0": "--per_device_train_batch_size must be positive",
+    "--run_id a --gradient_accumulation_steps 0": "--gradient_accumulation_steps",
+    "--run_id a --learning_rate 0": "--learning_rate must be positive",
+    "--run_id a --learning_rate 1e-3 --min_learning_rate 1e-2": "--min_learning_rate 0.01 must lie between 0 and --lea",
+    "--run_id a --total_steps 100": "--warmup_steps 3125 must lie between 0 and --total_steps 100",
+    "--run_id a --max_sequence_length 128": "--initial_sequence_length 256 must lie between 1 and --max_sequence_len",
+    "--run_id a --pad_to_multiple_of 0": "--pad_to_multiple_of must be positive",
+    "--run_id a --max_steps 0": "--max_steps must be positive",
+    "--run_id a --fp16 --bf16": "fp16 and bf16",
+    "--run_id a --bogus 3": "unknown arguments: --bogus 3",
+    "--run_id a --learning 1e-3": "unknown arguments: --learning 1e-3",
+    "--run_id a --learning_rate much": "--learning_rate",
+    "@missing.args": "missing.args",
+}
+AUXILIARY_CONTRADICTIONS = {
+    "--run_id a --client_mode": "--client_mode",
+    "--run_id a --store_checkpoints --repo_url a/b": "--upload_interval",
+    "--run_id a --store_checkpoints --upload_interval 60": "--repo_url",
+    "--run_id a --repo_url a/b --upload_interval 60": "--store_checkpoints",
+    "--run_id a --store_checkpoints --repo_url a/b --upload_interval 0": "--upload_interval must be positive",
+    "--run_id a --refresh_period 0": "--refresh_period must be positive",
+    "--run_id a --assist_refresh 0": "--assist_refresh must be positive",
+    "--run_id a --save_checkpoint_epoch_interval 0": "--save_checkpoint_epoch_interval must be positive",
+    "--run_id a --dataset_sources x": "unknown arguments: --dataset_sources x",
+}
+
+
+@pytest.mark.parametrize(("command", "complaint"), CONTRADICTIONS.items())
+def test_arguments_that_contradict_are_refused_by_name(capsys, command, complaint):
+    printed = refusal(command, capsys)
+    assert printed.startswith("script.py: error: ")
+    assert complaint in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(("command", "complaint"), AUXILIARY_CONTRADICTIONS.items())
+def test_arguments_of_an_auxiliary_that_contradict_are_refused_by_name(capsys, command, complaint):
+    assert complaint in refusal(command, capsys, AuxiliaryPeerArguments)
+
+
+def test_arguments_defaults_name_files_that_exist():
+    assert Path(PEER["model_config_path"]).is_file()
+    assert (Path(PEER["tokenizer_path"]) / "tokenizer.json").is_file()
+    assert list(DEMO.glob("corpus/*.txt"))

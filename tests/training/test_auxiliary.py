@@ -1,0 +1,420 @@
+"""The auxiliary peer sums up what trainers report, keeps one complete checkpoint, and survives a broken network."""
+
+import io
+import os
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
+from src.training.auxiliary import (
+    AveragingAssistant,
+    CheckpointStore,
+    EpochSummary,
+    MetricsMonitor,
+    Uploader,
+    describe,
+    watch,
+)
+from src.training.averagers import Round
+from src.training.console import Progress
+from src.training.dht import TrainerMetrics, store_metrics
+from src.training.journal import Journal, read_journal
+from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, tiny_model
+
+PRESENT = TrainerMetrics(epoch=0)
+
+
+def report(epoch: int, **values) -> TrainerMetrics:
+    return TrainerMetrics(epoch=epoch, **{"loss": 10.0, "mini_steps": 2, "samples": 8, **values})
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_monitor_sums_up_an_epoch_by_forward_passes():
+    summary = MetricsMonitor().summarise({
+        b"a": TrainerMetrics(epoch=3, loss=12.0, mlm_loss=10.0, sop_loss=2.0, mini_steps=4, samples=40,
+                             samples_per_second=2.5, failed_rounds=1),
+        b"b": TrainerMetrics(epoch=3, loss=8.0, mlm_loss=7.0, sop_loss=1.0, mini_steps=1, samples=10,
+                             samples_per_second=0.5),
+    })  # fmt: skip
+    assert summary == EpochSummary(epoch=3, loss=20 / 5, mlm_loss=17 / 5, sop_loss=3 / 5, samples=50,
+                                   samples_per_second=3.0, alive_peers=2, failed_rounds=1)  # fmt: skip
+    assert describe(summary) == (
+        "epoch 3  loss 4.000 (words 3.400, order 0.600)  2 trainers, 50 samples, 3.0/s, "
+        "1 rounds of averaging not complete"
+    )
+
+
+def test_monitor_has_nothing_to_say_without_reports_or_twice_for_an_epoch():
+    monitor = MetricsMonitor()
+    assert monitor.summarise({}) is None
+    assert monitor.summarise({b"a": PRESENT}) is None, "a trainer that is only there"
+    assert monitor.summarise({b"a": report(1)}).epoch == 1
+    assert monitor.summarise({b"a": report(1)}) is None
+
+
+def test_monitor_waits_one_look_for_a_late_report():
+    monitor = MetricsMonitor()
+    assert monitor.summarise({b"a": report(2), b"b": report(1)}) is None
+    summary = monitor.summarise({b"a": report(2), b"b": report(2)})
+    assert (summary.epoch, summary.alive_peers, summary.samples) == (2, 2, 16)
+
+
+@pytest.mark.parametrize("other", [PRESENT, report(1)], ids=["only present", "gone"])
+def test_monitor_does_not_wait_for_a_trainer_that_never_reports(other):
+    monitor = MetricsMonitor()
+    assert monitor.summarise({b"a": report(2), b"b": other}) is None
+    summary = monitor.summarise({b"a": report(2), b"b": other})
+    assert (summary.epoch, summary.alive_peers, summary.loss) == (2, 1, 5.0)
+
+
+def test_monitor_is_not_silenced_by_a_trainer_that_is_gone_when_epochs_are_shorter_than_looks():
+    monitor, epochs = MetricsMonitor(), []
+    for epoch in range(2, 12):
+        summary = monitor.summarise({b"a": report(epoch), b"gone": report(1)})
+        epochs.append(summary and summary.epoch)
+    assert epochs == [None, 3, None, 5, None, 7, None, 9, None, 11]
+
+
+def test_monitor_of_trainers_that_computed_nothing_gives_finite_numbers():
+    summary = MetricsMonitor().summarise({b"a": TrainerMetrics(epoch=1)})
+    assert (summary.loss, summary.samples) == (0.0, 0)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """Saves a file, and can be told to fail at it."""
+
+    fail = False
+
+    def save_pretrained(self, folder):
+        if self.fail:
+            raise OSError("No space left on device")
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def make_store(folder, *, every_epochs=5):
+    """A store whose peers are at epoch 7; their parameters are all 0.25."""
+    model = tiny_model()
+    model.config.sparse_prediction = True
+    optimizer = FakeOptimizer(model, epoch=3)
+    averager = optimizer.state_averager
+    averager.epoch_of_peers, averager.timeouts = 7, []
+
+    @torch.no_grad()
+    def download(timeout):
+        averager.timeouts.append(timeout)
+        if averager.epoch_of_peers is not None:
+            for parameter in optimizer.parameters:
+                parameter.fill_(0.25)
+            averager.local_epoch = averager.epoch_of_peers
+
+    averager.load_state_from_peers = download
+    return CheckpointStore(folder / "run" / "checkpoint", model, Tokenizer(), optimizer, swarm_lock=threading.Lock(),
+                           every_epochs=every_epochs)  # fmt: skip
+
+
+def entries(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_checkpoint_opens_with_from_pretrained_and_gives_logits_everywhere(tmp_path):
+    store = make_store(tmp_path)
+    assert store.update(timeout=60.0) == 7
+    for kind in (LeanAlbertForPreTraining, LeanAlbertForMaskedLM):
+        model, info = kind.from_pretrained(store.path, output_loading_info=True)
+        assert model.config.sparse_prediction is False
+        assert not info["missing_keys"]
+    assert model.config.vocab_size == 300
+    for name, parameter in LeanAlbertForPreTraining.from_pretrained(store.path).named_parameters():
+        assert bool((parameter == 0.25).all()), name
+    assert entries(store.path.parent) == {"checkpoint"}
+
+
+def test_checkpoint_holds_the_tokenizer(tmp_path):
+    from arguments import DEMO
+
+    store = make_store(tmp_path)
+    store.tokenizer = load_tokenizer(DEMO / "tokenizer")
+    store.update(timeout=60.0)
+    text = "Проверка, ёлка."
+    assert load_tokenizer(store.path)(text) == store.tokenizer(text)
+
+
+def test_checkpoint_is_due_every_so_many_epochs(tmp_path):
+    store = make_store(tmp_path, every_epochs=5)
+    assert [store.is_due(epoch) for epoch in (4, 5)] == [False, True]
+    store.update(timeout=60.0)  # epoch 7
+    assert [store.is_due(epoch) for epoch in (7, 11, 12)] == [False, False, True]
+
+
+def test_checkpoint_update_leaves_the_assistant_in_the_newer_epoch(tmp_path):
+    store = make_store(tmp_path)
+    store.optimizer.state_averager.local_epoch = 9
+    store.update(timeout=60.0)
+    assert store.optimizer.local_epoch == 9
+    assert store.last_epoch == 7
+
+
+def test_checkpoint_swap_shows_a_complete_directory_at_every_step(tmp_path, monkeypatch):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    store.optimizer.state_averager.epoch_of_peers = 8
+    complete, seen = entries(store.path), []
+    folder = store.path.parent
+
+    def watched(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            seen.append([path.name for path in folder.iterdir() if entries(path) == complete])
+            return result
+
+        return call
+
+    monkeypatch.setattr("src.training.auxiliary.shutil.rmtree", watched(__import__("shutil").rmtree))
+    monkeypatch.setattr(type(store.path), "rename", watched(type(store.path).rename))
+    store.model.save_pretrained = watched(store.model.save_pretrained)
+    store.update(timeout=60.0)
+    assert len(seen) >= 5
+    assert all(seen), seen
+    assert seen[-1] == ["checkpoint"]
+
+
+def test_checkpoint_that_cannot_be_written_leaves_the_previous_one(tmp_path):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    before = {path.name: path.read_bytes() for path in store.path.iterdir()}
+    store.optimizer.state_averager.epoch_of_peers, store.tokenizer.fail = 8, True
+    with pytest.raises(OSError, match="No space left"):
+        store.update(timeout=60.0)
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    assert store.last_epoch == 7
+    store.tokenizer.fail = False
+    assert store.update(timeout=60.0) == 8
+    assert entries(store.path.parent) == {"checkpoint"}
+
+
+@pytest.mark.parametrize(("trouble", "complaint"), [("nobody", "no trainer shares its state yet"),
+                                                    ("silence", "no answer within 60 s"),
+                                                    ("damage", "parameters are not finite")])  # fmt: skip
+def test_checkpoint_is_not_replaced_when_the_download_fails(tmp_path, trouble, complaint):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    averager = store.optimizer.state_averager
+    download = averager.load_state_from_peers
+
+    def fail(timeout):
+        if trouble == "silence":
+            raise TimeoutError
+        download(timeout)
+        with torch.no_grad():
+            store.optimizer.parameters[0].view(-1)[3] = float("nan")
+
+    averager.epoch_of_peers = None if trouble == "nobody" else 8
+    if trouble != "nobody":
+        averager.load_state_from_peers = fail
+    before = {path.name: path.read_bytes() for path in store.path.iterdir()}
+    with pytest.raises(ValueError, match=complaint):
+        store.update(timeout=60.0)
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    assert not store.swarm_lock.locked()
+    assert store.optimizer.local_epoch >= 7
+
+
+def test_checkpoint_snapshot_is_not_changed_by_the_next_checkpoint(tmp_path):
+    store = make_store(tmp_path)
+    assert not store.snapshot(tmp_path / "early")
+    store.update(timeout=60.0)
+    assert store.snapshot(tmp_path / "upload")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "upload").iterdir()}
+    assert set(before) == entries(store.path)
+    assert os.path.samefile(tmp_path / "upload" / "config.json", store.path / "config.json")
+    store.optimizer.state_averager.epoch_of_peers = 8
+    (store.path / "config.json").stat()
+    store.update(timeout=60.0)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "upload").iterdir()} == before
+
+
+# -- uploads ----------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """Like HfApi; the first ``failures`` uploads fail. ``uploads``: (commit message, file names) of the others."""
+
+    def __init__(self, failures=0):
+        self.failures, self.uploads, self.done = failures, [], threading.Event()
+
+    def create_repo(self, repo_id, *, exist_ok):
+        assert (repo_id, exist_ok) == ("org/name", True)
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("the hub is away\nand a long story about it")
+        self.uploads.append((commit_message, set(os.listdir(folder_path))))
+        self.done.set()
+
+
+def make_uploader(folder, hub, *, interval=0.01):
+    store = make_store(folder)
+    stop, progress = threading.Event(), Progress(io.StringIO())
+    return Uploader(store, "org/name", hub, interval=interval, progress=progress, stop=stop)
+
+
+def test_uploader_sends_each_checkpoint_once(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub())
+    assert uploader.upload(), "nothing to send is no failure"
+    uploader.store.update(timeout=60.0)
+    assert uploader.upload()
+    assert uploader.upload()
+    assert uploader.api.uploads == [("Epoch 7", entries(uploader.store.path))]
+    uploader.store.optimizer.state_averager.epoch_of_peers = 12
+    uploader.store.update(timeout=60.0)
+    assert uploader.upload()
+    assert [message for message, _ in uploader.api.uploads] == ["Epoch 7", "Epoch 12"]
+    assert entries(uploader.store.path.parent) == {"checkpoint"}, "no temporary copy is left"
+
+
+def test_uploader_tries_again_after_failures_and_reports_them(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub(failures=2))
+    uploader.store.update(timeout=60.0)
+    uploader.start()
+    assert uploader.api.done.wait(10.0)
+    uploader.stop.set()
+    uploader.join(10.0)
+    assert not uploader.is_alive()
+    lines = uploader.progress.stream.getvalue().splitlines()
+    failed = "upload to org/name failed, will try again: the hub is away"
+    assert lines == [failed, failed, "uploaded epoch 7 to org/name"]
+    assert entries(uploader.store.path.parent) == {"checkpoint"}
+
+
+@pytest.mark.parametrize(("interval", "after_success", "after_failure"), [(43_200.0, 43_200.0, 60.0), (5.0, 5.0, 5.0)])
+def test_uploader_waits_less_after_a_failure(tmp_path, interval, after_success, after_failure):
+    uploader = make_uploader(tmp_path, FakeHub(failures=1), interval=interval)
+    uploader.store.update(timeout=60.0)
+    waits = []
+    uploader.stop = SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) > 2)
+    uploader.run()
+    assert waits == [interval, after_failure, after_success]
+
+
+def test_uploader_survives_errors_that_say_nothing_and_files_that_vanish(tmp_path, monkeypatch):
+    uploader = make_uploader(tmp_path, FakeHub())
+    uploader.store.update(timeout=60.0)
+    monkeypatch.setattr(uploader.api, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(KeyError()))
+    assert not uploader.upload()
+    monkeypatch.setattr(uploader.store, "snapshot", lambda folder: (_ for _ in ()).throw(FileNotFoundError("gone")))
+    assert not uploader.upload()
+    assert "KeyError()" in uploader.progress.stream.getvalue()
+    assert "gone" in uploader.progress.stream.getvalue()
+
+
+def test_uploader_does_not_hold_up_checkpoints_or_the_end_of_the_program(tmp_path):
+    hub, store_again = FakeHub(), threading.Event()
+    uploader = make_uploader(tmp_path, hub)
+    started = threading.Event()
+    hub.upload_folder = lambda **kwargs: started.set() or store_again.wait(30.0)
+    uploader.store.update(timeout=60.0)
+    uploader.start()
+    try:
+        assert started.wait(10.0)
+        uploader.store.optimizer.state_averager.epoch_of_peers = 12
+        assert uploader.store.update(timeout=60.0) == 12, "while the upload hangs"
+        assert uploader.daemon
+    finally:
+        store_again.set()
+        uploader.stop.set()
+        uploader.join(10.0)
+
+
+# -- the watch --------------------------------------------------------------------------------------------------------
+
+
+class Looks:
+    """A stop event that is set after so many looks; before each, the next action is carried out."""
+
+    def __init__(self, *actions):
+        self.actions = list(actions)
+
+    def wait(self, period):
+        assert period == 2.5
+        if not self.actions:
+            return True
+        self.actions.pop(0)()
+        return False
+
+
+def test_watch_writes_summaries_and_retries_checkpoints(tmp_path):
+    dht, store = FakeDHT(), make_store(tmp_path, every_epochs=2)
+    averager = store.optimizer.state_averager
+    averager.epoch_of_peers = None
+    progress, path = Progress(io.StringIO()), tmp_path / "metrics.jsonl"
+
+    def trainer_reports(epoch, epoch_of_peers):
+        store_metrics(dht, "run", b"a", report(epoch, mlm_loss=9.0, sop_loss=1.0), expiration=60.0)
+        averager.epoch_of_peers = epoch_of_peers
+
+    watch(
+        SimpleNamespace(dht=dht), "run", period=2.5, journal=Journal(path), store=store, progress=progress,
+        stop=Looks(lambda: None, lambda: trainer_reports(1, None), lambda: trainer_reports(2, None),
+                   lambda: trainer_reports(2, 2), lambda: trainer_reports(3, 3), lambda: trainer_reports(4, 4)),
+    )  # fmt: skip
+    records = read_journal(path)
+    assert [(record["event"], record["epoch"], record["loss"]) for record in records] == [
+        ("swarm_epoch", epoch, 5.0) for epoch in (1, 2, 3, 4)
+    ]
+    lines = progress.stream.getvalue().splitlines()
+    assert [line for line in lines if not line.startswith("epoch")] == [
+        "no checkpoint stored, will try again: no trainer shares its state yet",
+        f"stored the state of epoch 2 in {store.path}",
+        f"stored the state of epoch 4 in {store.path}",
+    ]
+
+
+# -- help with averaging ----------------------------------------------------------------------------------------------
+
+
+def make_assistant(folder, *, num_peers, own_epoch, epoch_of_peers):
+    optimizer = FakeOptimizer(tiny_model(), epoch=own_epoch)
+    optimizer.tracker.global_progress.num_peers, optimizer.tracker.global_epoch = num_peers, epoch_of_peers
+    optimizer.step = lambda: optimizer.steps.append(optimizer.local_epoch)
+    journal = Journal(folder / "metrics.jsonl")
+    return AveragingAssistant(optimizer, threading.Lock(), journal, period=0.01, stop=threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("num_peers", "own_epoch", "epoch_of_peers", "stepped_in"),
+    [(2, 5, 5, [5]), (2, 5, 6, [5]), (2, 5, 7, [7]), (2, 0, 40, [40]), (1, 5, 5, []), (0, 0, 0, [])],
+)
+def test_assistant_takes_part_in_the_epoch_of_the_trainers(tmp_path, num_peers, own_epoch, epoch_of_peers, stepped_in):
+    assistant = make_assistant(tmp_path, num_peers=num_peers, own_epoch=own_epoch, epoch_of_peers=epoch_of_peers)
+    assistant.optimizer.rounds = [Round("gradients", 1.0, 3, 1.0)]
+    assistant.assist()
+    assert assistant.optimizer.steps == stepped_in
+    (record,) = read_journal(tmp_path / "metrics.jsonl")
+    assert (record["event"], record["kind"], record["complete"]) == ("round", "gradients", True)
+
+
+def test_assistant_goes_on_after_an_error(tmp_path, caplog):
+    assistant = make_assistant(tmp_path, num_peers=2, own_epoch=5, epoch_of_peers=5)
+    calls = []
+
+    def step():
+        calls.append(assistant.lock.locked())
+        if len(calls) == 1:
+            raise RuntimeError("a round went wrong")
+        assistant.stop.set()
+
+    assistant.optimizer.step = step
+    assistant.start()
+    assistant.join(10.0)
+    assert calls == [True, True], "under the lock that checkpoints take"
+    assert not assistant.lock.locked()
+    assert "a round went wrong" in caplog.text

@@ -1,0 +1,376 @@
+"""The callback steps with the swarm, keeps bad numbers out of it, reports epochs, backs up, and stops when told."""
+
+import io
+import math
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import TrainerControl
+
+from src.training.averagers import Round
+from src.training.backup import read_backup, save_backup
+from src.training.callback import describe_incomplete
+from src.training.dht import TrainerMetrics, fetch_metrics, store_metrics
+from src.training.hf_trainer import LossScaler
+from src.training.journal import read_journal
+from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, make_trainer, stack, tiny_items, tiny_model
+
+SAMPLES_PER_EPOCH = 8  # two local steps of 4
+
+
+def journal_of(folder, event: str) -> list[dict]:
+    return [record for record in read_journal(folder / "metrics.jsonl") if record["event"] == event]
+
+
+def said_by(callback) -> str:
+    return callback.progress.stream.getvalue()
+
+
+def make_callback(folder, optimizer=None, **options):
+    """A callback alone, as it is after the start of training."""
+    callback = make_trainer(folder, optimizer or FakeOptimizer(tiny_model()), **options)[1]
+    run(callback.on_train_begin)
+    return callback
+
+
+def run(event) -> TrainerControl:
+    """Call a callback's event as Trainer does; returns what it wants Trainer to do."""
+    control = TrainerControl()
+    event(None, None, control)
+    return control
+
+
+def local_step(callback, *, poison: float | None = None, samples: int = 4) -> TrainerControl:
+    """What Trainer does in a step: backward, the events around its optimizer, and resetting gradients."""
+    model = callback.model
+    loss = model(**stack(tiny_items(samples))).loss
+    (loss if callback.scaler is None else loss * callback.scaler.scale).backward()
+    if poison is not None:
+        callback.parameters[3].grad.view(-1)[0] = poison
+    callback.meter.unreported_samples += samples
+    callback.meter.samples += samples
+    callback.meter.mini_steps += 1
+    run(callback.on_pre_optimizer_step)
+    run(callback.on_optimizer_step)
+    model.zero_grad(set_to_none=True)
+    return run(callback.on_step_end)
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_callback_under_the_real_trainer_writes_one_record_an_epoch(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=SAMPLES_PER_EPOCH)
+    trainer, callback = make_trainer(tmp_path, optimizer, max_steps=6)
+    trainer.train()
+    assert [samples for samples, _ in optimizer.steps] == [4] * 6
+    records = journal_of(tmp_path, "epoch")
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+    for record in records:
+        assert record["samples"] == SAMPLES_PER_EPOCH
+        assert record["dropped_samples"] == 0
+        assert 4.0 < record["mlm_loss"] < 8.0, "ln(300) is 5.7"
+        assert record["loss"] == pytest.approx(record["mlm_loss"] + record["sop_loss"], rel=1e-4)
+    assert [record["learning_rate"] for record in records] == pytest.approx([0.5 / 2, 0.5 / 3, 0.5 / 4])
+    assert len(journal_of(tmp_path, "round")) == 3
+    assert said_by(callback).count("averaged with 2 peers") == 3
+    assert fetch_metrics(callback.dht, "fake")[b"key"].epoch == 3
+
+
+def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
+    callback = make_callback(tmp_path)
+    for loss in (2.0, 4.0):
+        callback.meter.loss += loss
+        callback.meter.mlm_loss += loss - 0.5
+        callback.meter.sop_loss += 0.5
+        callback.rounds.append(Round("gradients", 1.0, num_peers=2, received=0.5))
+        local_step(callback)
+    stored = callback.dht.records["fake_metrics"][b"key"].value
+    assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
+                      "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2}  # fmt: skip
+    assert journal_of(tmp_path, "epoch")[0]["loss"] == 3.0
+    assert callback.meter.loss == 0.0
+
+
+def test_callback_gives_gradient_buffers_back_as_they_were(tmp_path):
+    callback = make_callback(tmp_path)
+    local_step(callback)
+    buffers = [parameter.grad for parameter in callback.parameters]
+    before = [gradient.clone() for gradient in buffers]
+    run(callback.on_optimizer_step)
+    assert all(parameter.grad is None for parameter in callback.parameters), "Trainer would reset them"
+    run(callback.on_step_end)
+    for parameter, buffer, content in zip(callback.parameters, buffers, before, strict=True):
+        assert parameter.grad is buffer
+        assert torch.equal(buffer, content)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_callback_drops_gradients_that_are_not_finite(tmp_path, poison, caplog):
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=12, reuse_grad_buffers=False)
+    callback = make_callback(tmp_path, optimizer)
+    local_step(callback)
+    local_step(callback, poison=poison)
+    local_step(callback)
+    assert [samples for samples, _ in optimizer.steps] == [4, 4]
+    assert callback.meter.dropped == 4
+    assert optimizer.grad_averager.local_samples_accumulated == 8
+    assert "dropped 4 samples" in caplog.text
+    for _, gradients in optimizer.steps:
+        assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+
+
+def test_callback_drops_the_whole_epoch_so_far_when_reused_buffers_are_spoilt(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=12)
+    callback = make_callback(tmp_path, optimizer)
+    local_step(callback)
+    clean = {name: gradient.clone() for name, gradient in optimizer.steps[0][1].items()}
+    local_step(callback)
+    local_step(callback, poison=math.nan)
+    assert callback.meter.dropped == 12
+    assert optimizer.grad_averager.local_samples_accumulated == 0
+    assert optimizer.tracker.reported[-1] == (0, 0), "the swarm must not count on them"
+    local_step(callback)
+    assert optimizer.local_epoch == 0
+    for name, gradient in optimizer.steps[-1][1].items():
+        torch.testing.assert_close(gradient, clean[name], msg=name)
+
+
+def test_callback_reports_nothing_when_no_sample_was_computed(tmp_path):
+    callback = make_callback(tmp_path)
+    run(callback.on_pre_optimizer_step)
+    assert callback.optimizer.steps == []
+
+
+def test_callback_halves_the_loss_scale_after_an_overflow(tmp_path):
+    scaler = LossScaler(scale=1024.0)
+    callback = make_callback(tmp_path, scaler=scaler)
+    local_step(callback, poison=math.inf)
+    assert scaler.scale == 512.0
+    assert callback.optimizer.steps == []
+
+
+# -- the end ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_steps", [1, 5])
+def test_callback_lets_max_steps_stop_the_trainer_and_writes_a_backup(tmp_path, max_steps):
+    optimizer = FakeOptimizer(tiny_model())
+    make_trainer(tmp_path, optimizer, max_steps=max_steps)[0].train()
+    assert len(optimizer.steps) == max_steps
+    assert read_backup(tmp_path / "backup.pth")["epoch"] == max_steps // 2
+
+
+def test_callback_stops_the_trainer_at_total_steps(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    make_trainer(tmp_path, optimizer, total_steps=3)[0].train()
+    assert optimizer.local_epoch == 3
+    assert len(optimizer.steps) == 6
+
+
+def test_callback_stops_the_trainer_when_asked_to(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    trainer, callback = make_trainer(tmp_path, optimizer)
+    step = optimizer.step
+
+    def step_and_stop(batch_size):
+        step(batch_size)
+        if len(optimizer.steps) == 3:
+            callback.stop.set()
+
+    optimizer.step = step_and_stop
+    trainer.train()
+    assert len(optimizer.steps) == 3
+    assert (tmp_path / "backup.pth").exists()
+
+
+def test_callback_lets_a_delayed_update_finish_before_the_last_backup(tmp_path):
+    callback = make_callback(tmp_path)
+    averager = callback.optimizer.state_averager
+    averager.pending_updates = {"update"}
+
+    def finish(**kwargs):
+        assert kwargs == {"apply_delayed_updates": True}
+        averager.pending_updates = set()
+        with torch.no_grad():
+            callback.model.sop_classifier.classifier.bias.fill_(7.0)
+
+    averager.step = finish
+    run(callback.on_train_end)
+    assert read_backup(callback.state_path)["model"]["sop_classifier.classifier.bias"].tolist() == [7.0, 7.0]
+
+
+# -- backups and rollback ---------------------------------------------------------------------------------------------
+
+
+def test_callback_backs_up_every_so_many_epochs_but_never_between_the_halves_of_an_update(tmp_path):
+    callback = make_callback(tmp_path)  # every 2 epochs of 2 local steps
+    epochs = []
+    for number in range(12):
+        callback.optimizer.state_averager.pending_updates = {"update"} if number == 3 else set()
+        local_step(callback)
+        epochs.append(read_backup(callback.state_path)["epoch"] if callback.state_path.exists() else None)
+    assert epochs == [None, None, None, None, 2, 2, 2, 4, 4, 4, 4, 6]
+
+
+def test_callback_keeps_training_and_the_previous_backup_when_the_disk_is_full(tmp_path, monkeypatch):
+    callback = make_callback(tmp_path)
+    callback.state_path.write_bytes(b"previous")
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("src.training.callback.save_backup", fail)
+    for _ in range(4):
+        local_step(callback)
+    assert callback.state_path.read_bytes() == b"previous"
+    assert said_by(callback).count("backup failed, the previous one is kept: No space left on device") == 1
+
+
+def test_callback_rolls_parameters_that_are_not_finite_back_to_the_backup(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_callback(tmp_path, optimizer)
+    save_backup(callback.state_path, callback.model, optimizer)
+    before = {name: tensor.clone() for name, tensor in callback.model.state_dict().items()}
+    local_step(callback)
+    spoil_at_next_step(optimizer)
+    local_step(callback)
+    for name, tensor in callback.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert optimizer.local_epoch == 0
+    assert optimizer.num_downloads == 0
+    assert "went back to the backup of epoch 0" in said_by(callback)
+    assert journal_of(tmp_path, "epoch")[-1]["epoch"] == 1
+    local_step(callback)
+    local_step(callback)
+    assert optimizer.local_epoch == 1, "training goes on"
+
+
+def test_callback_takes_the_state_of_a_peer_when_there_is_no_backup(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=4)
+    callback = make_callback(tmp_path, optimizer)
+    optimizer.downloaded_value = 0.25
+    spoil_at_next_step(optimizer)
+    local_step(callback)
+    assert optimizer.num_downloads == 1
+    assert all(bool((parameter == 0.25).all()) for parameter in callback.parameters)
+    assert "took the state of another peer" in said_by(callback)
+
+
+def test_callback_never_backs_up_parameters_that_are_not_finite(tmp_path, caplog):
+    callback = make_callback(tmp_path)
+    save_backup(callback.state_path, callback.model, callback.optimizer)
+    good = callback.state_path.read_bytes()
+    with torch.no_grad():
+        callback.parameters[0].view(-1)[5] = math.inf
+    run(callback.on_train_end)
+    assert callback.state_path.read_bytes() == good
+    assert "no backup written" in caplog.text
+
+
+def spoil_at_next_step(optimizer) -> None:
+    step = optimizer.step
+
+    def step_and_spoil(batch_size):
+        step(batch_size)
+        optimizer.step = step
+        with torch.no_grad():
+            optimizer.parameters[0].view(-1)[5] = math.nan
+
+    optimizer.step = step_and_spoil
+
+
+# -- the start --------------------------------------------------------------------------------------------------------
+
+
+def test_callback_resumes_from_the_backup(tmp_path):
+    saved = tiny_model(seed=1)
+    optimizer = FakeOptimizer(tiny_model(seed=2), epoch=0)
+    callback = make_trainer(tmp_path, optimizer)[1]
+    save_backup(callback.state_path, saved, FakeOptimizer(saved, epoch=9))
+    callback.resume()
+    run(callback.on_train_begin)
+    assert optimizer.local_epoch == 9
+    assert f"resumed from {callback.state_path} at epoch 9" in said_by(callback)
+    for one, other in zip(optimizer.model.state_dict().values(), saved.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert optimizer.num_downloads == 0
+
+
+@pytest.mark.parametrize(("of_peers", "downloads"), [(8, 0), (9, 1), (10, 1)])
+def test_callback_takes_the_state_of_peers_unless_the_backup_is_newer(tmp_path, of_peers, downloads):
+    optimizer = FakeOptimizer(tiny_model(), epoch=9)
+    callback = make_trainer(tmp_path, optimizer)[1]
+    callback.peer.initial_peers = ["/ip4/203.0.113.5/tcp/1/p2p/Qm"]
+    optimizer.tracker.global_epoch = of_peers
+    run(callback.on_train_begin)
+    assert optimizer.num_downloads == downloads
+
+
+def test_callback_waits_for_the_trainers_it_was_told_to_wait_for(tmp_path):
+    dht, optimizer = FakeDHT(), FakeOptimizer(tiny_model())
+    callback = make_trainer(tmp_path, optimizer, dht=dht, wait_for_peers=2)[1]
+    waiting = threading.Thread(target=run, args=(callback.on_train_begin,), daemon=True)
+    waiting.start()
+    waiting.join(0.7)
+    assert waiting.is_alive()
+    assert list(fetch_metrics(dht, "fake")) == [b"key"], "it announces itself"
+    store_metrics(dht, "fake", b"other", TrainerMetrics(epoch=0), expiration=60.0)
+    waiting.join(5.0)
+    assert not waiting.is_alive()
+    assert said_by(callback).count("waiting for 2 trainers") == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "run has begun"])
+def test_callback_does_not_wait_longer_than_needed(tmp_path, reason):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_trainer(tmp_path, optimizer, wait_for_peers=2)[1]
+    if reason == "stop":
+        callback.stop.set()
+    else:
+        optimizer.tracker.global_epoch = 4
+    waiting = threading.Thread(target=run, args=(callback.on_train_begin,), daemon=True)
+    waiting.start()
+    waiting.join(5.0)
+    assert not waiting.is_alive()
+
+
+def test_callback_lets_the_sequence_length_grow_with_the_epoch(tmp_path):
+    callback = make_callback(tmp_path)  # from 16 to 64 in 3 epochs, in multiples of 8
+    lengths = [callback.current_length.value]
+    for _ in range(8):
+        local_step(callback)
+        lengths.append(callback.current_length.value)
+    assert lengths == [16, 16, 32, 32, 48, 48, 64, 64, 64]
+    assert [record["sequence_length"] for record in journal_of(tmp_path, "epoch")] == [16, 32, 48, 64]
+
+
+def test_callback_starts_with_the_sequence_length_of_the_epoch_it_resumes_at(tmp_path):
+    assert make_callback(tmp_path, FakeOptimizer(tiny_model(), epoch=2)).current_length.value == 48
+
+
+# -- rounds of averaging ----------------------------------------------------------------------------------------------
+
+
+def test_callback_reports_rounds_that_are_not_complete(tmp_path):
+    callback = make_callback(tmp_path)
+    callback.optimizer.rounds = [
+        Round("gradients", 1.5, num_peers=3, received=0.5, num_lost=1),
+        Round("parameters", 30.0, error="no group found"),
+        Round("gradients", 1.5, num_peers=3, received=1.0),
+    ]
+    local_step(callback)
+    assert [record["complete"] for record in journal_of(tmp_path, "round")] == [False, False, True]
+    partial, failed = said_by(callback).splitlines()
+    assert partial.startswith("averaging gradients was partial: 50.0% of the values came back from 3 peers, 1 failed")
+    assert failed == "averaging parameters failed after 30 s: no group found"
+    assert describe_incomplete(SimpleNamespace(error="x", kind="gradients", seconds=2.4)).endswith("after 2 s: x")
+
+
+def test_callback_writes_nothing_to_the_terminal_between_epochs_when_output_is_a_file(tmp_path):
+    callback = make_callback(tmp_path)
+    callback.progress.stream = io.StringIO()
+    local_step(callback)
+    assert said_by(callback) == ""

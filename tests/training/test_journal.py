@@ -1,0 +1,166 @@
+"""A run's records survive crashes as valid JSON lines, and two peers on one machine never share a folder."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import wandb
+
+from src.training.journal import Journal, claim_run_directory, read_journal
+
+# the module from its own folder: `import src` loads torch and transformers, which takes seconds
+MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
+
+
+def test_journal_writes_one_complete_line_a_record_at_once(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    journal = Journal(path)
+    journal.write("epoch", epoch=1, loss=2.5)
+    assert path.read_text().endswith("}\n"), "on disk before the next record and before close()"
+    journal.write("note", text="потери\u2028и строка\nещё")
+    first, second = (json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1])
+    assert (first["event"], first["epoch"], first["loss"]) == ("epoch", 1, 2.5)
+    assert second["text"] == "потери\u2028и строка\nещё"
+    assert abs(first["time"] - os.stat(path).st_mtime) < 60
+    assert read_journal(path) == [first, second]
+
+
+def test_journal_turns_numbers_that_are_not_finite_into_null(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    record = journal.write("epoch", loss=math.nan, high=math.inf, low=-math.inf, fine=0.0, name="nan", rounds=[1])
+    assert (record["loss"], record["high"], record["low"], record["fine"]) == (None, None, None, 0.0)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=refuse) == record
+
+
+def test_journal_adds_to_the_file_of_an_earlier_run(tmp_path):
+    for number in (1, 2):
+        journal = Journal(tmp_path / "metrics.jsonl")
+        journal.write("epoch", epoch=number)
+        journal.close()
+    assert [record["epoch"] for record in read_journal(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("torn", [b'{"event": "epoch", "epo', '{"text": "поте'.encode()[:-1], b"{"])
+def test_journal_loses_only_the_line_that_a_crash_cut_off(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 1}\n' + torn)
+    assert read_journal(path) == [{"epoch": 1}]
+    Journal(path).write("epoch", epoch=2)
+    assert [record["epoch"] for record in read_journal(path)] == [1, 2]
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+CLAIM = """
+import os, sys, time
+from journal import claim_run_directory
+claim_run_directory(sys.argv[1], "run", "trainer")
+daemon = os.fork()  # outlives the program, as hivemind's do
+if daemon == 0:
+    time.sleep(60)
+print(daemon, flush=True)
+os._exit(0)
+"""
+
+
+def test_journal_folder_is_named_after_run_and_role_and_numbered(tmp_path):
+    folders = [claim_run_directory(str(tmp_path), "run", role) for role in ("trainer", "trainer", "aux", "trainer")]
+    assert folders == [tmp_path / "run" / name for name in ("trainer", "trainer-2", "aux", "trainer-3")]
+    assert claim_run_directory(str(tmp_path), "other", "trainer") == tmp_path / "other" / "trainer"
+
+
+def test_journal_folder_is_free_again_when_the_program_and_its_children_have_ended(tmp_path):
+    def claimed():
+        return claim_run_directory(str(tmp_path), "run", "trainer").name
+
+    with subprocess.Popen(
+        [sys.executable, "-c", CLAIM, str(tmp_path)], env=MODULE_ALONE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        daemon = int(program.stdout.readline())
+        try:
+            assert program.wait(20) == 0
+            assert claimed() == "trainer-2", "its child still lives"
+        finally:
+            os.kill(daemon, signal.SIGKILL)
+    give_up_at = time.monotonic() + 10
+    while claimed() != "trainer":
+        assert time.monotonic() < give_up_at
+        time.sleep(0.05)
+
+
+# -- Weights & Biases -------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    def __init__(self):
+        self.logged, self.finished = [], False
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_journal_gives_wandb_the_numbers_of_each_record(tmp_path, monkeypatch):
+    run, options = FakeRun(), {}
+    monkeypatch.setattr(wandb, "init", lambda **given: options.update(given) or run)
+    journal = Journal(tmp_path / "metrics.jsonl", wandb_project="project", run_name="name")
+    journal.write("round", epoch=3, kind="gradients", seconds=0.5, complete=True)
+    journal.close()
+    assert (options["project"], options["name"]) == ("project", "name")
+    assert run.logged == [{"epoch": 3, "seconds": 0.5, "complete": True}]
+    assert run.finished
+
+
+def test_journal_does_not_start_wandb_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb, "init", lambda **given: pytest.fail("wandb was started"))
+    Journal(tmp_path / "metrics.jsonl").write("epoch", epoch=1)
+
+
+def test_journal_explains_in_one_line_why_wandb_does_not_start(tmp_path, monkeypatch):
+    def refuse(**given):
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login` to log in.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        ValueError, match=r"--wandb_project project: No API key configured.*WANDB_MODE=offline"
+    ) as caught:
+        Journal(tmp_path / "metrics.jsonl", wandb_project="project")
+    assert "\n" not in str(caught.value)
+
+
+OFFLINE = """
+import sys
+from pathlib import Path
+from journal import Journal
+journal = Journal(Path(sys.argv[1]) / "metrics.jsonl", wandb_project="project", run_name="offline-run")
+for epoch in (1, 2):
+    journal.write("epoch", epoch=epoch, loss=1234.5)
+journal.close()
+"""
+
+
+def test_journal_wandb_works_offline(tmp_path):
+    # wandb starts a service of its own and remembers it in the environment: keep that out of the test's process
+    folders = dict.fromkeys(["WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "HOME"], str(tmp_path))
+    environment = {**MODULE_ALONE, **folders, "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    command = [sys.executable, "-c", OFFLINE, str(tmp_path)]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (recorded,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = recorded.read_bytes()
+    assert content.count(b"loss") >= 2
+    assert b"offline-run" in content
+    assert len(read_journal(tmp_path / "metrics.jsonl")) == 2
