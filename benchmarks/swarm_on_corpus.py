@@ -32,7 +32,7 @@ from tasks.mlm.train_tokenizer import parse_arguments, train_tokenizer
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
 HERE = Path(__file__).resolve().parent
-VOCAB_SIZE, LENGTH, MICRO_BATCH = 8000, 128, 16
+VOCAB_SIZE, LENGTH, MICRO_BATCH = 8000, 128, 8
 MODEL = {
     "model_type": "lean_albert",
     "vocab_size": VOCAB_SIZE,
@@ -54,10 +54,10 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, default=HERE / "swarm_on_corpus.json", help="figures; the PNG beside it"
     )
-    parser.add_argument("--epochs", type=int, default=130, help="global steps")
-    parser.add_argument("--target_batch_size", type=int, default=160, help="samples in a global step")
+    parser.add_argument("--epochs", type=int, default=300, help="global steps")
+    parser.add_argument("--target_batch_size", type=int, default=64, help="samples in a global step")
     parser.add_argument("--learning_rate", type=float, default=1e-2)
-    parser.add_argument("--warmup", type=int, default=20, help="epochs in which the learning rate rises")
+    parser.add_argument("--warmup", type=int, default=50, help="epochs in which the learning rate rises")
     options = parser.parse_args()
     options.work_dir.mkdir(parents=True, exist_ok=True)
     run_directory = options.work_dir / time.strftime("run-%Y%m%d-%H%M%S")
@@ -110,8 +110,10 @@ def run_swarm(options, run_directory: Path, arguments: list[str]) -> float:
     shared = [
         *("--run_id", "corpus", "--output_dir", str(run_directory), *arguments),
         *("--target_batch_size", str(options.target_batch_size), "--average_state_every", "5"),
-        *("--matchmaking_time", "2", "--next_chunk_timeout", "20", "--averaging_timeout", "60"),
+        *("--matchmaking_time", "1.2", "--next_chunk_timeout", "20", "--averaging_timeout", "60"),
         *("--min_vector_size", "1000"),
+        # Steps wait for the average: at this learning rate, four times the usual, gradients that are a step old diverge.
+        *("--delay_optimizer_step", "False", "--delay_grad_averaging", "False"),
     ]
     auxiliary = [
         *("--assist_in_averaging", "--assist_refresh", "0.25", "--refresh_period", "1"),

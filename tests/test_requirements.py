@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # names on the package index that differ from the module's
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "google": "protobuf"}
 FILES = ("requirements.txt", "requirements-dev.txt")
 
 

@@ -19,6 +19,7 @@ TIMEOUT = 240
 UNREACHABLE = "/ip4/127.0.0.1/tcp/9/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC"
 SMALL = [
     *("--run_id", "scripts", "--target_batch_size", "8", "--matchmaking_time", "1", "--averaging_timeout", "5"),
+    *("--next_chunk_timeout", "2"),
     *("--max_sequence_length", "64", "--initial_sequence_length", "64", "--pad_to_multiple_of", "8"),
 ]
 MODEL = {

@@ -14,20 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from src.models import load_tokenizer
 from tasks.finetuning.backbone import Pretrained, build_encoder
 from tasks.finetuning.base import FinetuningTask
+from tasks.finetuning.inference import load_weights, predict_logits
 from tasks.finetuning.ledger import Ledger, best_row, settings_key
+from tasks.finetuning.progress import best_index, shown_metrics
 from tasks.finetuning.sources import fingerprint
-from tasks.finetuning.training import (
-    CHECKPOINTS,
-    MEMORY_FILE,
-    WEIGHTS,
-    Settings,
-    TaskData,
-    best_index,
-    fit_seed,
-    load_weights,
-    predict_logits,
-    shown_metrics,
-)
+from tasks.finetuning.training import CHECKPOINTS, MEMORY_FILE, WEIGHTS, Settings, TaskData, fit_seed
 
 RUN_FILE = "run.json"
 

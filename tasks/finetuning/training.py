@@ -1,25 +1,24 @@
 """Fine-tunes one seed with the Hugging Face Trainer: resumes where it was killed, keeps the best epoch by dev score."""
 
-import contextlib
 import json
 import logging
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.encoding import EncodedSplit
+from tasks.finetuning.inference import load_weights, predict_logits, save_weights
+from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,6 @@ WEIGHTS, STATE = "weights.pt", "trainer_state.json"
 CHECKPOINTS = "checkpoints"
 MEMORY_FILE = "batch.json"
 WARMUP_SHARE = 0.1
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -101,49 +99,6 @@ def encode_data(task: FinetuningTask, records: Mapping[str, Sequence[Mapping]], 
     return TaskData(records, encoded, task.collator(tokenizer))
 
 
-@torch.no_grad()
-def predict_logits(
-    model: nn.Module, rows: Sequence[dict], collator, *, batch_size: int, precision: str
-) -> list[np.ndarray]:
-    """The logits of each row, with the padding of its batch; batches of similar length, the longest first.
-
-    Where a batch does not fit into the GPU's memory, smaller ones are tried, down to one row.
-    """
-    while True:
-        try:
-            return _predict_logits(model, rows, collator, batch_size=batch_size, precision=precision)
-        except torch.OutOfMemoryError as error:
-            if batch_size == 1:
-                raise MemoryError("out of memory even with one row; lower --max-length") from error
-        torch.cuda.empty_cache()
-        batch_size = (batch_size + 1) // 2
-
-
-def _predict_logits(model, rows, collator, *, batch_size, precision) -> list[np.ndarray]:
-    device = next(model.parameters()).device
-    order = sorted(range(len(rows)), key=lambda i: -max_row_length(rows[i]))
-    logits: list = [None] * len(rows)
-    model.eval()
-    for start in range(0, len(rows), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collator([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
-        with autocast(device, precision):
-            outputs = model(**{name: value.to(device) for name, value in batch.items()}).logits
-        for i, row_logits in zip(chosen, outputs.float().cpu().numpy(), strict=True):
-            logits[i] = row_logits
-    return logits
-
-
-def max_row_length(row: Mapping) -> int:
-    tokens = row["input_ids"]
-    return max(map(len, tokens)) if isinstance(tokens, list) else len(tokens)
-
-
-def autocast(device: torch.device, precision: str):
-    dtype = DTYPES[precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
 class SeedTrainer(Trainer):
     """Trainer that scores with the task's own metrics and can save models whose tensors have several names."""
 
@@ -180,87 +135,6 @@ class SeedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
-
-
-def save_weights(model: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    torch.save(model.state_dict(), aside)
-    aside.replace(path)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Raises ValueError where the file is missing or does not fit the model."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
-
-
-def dev_history(log_history: Sequence[Mapping]) -> list[dict]:
-    """One entry an epoch: epoch, training loss, and the dev scores by their names."""
-    history, loss = [], None
-    for entry in log_history:
-        loss = entry.get("loss", loss)
-        scores = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-        if scores:
-            history.append({"epoch": entry["epoch"], "loss": loss, **scores})
-    return history
-
-
-def best_index(history: Sequence[Mapping], metric: str) -> int:
-    """The first of the best epochs."""
-    return max(range(len(history)), key=lambda i: (history[i][metric], -i))
-
-
-def out_of_patience(history: Sequence[Mapping], metric: str, patience: int | None) -> bool:
-    return patience is not None and bool(history) and len(history) - 1 - best_index(history, metric) >= patience
-
-
-class EpochLines(TrainerCallback):
-    """A progress bar, one line an epoch, and the early stop; all from the state, so it goes on after a resume."""
-
-    def __init__(self, task: FinetuningTask, *, seed: int, patience: int | None):
-        self.task, self.seed, self.patience, self.bar = task, seed, patience, None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=f"{self.task.name} seed {self.seed}",
-                        unit="step", leave=False, disable=None)  # fmt: skip
-        self.started, self.first_step = time.monotonic(), state.global_step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.bar.update()
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        history, metric = dev_history(state.log_history), self.task.main_metric
-        best = best_index(history, metric)
-        entry = history[-1]
-        scores = ", ".join(f"{name} {entry[name]:.4f}" for name in shown_metrics(self.task, entry))
-        spent = time.monotonic() - self.started
-        left = spent / max(1, state.global_step - self.first_step) * (state.max_steps - state.global_step)
-        tqdm.write(
-            f"{self.task.name} seed {self.seed}  epoch {entry['epoch']:.3g}/{args.num_train_epochs:g}  "
-            f"loss {entry['loss']:.4f}  dev {scores}  (best {metric} {history[best][metric]:.4f}, "
-            f"epoch {history[best]['epoch']:.3g})  {format_seconds(left)} left"
-        )
-        control.should_training_stop |= out_of_patience(history, metric, self.patience)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.bar.close()
-
-
-def shown_metrics(task: FinetuningTask, scores: Mapping) -> list[str]:
-    """The metrics worth a place in a line: the main one and two others."""
-    names = [name for name in scores if name not in ("epoch", "loss", task.main_metric) and "/" not in name]
-    return [task.main_metric, *names[:2]]
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def last_complete_checkpoint(directory: Path) -> Path | None:
@@ -328,9 +202,7 @@ def fit_seed(
                         batch_size=batch_size, grad_acc_steps=grad_acc_steps)  # fmt: skip
         except torch.OutOfMemoryError as error:
             if batch_size == 1:
-                raise MemoryError(
-                    f"{task.name}: out of memory even with a batch of one row; lower --max-length"
-                ) from error
+                raise MemoryError(f"{task.name}: out of memory even with one row; lower --max-length") from error
         torch.cuda.empty_cache()
         batch_size, grad_acc_steps = (batch_size + 1) // 2, grad_acc_steps * 2
         tqdm.write(

@@ -32,7 +32,7 @@ def held_out_batches(
     tokenizer,
     sources: Sequence[str],
     *,
-    num_instances: int = 1024,
+    num_instances: int = 2048,
     max_sequence_length: int = 128,
     batch_size: int = 32,
 ) -> list[dict[str, torch.Tensor]]:

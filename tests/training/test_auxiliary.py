@@ -172,7 +172,7 @@ def test_checkpoint_swap_shows_a_complete_directory_at_every_step(tmp_path, monk
     def watched(function):
         def call(*args, **kwargs):
             result = function(*args, **kwargs)
-            seen.append([path.name for path in folder.iterdir() if entries(path) == complete])
+            seen.append([p.name for p in folder.iterdir() if entries(p) == complete and p.suffix != ".part"])
             return result
 
         return call

@@ -22,7 +22,7 @@ def lone_peer(request, tmp_path_factory):
     dht = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
     offload = request.param == "offloaded"
     collaboration = CollaborationArguments(
-        target_batch_size=8, matchmaking_time=1.0, averaging_timeout=10.0,
+        target_batch_size=8, matchmaking_time=1.0, next_chunk_timeout=2.0, averaging_timeout=10.0,
         offload_optimizer=offload, delay_optimizer_step=offload, delay_grad_averaging=offload,
     )  # fmt: skip
     training = HFTrainerArguments(

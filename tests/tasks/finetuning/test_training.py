@@ -9,17 +9,10 @@ from tasks.benchmarks import TASKS
 from tasks.finetuning import training
 from tasks.finetuning.backbone import find_pretrained
 from tasks.finetuning.experiment import Experiment, open_run
+from tasks.finetuning.inference import predict_logits
 from tasks.finetuning.ledger import Ledger
-from tasks.finetuning.training import (
-    EpochLines,
-    Settings,
-    choose_precision,
-    dev_history,
-    encode_data,
-    last_complete_checkpoint,
-    out_of_patience,
-    predict_logits,
-)
+from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
+from tasks.finetuning.training import Settings, choose_precision, encode_data, last_complete_checkpoint
 
 TASK = TASKS["rucola"]
 SETTINGS = Settings(batch_size=4, num_epochs=3, learning_rate=3e-3, max_length=32, dropout=0.2)
@@ -226,7 +219,7 @@ def test_logits_come_back_in_the_order_of_the_rows(experiment):
 
 @pytest.mark.parametrize(
     ("change", "flag"),
-    [({"batch_size": 0}, "--batch-size 0"), ({"dropout": 1.0}, "--dropout"), ({"learning_rate": float("nan")}, "--learn"),
+    [({"batch_size": 0}, "--batch-size 0"), ({"dropout": 1.0}, "--dropout"), ({"learning_rate": -1.0}, "--learn"),
      ({"max_length": 2}, "--max-length 2"), ({"max_steps": -1}, "--max-steps -1")],
 )  # fmt: skip
 def test_impossible_settings_are_named_as_flags(change, flag):

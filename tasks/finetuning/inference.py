@@ -1,0 +1,71 @@
+"""The weights of a fine-tuned model on disk, and its logits for the rows of a split."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    torch.save(model.state_dict(), aside)
+    aside.replace(path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Raises ValueError where the file is missing or does not fit the model."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module, rows: Sequence[dict], collator, *, batch_size: int, precision: str
+) -> list[np.ndarray]:
+    """The logits of each row, with the padding of its batch; batches of similar length, the longest first.
+
+    Where a batch does not fit into the GPU's memory, smaller ones are tried, down to one row.
+    """
+    while True:
+        try:
+            return _predict_logits(model, rows, collator, batch_size=batch_size, precision=precision)
+        except torch.OutOfMemoryError as error:
+            if batch_size == 1:
+                raise MemoryError("out of memory even with one row; lower --max-length") from error
+        torch.cuda.empty_cache()
+        batch_size = (batch_size + 1) // 2
+
+
+def _predict_logits(model, rows, collator, *, batch_size, precision) -> list[np.ndarray]:
+    device = next(model.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: -max_row_length(rows[i]))
+    logits: list = [None] * len(rows)
+    model.eval()
+    for start in range(0, len(rows), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collator([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
+        with autocast(device, precision):
+            outputs = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        for i, row_logits in zip(chosen, outputs.float().cpu().numpy(), strict=True):
+            logits[i] = row_logits
+    return logits
+
+
+def max_row_length(row: Mapping) -> int:
+    tokens = row["input_ids"]
+    return max(map(len, tokens)) if isinstance(tokens, list) else len(tokens)
+
+
+def autocast(device: torch.device, precision: str):
+    dtype = DTYPES[precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
