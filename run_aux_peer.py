@@ -38,7 +38,7 @@ def main() -> int:
         thread.join(STOP_SECONDS / 2)  # a round that is under way may end; the uploader is not waited for longer
     swarm.leave()
     journal.close()
-    return 0
+    leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
 
 
 def build(peer, collaboration, training, *, progress, stop):

@@ -28,7 +28,7 @@ def main() -> int:
     if not sys.argv[1:]:
         progress.say("no arguments: training the bundled demo model on the bundled text (@demo/trainer.args)")
     try:
-        trainer, swarm = build(peer, collaboration, training, progress=progress, stop=stop)
+        trainer, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -38,7 +38,8 @@ def main() -> int:
     trainer.train()
     progress.say(f"stopped at epoch {swarm.optimizer.local_epoch}, leaving the swarm")
     swarm.leave()
-    return 0
+    journal.close()
+    leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
 
 
 def build(peer, collaboration, training, *, progress, stop):
@@ -59,6 +60,7 @@ def build(peer, collaboration, training, *, progress, stop):
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=dht.peer_id.to_bytes())
     optimizer = make_collaborative_optimizer(model, dht, peer=peer, collaboration=collaboration, training=training)
     swarm = Swarm(dht, public_key, optimizer)
+    journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=peer.run_id)
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
     callback = CollaborativeCallback(
         swarm,
@@ -69,7 +71,7 @@ def build(peer, collaboration, training, *, progress, stop):
         scaler=scaler,
         current_length=current_length,
         state_path=Path(peer.state_path) if peer.state_path else directory / "backup.pth",
-        journal=Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=peer.run_id),
+        journal=journal,
         progress=progress,
         stop=stop,
     )
@@ -85,7 +87,7 @@ def build(peer, collaboration, training, *, progress, stop):
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer, swarm
+    return trainer, swarm, journal
 
 
 if __name__ == "__main__":

@@ -62,13 +62,15 @@ def fill_masks(checkpoint: Path) -> None:
     from transformers import pipeline
 
     from src import LeanAlbertForMaskedLM, load_tokenizer
+    from src.training.console import quiet_libraries
 
+    quiet_libraries()
     fill = pipeline(
         "fill-mask", model=LeanAlbertForMaskedLM.from_pretrained(checkpoint), tokenizer=load_tokenizer(checkpoint)
     )
     print("\nWhat the model fills in (a few minutes of training teach it little more than what is frequent):")
     for example in EXAMPLES:
-        words = ", ".join(f"{answer['token_str']} {answer['score']:.0%}" for answer in fill(example, top_k=3))
+        words = ", ".join(f"«{answer['token_str']}» {answer['score']:.0%}" for answer in fill(example, top_k=3))
         print(f"  {example}  {words}")
 
 

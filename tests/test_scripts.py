@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -119,68 +118,99 @@ def state_of_another_model(folder):
     return [*small_model(folder), "--state_path", folder / "state.pth"], named
 
 
-TRAINER_MISTAKES = [missing_config, missing_tokenizer, large_tokenizer, bad_address, unreachable_peer, empty_source,
-                    unreadable_source, truncated_state, state_of_another_model]  # fmt: skip
+def port_taken(folder, taken):
+    address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
+    return [*small_model(folder), "--host_maddrs", address], ["--host_maddrs", address, "taken"]
+
+
+TRAINER_MISTAKES = [
+    missing_config, missing_tokenizer, large_tokenizer, bad_address, unreachable_peer, port_taken, empty_source,
+    unreadable_source, truncated_state, state_of_another_model,
+]  # fmt: skip
 AUXILIARY_MISTAKES = [missing_config, bad_address]
+
+
+# Runs a script once for each case, in a fork of a program that has imported the libraries, which takes seconds.
+WARM = """
+import json, os, runpy, sys
+import torch, transformers, hivemind, datasets, bitsandbytes, huggingface_hub
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+for script, arguments, folder in json.load(sys.stdin):
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.chdir(folder)
+        for descriptor, name in ((1, "stdout.log"), (2, "stderr.log")):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY), descriptor)
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(os.path.join(folder, "code.log"), "w") as file:
+        file.write(str(code))
+"""
 
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory):
-    """Every mistake made once, two at a time: {(script, name): (result, folder, files before, words to find)}."""
-    outcomes = {}
-
-    def make(script, mistake):
-        folder = tmp_path_factory.mktemp(mistake.__name__)
-        arguments, words = mistake(folder)
-        before = {path: path.read_bytes() for path in folder.iterdir()}
-        result = run(script, [*SMALL, *arguments], folder)
-        outcomes[script, mistake.__name__] = result, folder, before, words
-
-    cases = [("run_trainer.py", mistake) for mistake in TRAINER_MISTAKES]
-    cases += [("run_aux_peer.py", mistake) for mistake in AUXILIARY_MISTAKES]
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda case: make(*case), cases))
-    return outcomes
-
-
-def assert_refused(script, result, folder, words):
-    lines = result.stderr.splitlines()
-    assert result.returncode == 2, result.stderr
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith(f"{script}: error: ")
-    for word in words:
-        assert word in lines[0]
-    assert left_behind(folder) == []
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("mistake", TRAINER_MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_scripts_trainer_explains_a_mistake_in_one_line(mistakes, mistake):
-    result, folder, before, words = mistakes["run_trainer.py", mistake.__name__]
-    assert_refused("run_trainer.py", result, folder, words)
-    for path, content in before.items():
-        assert path.read_bytes() == content, path
-    assert "started run" not in result.stdout
-
-
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("mistake", AUXILIARY_MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_scripts_auxiliary_peer_explains_a_mistake_in_one_line(mistakes, mistake):
-    result, folder, _, words = mistakes["run_aux_peer.py", mistake.__name__]
-    assert_refused("run_aux_peer.py", result, folder, words)
-
-
-@pytest.mark.timeout(TIMEOUT + 60)
-def test_scripts_explain_that_a_port_is_taken(tmp_path):
+    """Every mistake made once: {(script, name): (code, stdout, stderr, changed files, words to find)}, and a folder."""
+    root = tmp_path_factory.mktemp("mistakes")
+    cases = {}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
-        result = run("run_trainer.py", [*SMALL, *small_model(tmp_path), "--host_maddrs", address], tmp_path)
-    assert_refused("run_trainer.py", result, tmp_path, ["--host_maddrs", address, "taken"])
+        for script, name in [*(("run_trainer.py", mistake.__name__) for mistake in TRAINER_MISTAKES),
+                             *(("run_aux_peer.py", mistake.__name__) for mistake in AUXILIARY_MISTAKES)]:  # fmt: skip
+            folder = root / f"{script}-{name}"
+            folder.mkdir()
+            arguments, words = globals()[name](folder, *([taken] if name == "port_taken" else []))
+            before = {path: path.read_bytes() for path in folder.iterdir()}
+            cases[script, name] = folder, [*SMALL, *map(str, arguments)], words, before
+        orders = [(str(REPOSITORY / script), arguments, str(folder))
+                  for (script, _), (folder, arguments, *_) in cases.items()]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCRIPTS_TEST": str(root), "PYTHONPATH": str(REPOSITORY)}
+        subprocess.run([sys.executable, "-c", WARM], input=json.dumps(orders), text=True, env=environment, check=True,
+                       timeout=900)  # fmt: skip
+    outcomes = {}
+    for key, (folder, _, words, before) in cases.items():
+        code, out, err = ((folder / f"{name}.log").read_text() for name in ("code", "stdout", "stderr"))
+        changed = [path.name for path, content in before.items() if path.read_bytes() != content]
+        outcomes[key] = int(code), out, err, changed, words
+    return outcomes, root
 
 
-def test_scripts_are_in_the_root_and_import_nothing_heavy_at_the_top():
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize(
+    ("script", "mistake"),
+    [*(("run_trainer.py", mistake) for mistake in TRAINER_MISTAKES),
+     *(("run_aux_peer.py", mistake) for mistake in AUXILIARY_MISTAKES)],
+)  # fmt: skip
+def test_scripts_explain_a_mistake_in_one_line(mistakes, script, mistake):
+    code, out, err, changed, words = mistakes[0][script, mistake.__name__]
+    assert code == 2, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith(f"{script}: error: ")
+    for word in words:
+        assert word in err
+    assert changed == []
+    assert "others join" not in out
+    assert "listens on" not in out
+
+
+@pytest.mark.timeout(1000)
+def test_scripts_leave_no_process_behind_after_mistakes(mistakes):
+    assert left_behind(mistakes[1]) == []
+
+
+@pytest.mark.timeout(TIMEOUT + 60)
+def test_scripts_explain_a_mistake_when_started_cold(tmp_path):
+    result = run("run_trainer.py", [*SMALL, "--tokenizer_path", tmp_path / "nowhere"], tmp_path)
+    assert (result.returncode, result.stdout, left_behind(tmp_path)) == (2, "", [])
+    assert result.stderr.startswith("run_trainer.py: error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_scripts_import_hivemind_only_in_the_supervised_child():
     # the supervising parent process should stay small
     code = "import sys, runpy; runpy.run_path(sys.argv[1], run_name='x'); assert 'hivemind' not in sys.modules"
     for script in ("run_trainer.py", "run_aux_peer.py"):

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 
+import transformers
 from hivemind.utils import get_dht_time
 
 from src.training.averagers import Round
@@ -19,6 +20,7 @@ def quiet_libraries() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     for name in ("transformers", "accelerate", "datasets", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
