@@ -51,9 +51,10 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
-    from tasks.mlm.task import build_data, build_model
+    from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     model, tokenizer = build_model(peer, seed=training.seed)
+    check_sequence_length(model, training.max_sequence_length)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     dht, public_key = start_dht(peer)

@@ -112,7 +112,7 @@ def run_swarm(options, run_directory: Path, arguments: list[str]) -> float:
         *("--target_batch_size", str(options.target_batch_size), "--average_state_every", "5"),
         *("--matchmaking_time", "1.2", "--next_chunk_timeout", "20", "--averaging_timeout", "60"),
         *("--min_vector_size", "1000"),
-        # Steps wait for the average: at this learning rate, four times the usual, gradients that are a step old diverge.
+        # Steps wait for the average: at four times the usual learning rate, gradients that are a step old diverge.
         *("--delay_optimizer_step", "False", "--delay_grad_averaging", "False"),
     ]
     auxiliary = [

@@ -222,7 +222,11 @@ class CollaborativeCallback(TrainerCallback):
             self.progress.say(f"parameters were not finite: went back to the backup of epoch {epoch}")
         else:
             self.optimizer.load_state_from_peers()
-            self.progress.say("parameters were not finite and there is no backup: took the state of another peer")
+            if torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
+                self.progress.say("parameters were not finite and there is no backup: took the state of another peer")
+            else:
+                self.progress.say("parameters are not finite, and neither a backup nor a peer has better ones: stopping")
+                self.stop.set()
 
     def _back_up_if_due(self) -> None:
         due = self.optimizer.local_epoch >= self.last_backup_epoch + self.peer.backup_every_epochs

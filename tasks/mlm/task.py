@@ -49,6 +49,16 @@ def build_model(peer: PeerArguments, *, seed: int):
     return LeanAlbertForPreTraining(config), tokenizer
 
 
+def check_sequence_length(model: LeanAlbertForPreTraining, max_sequence_length: int) -> None:
+    """Raises ValueError if sequences will outgrow the position embeddings; rotary positions have no limit."""
+    config = model.config
+    if config.position_embedding_type == "absolute" and max_sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"--max_sequence_length {max_sequence_length}: the model has position embeddings for "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings); lower it, or use rotary positions"
+        )
+
+
 def build_data(
     tokenizer, peer: TrainerPeerArguments, training: HFTrainerArguments, *, peer_seed: bytes
 ) -> tuple[IterableDataset, DataCollatorForWholeWordMask, Synchronized]:
