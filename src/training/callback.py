@@ -225,7 +225,7 @@ class CollaborativeCallback(TrainerCallback):
             if torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
                 self.progress.say("parameters were not finite and there is no backup: took the state of another peer")
             else:
-                self.progress.say("parameters are not finite, and neither a backup nor a peer has better ones: stopping")
+                self.progress.say("parameters are not finite and neither backup nor peer has better ones: stopping")
                 self.stop.set()
 
     def _back_up_if_due(self) -> None:
