@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import hivemind
 import pytest
 import torch
-from hivemind.compression import CompressionInfo, Float16Compression, Uniform8BitQuantization
+from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.progress_tracker import ProgressTracker
 from hivemind.optim.state_averager import TrainingStateAverager
@@ -136,7 +136,7 @@ def start_optimizer(dht, tmp_path, shut_down_at_end):
             collaboration=CollaborationArguments(
                 target_batch_size=TARGET,
                 matchmaking_time=1.5,
-                next_chunk_timeout=5,
+                next_chunk_timeout=4,
                 averaging_timeout=10,
                 **collaboration,
             ),
@@ -260,9 +260,9 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
     for averager in (optimizer.grad_averager, optimizer.state_averager):
         assert averager.allreduce_kwargs["min_vector_size"] == 1
         assert 0 < averager.matchmaking_kwargs["request_timeout"] < 1.5  # else peers wait for each other
-        assert averager.allreduce_kwargs["sender_timeout"] == 5
+        assert averager.allreduce_kwargs["sender_timeout"] == 4
     of_gradients = optimizer.grad_averager.allreduce_kwargs["compression"]
-    for size, expected in ((2**16, Float16Compression), (2**16 + 1, Uniform8BitQuantization)):
+    for size, expected in ((2**16, Float16Compression), (2**16 + 1, BlockwiseQuantization)):
         chosen = of_gradients.choose_compression(CompressionInfo.from_tensor(torch.empty(size)))
         assert type(chosen) is expected
     assert type(optimizer.state_averager.allreduce_kwargs["compression"]) is Float16Compression

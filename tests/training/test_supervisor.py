@@ -112,7 +112,12 @@ class Program:
 
     def launch(self, *names):
         """Start in a process group of its own, as a shell does, and wait until these notes are there."""
-        self.process = subprocess.Popen(self.command, env=self.environment, start_new_session=True)
+        self.process = subprocess.Popen(
+            self.command,
+            env=self.environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # ignored where the tests run under nohup
+        )
         self.wait_for(*names)
 
     def wait_for(self, *names):
