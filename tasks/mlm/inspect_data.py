@@ -1,4 +1,4 @@
-"""A look at the training data before it is used: `python -m tasks.mlm.inspect_data --tokenizer_path demo/tokenizer`.
+"""A look at the training data before it is used: `python -m tasks.mlm.inspect_data`.
 
 Prints decoded masked instances and the figures that tell whether tokenizer, sources and collator fit each other.
 """
@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
@@ -15,12 +16,15 @@ from tasks.mlm.data import NO_ORDER, ORDERED, SWAPPED, make_training_dataset
 from tasks.mlm.whole_word_mask import IGNORED_LABEL, DataCollatorForWholeWordMask
 
 MEASURED_INSTANCES = 512
+DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "demo" / "tokenizer"
 ORDER_NAMES = {ORDERED: "in order", SWAPPED: "swapped", NO_ORDER: "one sentence"}
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tasks.mlm.inspect_data", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--tokenizer_path", required=True, help="directory or hub id of the tokenizer")
+    parser.add_argument(
+        "--tokenizer_path", default=str(DEMO_TOKENIZER), help="directory or hub id (default: the demo's tokenizer)"
+    )
     parser.add_argument("--dataset_sources", nargs="+", help="files, globs or name[:config] (default: the demo text)")
     parser.add_argument("--dataset_weights", nargs="+", type=float, help="share of instances from each source")
     parser.add_argument("--max_sequence_length", type=int, default=512, help="tokens per instance (default: 512)")
