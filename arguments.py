@@ -108,12 +108,18 @@ class AuxiliaryPeerArguments(PeerArguments):
     local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
     upload_interval: float | None = option(None, "Seconds between two uploads of the newest checkpoint to repo_url.")
     repo_url: str | None = option(None, "Repository on the Hugging Face hub (ORGANISATION/NAME) for uploads.")
+    eval_sources: list[str] = option(
+        [], "Held-out text, written as --dataset_sources: each stored checkpoint is scored on it, beside the averaging."
+    )
+    eval_batches: int = option(16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.client_mode:
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
-        check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval")
+        check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches")
+        if self.eval_sources and not self.store_checkpoints:
+            raise ValueError("--eval_sources needs --store_checkpoints: stored checkpoints are what is scored")
         if self.upload_interval is not None:
             check_positive(self, "upload_interval")
         given = self.upload_interval is not None, self.repo_url is not None

@@ -14,8 +14,8 @@ def main() -> int:
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
     from src.training import console
-    from src.training.auxiliary import watch
     from src.training.dht import visible_addresses
+    from src.training.monitor import watch
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -47,19 +47,25 @@ def build(peer, collaboration, training, *, progress, stop):
 
     from huggingface_hub import HfApi
 
-    from src.training.auxiliary import AveragingAssistant, CheckpointStore, Uploader
+    from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
     from src.training.dht import start_dht
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     dht, public_key = start_dht(peer)
+    evaluate = (
+        checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
+    )
     swarm = Swarm(dht, public_key, make_collaborative_optimizer(
         model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True
     ))  # fmt: skip
     journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
+    journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
+                  target_batch_size=collaboration.target_batch_size)  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None
     if peer.assist_in_averaging:
         threads.append(AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop))
@@ -73,6 +79,8 @@ def build(peer, collaboration, training, *, progress, stop):
             swarm_lock=swarm_lock,
             every_epochs=peer.save_checkpoint_epoch_interval,
         )
+        if evaluate is not None:
+            threads.append(Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop))
         if peer.repo_url:
             threads.append(
                 Uploader(store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop)

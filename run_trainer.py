@@ -62,6 +62,8 @@ def build(peer, collaboration, training, *, progress, stop):
     optimizer = make_collaborative_optimizer(model, dht, peer=peer, collaboration=collaboration, training=training)
     swarm = Swarm(dht, public_key, optimizer)
     journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=peer.run_id)
+    journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
+                  target_batch_size=collaboration.target_batch_size)  # fmt: skip
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
     callback = CollaborativeCallback(
         swarm,

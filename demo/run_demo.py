@@ -28,7 +28,8 @@ def main() -> int:
     print(f"Two trainers and an auxiliary peer start on this machine; their files go to {directory}\n", flush=True)
     started = time.monotonic()
     with LocalSwarm(environment={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))}) as swarm:
-        swarm.start("aux", "run_aux_peer.py", ["@demo/aux.args", *shared])
+        held_out = ["--eval_sources", str(REPOSITORY / "demo" / "heldout.txt"), "--eval_batches", "2"]
+        swarm.start("aux", "run_aux_peer.py", ["@demo/aux.args", *held_out, *shared])
         trainer_arguments = ["@demo/trainer.args", *shared, "--wait_for_peers", "2"]
         trainers = [swarm.start(f"trainer {number}", "run_trainer.py", trainer_arguments) for number in (1, 2)]
         codes = [trainer.process.wait() for trainer in trainers]

@@ -51,6 +51,8 @@ DEFAULTS = {
         "local_path": None,
         "upload_interval": None,
         "repo_url": None,
+        "eval_sources": [],
+        "eval_batches": 16,
     },
     CollaborationArguments: {
         "target_batch_size": 16384,

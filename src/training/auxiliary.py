@@ -1,71 +1,20 @@
-"""What an auxiliary peer does for the swarm: sum up metrics, help to average, store and upload checkpoints."""
+"""What an auxiliary peer does for the swarm: help to average, store, score and upload checkpoints."""
 
 import logging
 import os
 import shutil
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from src.training.console import Progress
-from src.training.dht import TrainerMetrics, fetch_metrics
 from src.training.journal import Journal
-from src.training.optimizer import LeanOptimizer, Swarm
+from src.training.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
-
-
-@dataclass
-class EpochSummary:
-    """Metrics of all trainers for one epoch; losses are means over forward passes."""
-
-    epoch: int
-    loss: float
-    mlm_loss: float
-    sop_loss: float
-    samples: int
-    samples_per_second: float
-    alive_peers: int
-    failed_rounds: int
-
-
-class MetricsMonitor:
-    """Turns what trainers publish into one summary an epoch.
-
-    A trainer's record holds its newest epoch only. An epoch is summed up when every trainer has reported it, or one
-    look later: some never will, and when epochs are shorter than looks it is then the newest one.
-    """
-
-    def __init__(self):
-        self.last_epoch, self.seen_before = 0, -1
-
-    def summarise(self, metrics: dict[bytes, TrainerMetrics]) -> EpochSummary | None:
-        """The summary of a new epoch, or None if there is nothing new."""
-        if not metrics:
-            return None
-        epoch = max(record.epoch for record in metrics.values())
-        if epoch <= self.last_epoch:
-            return None
-        reports = [record for record in metrics.values() if record.epoch == epoch]
-        if len(reports) < len(metrics) and self.seen_before <= self.last_epoch:
-            self.seen_before = epoch
-            return None
-        self.last_epoch = self.seen_before = epoch
-        mini_steps = max(1, sum(record.mini_steps for record in reports))
-        return EpochSummary(
-            epoch=epoch,
-            loss=sum(record.loss for record in reports) / mini_steps,
-            mlm_loss=sum(record.mlm_loss for record in reports) / mini_steps,
-            sop_loss=sum(record.sop_loss for record in reports) / mini_steps,
-            samples=sum(record.samples for record in reports),
-            samples_per_second=sum(record.samples_per_second for record in reports),
-            alive_peers=len(reports),
-            failed_rounds=sum(record.failed_rounds for record in reports),
-        )
 
 
 class AveragingAssistant(threading.Thread):
@@ -151,17 +100,57 @@ class CheckpointStore:
             if self.path.exists():
                 self.path.rename(old)
             aside.rename(self.path)
+            self.last_epoch = epoch
         shutil.rmtree(old, ignore_errors=True)
-        self.last_epoch = epoch
 
-    def snapshot(self, path: Path) -> bool:
-        """Hard-link the newest checkpoint to ``path``, so that an upload is not disturbed by the next one."""
+    def snapshot(self, path: Path) -> int:
+        """Hard-link the newest checkpoint to ``path``, so that its reader is not disturbed by the next one.
+
+        Returns its epoch, or 0 if there is none.
+        """
         shutil.rmtree(path, ignore_errors=True)
         with self.lock:
-            if not self.path.exists():
-                return False
+            if self.last_epoch == 0:
+                return 0
             shutil.copytree(self.path, path, copy_function=os.link)
-        return True
+            return self.last_epoch
+
+
+class Evaluator(threading.Thread):
+    """Scores each stored checkpoint on held-out text, in the background and with low priority.
+
+    ``evaluate(folder)`` gives the scores by name. When checkpoints come faster than scores, some are passed over.
+    """
+
+    def __init__(self, store: CheckpointStore, evaluate, *, journal: Journal, progress: Progress, stop):
+        super().__init__(name="evaluator", daemon=True)
+        self.store, self.evaluate = store, evaluate
+        self.journal, self.progress, self.stop = journal, progress, stop
+        self.scored_epoch = 0
+
+    def run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)  # this thread's: averaging comes first
+        while not self.stop.wait(0.5):
+            if self.store.last_epoch > self.scored_epoch:
+                self.score()
+
+    def score(self) -> None:
+        """Score the newest checkpoint; a failure is reported and the next checkpoint gets its turn."""
+        folder = self.store.path.with_name(f".{self.store.path.name}.held_out")
+        try:
+            self.scored_epoch = self.store.snapshot(folder)
+            scores = self.evaluate(folder)
+        except Exception as error:  # whatever the data or the disk do, the peer goes on
+            self.scored_epoch = self.store.last_epoch
+            self.progress.say(f"no held-out scores for epoch {self.scored_epoch}: {error or repr(error)}")
+            return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.journal.write("held_out", epoch=self.scored_epoch, **scores)
+        self.progress.say(
+            f"epoch {self.scored_epoch} on held-out text: loss {scores['loss']:.3f}, "
+            f"{scores['accuracy']:.1%} of the words, {scores['order_accuracy']:.1%} of the orders right"
+        )
 
 
 class Uploader(threading.Thread):
@@ -198,27 +187,3 @@ class Uploader(threading.Thread):
         self.uploaded_epoch = epoch
         self.progress.say(f"uploaded epoch {epoch} to {self.repo_id}")
         return True
-
-
-def watch(swarm: Swarm, run_id: str, *, period: float, journal: Journal, store, progress: Progress, stop) -> None:
-    """Report the trainers' metrics and keep the checkpoint fresh until ``stop`` is set."""
-    monitor = MetricsMonitor()
-    while not stop.wait(period):
-        summary = monitor.summarise(fetch_metrics(swarm.dht, run_id))
-        if summary is not None:
-            journal.write("swarm_epoch", **vars(summary))
-            progress.say(describe(summary))
-        if store is not None and monitor.last_epoch > 0 and store.is_due(monitor.last_epoch):
-            try:
-                progress.say(f"stored the state of epoch {store.update(timeout=600.0)} in {store.path}")
-            except (ValueError, OSError) as error:
-                progress.say(f"no checkpoint stored, will try again: {error}")
-
-
-def describe(summary: EpochSummary) -> str:
-    """One line on an epoch of the whole swarm."""
-    failed = f", {summary.failed_rounds} rounds of averaging not complete" if summary.failed_rounds else ""
-    return (
-        f"epoch {summary.epoch}  loss {summary.loss:.3f} (words {summary.mlm_loss:.3f}, order {summary.sop_loss:.3f})  "
-        f"{summary.alive_peers} trainers, {summary.samples} samples, {summary.samples_per_second:.1f}/s{failed}"
-    )

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src.training.backup import restore_backup, save_backup
 from src.training.console import Progress
-from src.training.dht import TrainerMetrics, fetch_metrics, store_metrics
+from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, fetch_metrics, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal
 from src.training.optimizer import Swarm
@@ -55,6 +55,7 @@ class CollaborativeCallback(TrainerCallback):
         self.last_epoch = self.last_backup_epoch = -1
         self.epoch_started = time.monotonic()
         self.rounds: list = []
+        self.total_samples = 0
 
     def resume(self) -> None:
         """Load the backup, if there is one. Raises ValueError if it is damaged or of another model."""
@@ -170,6 +171,8 @@ class CollaborativeCallback(TrainerCallback):
     def _finish_epoch(self) -> None:
         seconds = time.monotonic() - self.epoch_started
         meter, epoch = self.meter, self.optimizer.local_epoch
+        self.total_samples += meter.samples
+        failed = [averaging_round for averaging_round in self.rounds if not averaging_round.complete]
         metrics = TrainerMetrics(
             epoch=epoch,
             samples_per_second=float(self.optimizer.tracker.performance_ema.samples_per_second),
@@ -178,7 +181,9 @@ class CollaborativeCallback(TrainerCallback):
             mlm_loss=float(meter.mlm_loss),
             sop_loss=float(meter.sop_loss),
             mini_steps=meter.mini_steps,
-            failed_rounds=sum(not averaging_round.complete for averaging_round in self.rounds),
+            failed_rounds=len(failed),
+            total_samples=self.total_samples,
+            failure=describe_incomplete(failed[-1])[:MAX_REASON_LENGTH] if failed else "",
         )
         store_metrics(self.dht, self.peer.run_id, self.public_key, metrics, expiration=self.peer.statistics_expiration)
         mini_steps = max(1, meter.mini_steps)

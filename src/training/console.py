@@ -60,6 +60,13 @@ class Progress:
         clear = "\r\033[K" if self.live else ""
         print(f"{clear}{message}", file=self.stream, flush=True)
 
+    def routine(self, message: str) -> None:
+        """A line of which there is one an epoch; a view that shows its figures otherwise leaves it out."""
+        self.say(message)
+
+    def peers_seen(self, progress: dict) -> None:
+        """News on single trainers, which lines have no room for."""
+
     def update(self, optimizer: LeanOptimizer) -> None:
         """On a terminal, show samples of the target, peers and the time left in this epoch, in place."""
         if not self.live or time.monotonic() - self.last_update < self.refresh_seconds:

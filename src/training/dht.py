@@ -1,5 +1,6 @@
 """The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
 
+import hashlib
 import ipaddress
 import logging
 import math
@@ -10,6 +11,7 @@ import hivemind
 import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
+from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import P2PDaemonError
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
@@ -18,11 +20,14 @@ from arguments import PeerArguments
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON_LENGTH = 200
+
 
 class TrainerMetrics(pydantic.BaseModel):
     """What a trainer reports when it finishes an epoch; before its first one, zeros that say that it is there.
 
-    Losses are sums over ``mini_steps`` forward passes.
+    Losses are sums over ``mini_steps`` forward passes. ``total_samples`` counts from the trainer's start, so that the
+    shares of the work are right although nobody sees every report; ``failure`` is why its last failed round failed.
     """
 
     epoch: pydantic.conint(ge=0, strict=True)
@@ -33,6 +38,8 @@ class TrainerMetrics(pydantic.BaseModel):
     sop_loss: pydantic.confloat(strict=True) = 0.0
     mini_steps: pydantic.conint(ge=0, strict=True) = 0
     failed_rounds: pydantic.conint(ge=0, strict=True) = 0
+    total_samples: pydantic.conint(ge=0, strict=True) = 0
+    failure: pydantic.constr(max_length=MAX_REASON_LENGTH, strict=True) = ""
 
     @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")
     def _finite(cls, value):
@@ -45,6 +52,11 @@ class MetricsSchema(pydantic.BaseModel):
     """One record a trainer, stored under its public key, so that nobody can write for another."""
 
     metrics: dict[BytesWithPublicKey, TrainerMetrics]
+
+
+def short_peer_name(public_key: bytes) -> str:
+    """The eight hexadecimal digits by which people tell a trainer from others; nobody can take another one's."""
+    return hashlib.sha256(public_key).hexdigest()[:8]
 
 
 def raise_open_file_limit(wanted: int = 16_384) -> None:
@@ -145,3 +157,17 @@ def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]
         except pydantic.ValidationError as error:
             logger.warning("ignored a malformed metrics record: %s", error.errors()[0]["msg"])
     return metrics
+
+
+def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingProgress]:
+    """What the trainers report within an epoch, several times in it, by short name."""
+    record = dht.get(f"{run_id}_progress", latest=True)
+    progress = {}
+    if record is None or not isinstance(record.value, dict):
+        return progress
+    for public_key, entry in record.value.items():
+        try:
+            progress[short_peer_name(public_key)] = LocalTrainingProgress.parse_obj(entry.value)
+        except pydantic.ValidationError as error:
+            logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])
+    return progress

@@ -1,9 +1,11 @@
-"""A run's metrics: one JSON object a line in a file, and the same records in Weights & Biases when asked for."""
+"""A run's metrics: one JSON object a line in a file; the same records in Weights & Biases or TensorBoard if wished."""
 
 import fcntl
 import json
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,41 +29,97 @@ def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
 class Journal:
     """Appends records to ``path``; each line is complete on disk before the next one is begun.
 
-    A record is ``{"event": ..., "time": seconds since 1970, ...}``. The file is the one source of truth: Weights &
-    Biases receives the same records and may be missing.
+    A record is ``{"event": ..., "time": seconds since 1970, ...}``. The file is the one source of truth:
+    ``listeners`` are called with the same records and may be missing.
     """
 
-    def __init__(self, path: Path, *, wandb_project: str | None = None, run_name: str | None = None, config=None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        wandb_project: str | None = None,
+        tensorboard_dir: str | None = None,
+        run_name: str | None = None,
+        config=None,
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
         if path.read_bytes()[-1:] not in (b"", b"\n"):  # a crash cut the last line off: begin a new one
             self._file.write("\n")
-        self._wandb = None
+        self._lock = threading.Lock()
+        self.listeners: list[Callable[[dict], None]] = []
+        self._sinks = []
         if wandb_project is not None:
-            import wandb  # takes a second and writes a folder: only when asked for
+            self._add_sink(WandbSink(wandb_project, run_name, config))
+        if tensorboard_dir is not None:
+            self._add_sink(TensorBoardSink(tensorboard_dir, run_name))
 
-            try:
-                self._wandb = wandb.init(project=wandb_project, name=run_name, config=config)
-            except wandb.Error as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"--wandb_project {wandb_project}: {reason} Or set WANDB_MODE=offline.") from error
+    def _add_sink(self, sink) -> None:
+        self._sinks.append(sink)
+        self.listeners.append(sink.write)
 
     def write(self, event: str, **values) -> dict:
         """Add a record; numbers that are not finite become null, which JSON can hold."""
         record = {"event": event, "time": round(time.time(), 3), **values}
         record = {key: None if value != value or value in (float("inf"), -float("inf")) else value
                   for key, value in record.items()}  # fmt: skip
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log({key: value for key, value in values.items() if isinstance(value, (int, float))})
+        with self._lock:  # several threads of an auxiliary peer write
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+            for listener in self.listeners:
+                listener(record)
         return record
 
     def close(self) -> None:
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close()
+
+
+def numbers_of(record: dict) -> dict[str, float]:
+    """The figures of a record, named after what they are figures of: ``swarm_epoch/loss``, ``peer/3fa9c1d2/samples``."""
+    prefix = f"{record['event']}/{record['peer']}" if "peer" in record else record["event"]
+    return {f"{prefix}/{key}": value for key, value in record.items()
+            if isinstance(value, (int, float)) and key not in ("time", "epoch")}  # fmt: skip
+
+
+class WandbSink:
+    """Sends a journal's figures to Weights & Biases. Raises ValueError if it does not start."""
+
+    def __init__(self, project: str, run_name: str | None, config):
+        import wandb  # takes a second and writes a folder: only when asked for
+
+        try:
+            self._run = wandb.init(project=project, name=run_name, config=config)
+        except wandb.Error as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--wandb_project {project}: {reason} Or set WANDB_MODE=offline.") from error
+
+    def write(self, record: dict) -> None:
+        epoch = {"epoch": record["epoch"]} if "epoch" in record else {}
+        self._run.log({**epoch, **numbers_of(record)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardSink:
+    """Writes a journal's figures, by epoch, for TensorBoard. Raises ValueError if the package is not installed."""
+
+    def __init__(self, directory: str, run_name: str | None):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("--tensorboard_dir needs a package: pip install tensorboard==2.21.0") from error
+        self._writer = SummaryWriter(str(Path(directory).expanduser() / (run_name or "run")))
+
+    def write(self, record: dict) -> None:
+        for name, value in numbers_of(record).items():
+            self._writer.add_scalar(name, value, global_step=record.get("epoch"), walltime=record["time"])
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_journal(path: Path) -> list[dict]:

@@ -1,14 +1,17 @@
 """How well a pretrained model fills in held-out text."""
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
+from src.models import LeanAlbertForPreTraining
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
@@ -70,3 +73,17 @@ def evaluate(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> 
     total = sum(frequencies.values())
     entropy = -sum(count / total * math.log(count / total) for count in frequencies.values())
     return HeldOutScore(loss_sum / total, right / total, right_order / max(1, num_orders), entropy, total)
+
+
+def checkpoint_scorer(tokenizer, sources: Sequence[str], *, num_batches: int) -> Callable[[Path], dict[str, float]]:
+    """A function that scores a checkpoint directory on held-out text, always the same masked batches of 32 x 128 tokens.
+
+    The text is read here, so that a wrong source is an error now and not at the first checkpoint.
+    """
+    batch_size = 32
+    batches = held_out_batches(tokenizer, sources, num_instances=num_batches * batch_size, batch_size=batch_size)
+
+    def score(checkpoint: Path) -> dict[str, float]:
+        return dataclasses.asdict(evaluate(LeanAlbertForPreTraining.from_pretrained(checkpoint), batches))
+
+    return score

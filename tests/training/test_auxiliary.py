@@ -1,4 +1,4 @@
-"""The auxiliary peer sums up what trainers report, keeps one complete checkpoint, and survives a broken network."""
+"""The auxiliary peer keeps one complete checkpoint, scores and uploads it, and survives a broken network."""
 
 import io
 import os
@@ -9,81 +9,11 @@ import pytest
 import torch
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
-from src.training.auxiliary import (
-    AveragingAssistant,
-    CheckpointStore,
-    EpochSummary,
-    MetricsMonitor,
-    Uploader,
-    describe,
-    watch,
-)
+from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
 from src.training.averagers import Round
 from src.training.console import Progress
-from src.training.dht import TrainerMetrics, store_metrics
 from src.training.journal import Journal, read_journal
-from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, tiny_model
-
-PRESENT = TrainerMetrics(epoch=0)
-
-
-def report(epoch: int, **values) -> TrainerMetrics:
-    return TrainerMetrics(epoch=epoch, **{"loss": 10.0, "mini_steps": 2, "samples": 8, **values})
-
-
-# -- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def test_monitor_sums_up_an_epoch_by_forward_passes():
-    summary = MetricsMonitor().summarise({
-        b"a": TrainerMetrics(epoch=3, loss=12.0, mlm_loss=10.0, sop_loss=2.0, mini_steps=4, samples=40,
-                             samples_per_second=2.5, failed_rounds=1),
-        b"b": TrainerMetrics(epoch=3, loss=8.0, mlm_loss=7.0, sop_loss=1.0, mini_steps=1, samples=10,
-                             samples_per_second=0.5),
-    })  # fmt: skip
-    assert summary == EpochSummary(epoch=3, loss=20 / 5, mlm_loss=17 / 5, sop_loss=3 / 5, samples=50,
-                                   samples_per_second=3.0, alive_peers=2, failed_rounds=1)  # fmt: skip
-    assert describe(summary) == (
-        "epoch 3  loss 4.000 (words 3.400, order 0.600)  2 trainers, 50 samples, 3.0/s, "
-        "1 rounds of averaging not complete"
-    )
-
-
-def test_monitor_has_nothing_to_say_without_reports_or_twice_for_an_epoch():
-    monitor = MetricsMonitor()
-    assert monitor.summarise({}) is None
-    assert monitor.summarise({b"a": PRESENT}) is None, "a trainer that is only there"
-    assert monitor.summarise({b"a": report(1)}).epoch == 1
-    assert monitor.summarise({b"a": report(1)}) is None
-
-
-def test_monitor_waits_one_look_for_a_late_report():
-    monitor = MetricsMonitor()
-    assert monitor.summarise({b"a": report(2), b"b": report(1)}) is None
-    summary = monitor.summarise({b"a": report(2), b"b": report(2)})
-    assert (summary.epoch, summary.alive_peers, summary.samples) == (2, 2, 16)
-
-
-@pytest.mark.parametrize("other", [PRESENT, report(1)], ids=["only present", "gone"])
-def test_monitor_does_not_wait_for_a_trainer_that_never_reports(other):
-    monitor = MetricsMonitor()
-    assert monitor.summarise({b"a": report(2), b"b": other}) is None
-    summary = monitor.summarise({b"a": report(2), b"b": other})
-    assert (summary.epoch, summary.alive_peers, summary.loss) == (2, 1, 5.0)
-
-
-def test_monitor_is_not_silenced_by_a_trainer_that_is_gone_when_epochs_are_shorter_than_looks():
-    monitor, epochs = MetricsMonitor(), []
-    for epoch in range(2, 12):
-        summary = monitor.summarise({b"a": report(epoch), b"gone": report(1)})
-        epochs.append(summary and summary.epoch)
-    assert epochs == [None, 3, None, 5, None, 7, None, 9, None, 11]
-
-
-def test_monitor_of_trainers_that_computed_nothing_gives_finite_numbers():
-    summary = MetricsMonitor().summarise({b"a": TrainerMetrics(epoch=1)})
-    assert (summary.loss, summary.samples) == (0.0, 0)
-
+from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -334,48 +264,54 @@ def test_uploader_does_not_hold_up_checkpoints_or_the_end_of_the_program(tmp_pat
         uploader.join(10.0)
 
 
-# -- the watch --------------------------------------------------------------------------------------------------------
+# -- held-out scores --------------------------------------------------------------------------------------------------
+
+SCORES = {"loss": 4.5, "accuracy": 0.25, "order_accuracy": 0.5}
 
 
-class Looks:
-    """A stop event that is set after so many looks; before each, the next action is carried out."""
-
-    def __init__(self, *actions):
-        self.actions = list(actions)
-
-    def wait(self, period):
-        assert period == 2.5
-        if not self.actions:
-            return True
-        self.actions.pop(0)()
-        return False
+def make_evaluator(folder, evaluate):
+    progress, stop = Progress(io.StringIO()), threading.Event()
+    journal = Journal(folder / "metrics.jsonl")
+    return Evaluator(make_store(folder), evaluate, journal=journal, progress=progress, stop=stop)
 
 
-def test_watch_writes_summaries_and_retries_checkpoints(tmp_path):
-    dht, store = FakeDHT(), make_store(tmp_path, every_epochs=2)
-    averager = store.optimizer.state_averager
-    averager.epoch_of_peers = None
-    progress, path = Progress(io.StringIO()), tmp_path / "metrics.jsonl"
+def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
+    opened, evaluator = [], None
 
-    def trainer_reports(epoch, epoch_of_peers):
-        store_metrics(dht, "run", b"a", report(epoch, mlm_loss=9.0, sop_loss=1.0), expiration=60.0)
-        averager.epoch_of_peers = epoch_of_peers
+    def evaluate(folder):
+        evaluator.store.optimizer.state_averager.epoch_of_peers = 12
+        assert len(opened) or evaluator.store.update(timeout=60.0) == 12, "a new checkpoint while one is scored"
+        opened.append(LeanAlbertForPreTraining.from_pretrained(folder).config.vocab_size)
+        if len(opened) == 2:
+            evaluator.stop.set()
+        return SCORES
 
-    watch(
-        SimpleNamespace(dht=dht), "run", period=2.5, journal=Journal(path), store=store, progress=progress,
-        stop=Looks(lambda: None, lambda: trainer_reports(1, None), lambda: trainer_reports(2, None),
-                   lambda: trainer_reports(2, 2), lambda: trainer_reports(3, 3), lambda: trainer_reports(4, 4)),
-    )  # fmt: skip
-    records = read_journal(path)
-    assert [(record["event"], record["epoch"], record["loss"]) for record in records] == [
-        ("swarm_epoch", epoch, 5.0) for epoch in (1, 2, 3, 4)
-    ]
-    lines = progress.stream.getvalue().splitlines()
-    assert [line for line in lines if not line.startswith("epoch")] == [
-        "no checkpoint stored, will try again: no trainer shares its state yet",
-        f"stored the state of epoch 2 in {store.path}",
-        f"stored the state of epoch 4 in {store.path}",
-    ]
+    evaluator = make_evaluator(tmp_path, evaluate)
+    evaluator.store.update(timeout=60.0)
+    evaluator.start()
+    evaluator.join(20.0)
+    assert not evaluator.is_alive()
+    records = read_journal(tmp_path / "metrics.jsonl")
+    assert [(r["event"], r["epoch"], r["loss"], r["order_accuracy"]) for r in records] == [
+        ("held_out", 7, 4.5, 0.5), ("held_out", 12, 4.5, 0.5),
+    ]  # fmt: skip
+    assert opened == [300, 300]
+    line = "epoch 7 on held-out text: loss 4.500, 25.0% of the words, 50.0% of the orders right"
+    assert evaluator.progress.stream.getvalue().splitlines()[0] == line
+    assert entries(evaluator.store.path.parent) == {"checkpoint"}
+
+
+def test_evaluator_goes_on_after_an_error(tmp_path):
+    evaluator = make_evaluator(tmp_path, lambda folder: (_ for _ in ()).throw(OSError("no space left")))
+    evaluator.store.update(timeout=60.0)
+    evaluator.score()
+    assert evaluator.scored_epoch == 7, "it is not tried again and again"
+    assert "no held-out scores for epoch 7: no space left" in evaluator.progress.stream.getvalue()
+    assert read_journal(tmp_path / "metrics.jsonl") == []
+    evaluator.store.optimizer.state_averager.epoch_of_peers, evaluator.evaluate = 12, lambda folder: SCORES
+    evaluator.store.update(timeout=60.0)
+    evaluator.score()
+    assert [record["epoch"] for record in read_journal(tmp_path / "metrics.jsonl")] == [12]
 
 
 # -- help with averaging ----------------------------------------------------------------------------------------------

@@ -80,18 +80,31 @@ def test_callback_under_the_real_trainer_writes_one_record_an_epoch(tmp_path):
 
 
 def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
-    callback = make_callback(tmp_path)
+    callback, callback_round = make_callback(tmp_path), Round("gradients", 1.0, num_peers=2, received=0.5)
     for loss in (2.0, 4.0):
         callback.meter.loss += loss
         callback.meter.mlm_loss += loss - 0.5
         callback.meter.sop_loss += 0.5
-        callback.rounds.append(Round("gradients", 1.0, num_peers=2, received=0.5))
+        callback.rounds.append(callback_round)
         local_step(callback)
     stored = callback.dht.records["fake_metrics"][b"key"].value
     assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
-                      "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2}  # fmt: skip
+                      "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8,
+                      "failure": describe_incomplete(callback_round)}  # fmt: skip
     assert journal_of(tmp_path, "epoch")[0]["loss"] == 3.0
     assert callback.meter.loss == 0.0
+    for _ in range(2):
+        local_step(callback)
+    metrics = fetch_metrics(callback.dht, "fake")[b"key"]
+    assert (metrics.samples, metrics.total_samples, metrics.failure) == (8, 16, "")
+
+
+def test_callback_reports_a_long_reason_cut_to_what_the_swarm_accepts(tmp_path):
+    callback = make_callback(tmp_path)
+    callback.rounds.append(Round("gradients", 1.0, error="x" * 1000))
+    for _ in range(2):
+        local_step(callback)
+    assert len(fetch_metrics(callback.dht, "fake")[b"key"].failure) == 200
 
 
 def test_callback_gives_gradient_buffers_back_as_they_were(tmp_path):

@@ -120,7 +120,7 @@ def test_journal_gives_wandb_the_numbers_of_each_record(tmp_path, monkeypatch):
     journal.write("round", epoch=3, kind="gradients", seconds=0.5, complete=True)
     journal.close()
     assert (options["project"], options["name"]) == ("project", "name")
-    assert run.logged == [{"epoch": 3, "seconds": 0.5, "complete": True}]
+    assert run.logged == [{"epoch": 3, "round/seconds": 0.5, "round/complete": True}]
     assert run.finished
 
 

@@ -1,0 +1,226 @@
+"""What a run's metrics file tells, gathered for people: epochs, peers, held-out scores, and what went wrong when.
+
+The terminal view and the report both show a `RunHistory`, so they cannot disagree with the file or with each other.
+"""
+
+import math
+import statistics
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.training.journal import read_journal
+
+THIS_PEER = "this peer"
+KEPT_FAILURES = 1000
+MAX_NAME_LENGTH, MAX_TEXT_LENGTH = 40, 200
+
+
+@dataclass
+class Epoch:
+    """One global step. Losses are means, None where they were not finite."""
+
+    epoch: int
+    time: float
+    loss: float | None
+    mlm_loss: float | None
+    sop_loss: float | None
+    samples: float
+    samples_per_second: float
+    num_peers: int
+
+
+@dataclass
+class Peer:
+    """A trainer as far as this file has seen it; ``samples`` are those of all its reports, ``failure`` is the newest."""
+
+    name: str
+    last_seen: float
+    epoch: int = 0
+    samples: float = 0.0
+    samples_per_second: float = 0.0
+    failed_rounds: int = 0
+    failure: str = ""
+    reported_total: float = 0.0
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scores of a stored checkpoint on text that nobody trains on."""
+
+    epoch: int
+    time: float
+    loss: float
+    accuracy: float
+    order_accuracy: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A round of averaging that was not complete: ``who`` reported it."""
+
+    time: float
+    epoch: int
+    who: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A pause in which no epoch ended, more than three times as long as usual, and what was reported meanwhile."""
+
+    time: float
+    seconds: float
+    epoch: int
+    reasons: tuple[str, ...]
+
+
+def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
+    """Text of a stranger on one line, without characters that steer a terminal or turn the writing direction."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 4 * limit])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def number(value: object, otherwise: float | None = 0.0) -> float | None:
+    """A finite number from a file that anything may stand in."""
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return float(value)
+    return otherwise
+
+
+class RunHistory:
+    """Takes a journal's records one by one: `add` can be a listener of a `Journal`."""
+
+    def __init__(self, records=()):
+        self.run_id, self.role, self.target_batch_size, self.total_epochs = "", "", 0, 0
+        self.epochs: dict[int, Epoch] = {}
+        self.peers: dict[str, Peer] = {}
+        self.held_out: list[HeldOut] = []
+        self.failures: deque[Failure] = deque(maxlen=KEPT_FAILURES)
+        self.num_failures = self.last_checkpoint = 0
+        self.first_time = self.last_time = 0.0
+        for record in records:
+            self.add(record)
+
+    @property
+    def last_epoch(self) -> Epoch | None:
+        return next(reversed(self.epochs.values()), None)
+
+    def add(self, record: object) -> None:
+        """Take in a record; what is not one of ours is left out."""
+        if not isinstance(record, dict) or number(record.get("time"), None) is None:
+            return
+        take = getattr(self, f"_add_{record.get('event')}", None)
+        if take is None:
+            return
+        time = float(record["time"])
+        self.first_time, self.last_time = self.first_time or time, max(self.last_time, time)
+        take(time, int(number(record.get("epoch"))), record)
+
+    def _add_start(self, time: float, epoch: int, record: dict) -> None:
+        self.run_id = printable(record.get("run_id", ""), MAX_NAME_LENGTH)
+        self.role = printable(record.get("role", ""), MAX_NAME_LENGTH)
+        self.target_batch_size = int(number(record.get("target_batch_size")))
+        self.total_epochs = int(number(record.get("total_steps")))
+
+    def _add_swarm_epoch(self, time: float, epoch: int, record: dict, num_peers: str = "alive_peers") -> None:
+        if self.epochs and epoch <= self.last_epoch.epoch:  # a trainer went back to its backup and does them again
+            for later in [other for other in self.epochs if other >= epoch]:
+                del self.epochs[later]
+        losses = {name: number(record.get(name), None) for name in ("loss", "mlm_loss", "sop_loss")}
+        self.epochs[epoch] = Epoch(
+            epoch, time, **losses, samples=number(record.get("samples")),
+            samples_per_second=number(record.get("samples_per_second")), num_peers=int(number(record.get(num_peers))),
+        )  # fmt: skip
+
+    def _add_epoch(self, time: float, epoch: int, record: dict) -> None:
+        """A trainer's own file: the swarm's size is known, the work of the others is not."""
+        self._add_swarm_epoch(time, epoch, record, num_peers="num_peers")
+        self.epochs[epoch].num_peers = max(1, self.epochs[epoch].num_peers)
+        peer = self.peers.setdefault(THIS_PEER, Peer(THIS_PEER, time))
+        peer.last_seen, peer.epoch = time, epoch
+        peer.samples += self.epochs[epoch].samples
+        peer.samples_per_second = self.epochs[epoch].samples_per_second
+
+    def _add_peer(self, time: float, epoch: int, record: dict) -> None:
+        name = printable(record.get("peer"), MAX_NAME_LENGTH)
+        peer = self.peers.setdefault(name, Peer(name, time))
+        peer.last_seen, peer.epoch = time, epoch
+        peer.samples_per_second = number(record.get("samples_per_second"))
+        total = number(record.get("total_samples"))
+        # a total that fell is that of a trainer that was started anew
+        peer.samples += total - peer.reported_total if total >= peer.reported_total else total
+        peer.reported_total = total
+        failed = int(number(record.get("failed_rounds")))
+        peer.failed_rounds += failed
+        if failed:
+            peer.failure = printable(record.get("failure") or "no reason given")
+            self._fail(Failure(time, epoch, name, peer.failure), failed)
+
+    def _add_round(self, time: float, epoch: int, record: dict) -> None:
+        if record.get("complete"):
+            return
+        kind = printable(record.get("kind", ""), MAX_NAME_LENGTH)
+        reasons = record.get("reasons") if isinstance(record.get("reasons"), list) else []
+        came = f"{number(record.get('received')):.0%} of the values came back"
+        reason = printable("; ".join(map(str, [record.get("error") or came, *reasons[:2]])))
+        self._fail(Failure(time, epoch, THIS_PEER, f"{kind}: {reason}"), 1)
+        if THIS_PEER in self.peers:
+            self.peers[THIS_PEER].failed_rounds += 1
+            self.peers[THIS_PEER].failure = reason
+
+    def _add_held_out(self, time: float, epoch: int, record: dict) -> None:
+        scores = [number(record.get(name), None) for name in ("loss", "accuracy", "order_accuracy")]
+        if None not in scores:
+            self.held_out.append(HeldOut(epoch, time, *scores))
+
+    def _add_checkpoint(self, time: float, epoch: int, record: dict) -> None:
+        self.last_checkpoint = epoch
+
+    def _fail(self, failure: Failure, count: int) -> None:
+        self.failures.append(failure)
+        self.num_failures += count
+
+    def shares(self) -> list[tuple[Peer, float]]:
+        """Peers with their part of all samples, the greatest first."""
+        total = sum(peer.samples for peer in self.peers.values()) or 1.0
+        ranked = sorted(self.peers.values(), key=lambda peer: (-peer.samples, peer.name))
+        return [(peer, peer.samples / total) for peer in ranked]
+
+    def epoch_seconds(self) -> float | None:
+        """How long an epoch usually takes: the median over the last hundred."""
+        gaps = [seconds for *_, seconds in self._gaps(list(self.epochs.values())[-101:])]
+        return statistics.median(gaps) if gaps else None
+
+    @staticmethod
+    def _gaps(epochs: list[Epoch]) -> list[tuple[Epoch, Epoch, float]]:
+        """Neighbours with the seconds per epoch between them; looks may have missed epochs."""
+        return [(before, after, (after.time - before.time) / max(1, after.epoch - before.epoch))
+                for before, after in zip(epochs, epochs[1:], strict=False)]  # fmt: skip
+
+    def stalls(self, *, factor: float = 3.0, at_least: float = 10.0) -> list[Stall]:
+        gaps = self._gaps(list(self.epochs.values()))
+        if len(gaps) < 3:
+            return []
+        usual = statistics.median(seconds for *_, seconds in gaps)
+        stalls = []
+        for before, after, seconds in gaps:
+            if seconds > max(factor * usual, at_least):
+                within = Counter(f.reason for f in self.failures if before.time <= f.time <= after.time + 1.0)
+                reasons = tuple(reason for reason, _ in within.most_common(2))
+                stalls.append(Stall(before.time, after.time - before.time, after.epoch, reasons))
+        return stalls
+
+
+def read_history(metrics: Path) -> RunHistory:
+    """Raises ValueError if the file is not there, cannot be read, or holds no epoch and no peer of a run."""
+    try:
+        history = RunHistory(read_journal(metrics))
+    except OSError as error:
+        raise ValueError(
+            f"{metrics}: cannot be read ({error.strerror}); a run's file is RUN/ROLE/metrics.jsonl"
+        ) from error
+    if not history.epochs and not history.peers and not history.run_id:
+        raise ValueError(f"{metrics}: no record of a run; a run's file is OUTPUT_DIR/RUN_ID/ROLE/metrics.jsonl")
+    return history
