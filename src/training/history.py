@@ -3,6 +3,7 @@
 The terminal view and the report both show a `RunHistory`, so they cannot disagree with the file or with each other.
 """
 
+import itertools
 import math
 import statistics
 from collections import Counter, deque
@@ -32,7 +33,7 @@ class Epoch:
 
 @dataclass
 class Peer:
-    """A trainer as far as this file has seen it; ``samples`` are those of all its reports, ``failure`` is the newest."""
+    """A trainer as far as this file has seen it; ``samples`` are of all its reports, ``failure`` the newest one."""
 
     name: str
     last_seen: float
@@ -197,7 +198,7 @@ class RunHistory:
     def _gaps(epochs: list[Epoch]) -> list[tuple[Epoch, Epoch, float]]:
         """Neighbours with the seconds per epoch between them; looks may have missed epochs."""
         return [(before, after, (after.time - before.time) / max(1, after.epoch - before.epoch))
-                for before, after in zip(epochs, epochs[1:], strict=False)]  # fmt: skip
+                for before, after in itertools.pairwise(epochs)]  # fmt: skip
 
     def stalls(self, *, factor: float = 3.0, at_least: float = 10.0) -> list[Stall]:
         gaps = self._gaps(list(self.epochs.values()))

@@ -78,7 +78,7 @@ class Journal:
 
 
 def numbers_of(record: dict) -> dict[str, float]:
-    """The figures of a record, named after what they are figures of: ``swarm_epoch/loss``, ``peer/3fa9c1d2/samples``."""
+    """A record's figures under the names of what they describe: ``swarm_epoch/loss``, ``peer/3fa9c1d2/samples``."""
     prefix = f"{record['event']}/{record['peer']}" if "peer" in record else record["event"]
     return {f"{prefix}/{key}": value for key, value in record.items()
             if isinstance(value, (int, float)) and key not in ("time", "epoch")}  # fmt: skip

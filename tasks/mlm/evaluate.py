@@ -76,7 +76,7 @@ def evaluate(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -> 
 
 
 def checkpoint_scorer(tokenizer, sources: Sequence[str], *, num_batches: int) -> Callable[[Path], dict[str, float]]:
-    """A function that scores a checkpoint directory on held-out text, always the same masked batches of 32 x 128 tokens.
+    """A function that scores a checkpoint directory on held-out text, always the same batches of 32 x 128 tokens.
 
     The text is read here, so that a wrong source is an error now and not at the first checkpoint.
     """
