@@ -60,10 +60,11 @@ def build(peer, collaboration, training, *, progress, stop):
     evaluate = (
         checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
     )
+    metrics_path = directory / "metrics.jsonl"
     swarm = Swarm(dht, public_key, make_collaborative_optimizer(
-        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True
+        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True, metrics_path=metrics_path
     ))  # fmt: skip
-    journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
+    journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
     journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size)  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None

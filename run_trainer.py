@@ -59,9 +59,12 @@ def build(peer, collaboration, training, *, progress, stop):
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     dht, public_key = start_dht(peer)
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=dht.peer_id.to_bytes())
-    optimizer = make_collaborative_optimizer(model, dht, peer=peer, collaboration=collaboration, training=training)
+    metrics_path = directory / "metrics.jsonl"
+    optimizer = make_collaborative_optimizer(
+        model, dht, peer=peer, collaboration=collaboration, training=training, metrics_path=metrics_path
+    )
     swarm = Swarm(dht, public_key, optimizer)
-    journal = Journal(directory / "metrics.jsonl", wandb_project=peer.wandb_project, run_name=peer.run_id)
+    journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=peer.run_id)
     journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size)  # fmt: skip
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None

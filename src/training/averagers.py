@@ -8,10 +8,11 @@ import logging
 import multiprocessing
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 from hivemind.averaging.allreduce import AveragingMode
-from hivemind.averaging.control import StepControl
+from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.optim.grad_averager import GradientAverager
@@ -20,6 +21,8 @@ from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture
 from hivemind.utils.asyncio import achain, anext, as_aiter
+
+from src.training.journal import append_record
 
 POLL_SECONDS = 0.02
 
@@ -70,17 +73,24 @@ class _FailureCollector(logging.Handler):
 class RoundReporting:
     """Mixin for a `DecentralizedAverager`: sends a `Round` from the averager's process to its owner after each step.
 
-    Also waits for partners that are quicker, see `rpc_aggregate_part`.
+    Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
+    ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
+    ``search_seconds``: how long the owner of a step is kept waiting for a group.
     """
 
     round_kind = ""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, phases_path: Path | None = None, search_seconds: float = float("inf"), **kwargs):
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
+        self._phases_path, self._search_seconds = phases_path, search_seconds
         self._num_active_steps = 0
         self._failures: _FailureCollector | None = None
         super().__init__(*args, **kwargs)
+
+    def _enter(self, phase: str, **details) -> None:
+        if self._phases_path is not None:
+            append_record(self._phases_path, "phase", kind=self.round_kind, phase=phase, **details)
 
     def finished_rounds(self) -> list[Round]:
         """Rounds that ended since the last call; to be called by the owner, often enough for the pipe not to fill."""
@@ -95,6 +105,7 @@ class RoundReporting:
         modes = [self.serializer.loads(gathered)[1] for gathered in group_info.gathered]
         if sum(mode != AveragingMode.AUX.value for mode in modes) < 2:
             raise MatchmakingException("the group has no second trainer")
+        self._enter("averaging", num_peers=len(modes))
         self._collect_failures()
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
@@ -134,10 +145,15 @@ class RoundReporting:
     async def _step(self, *, step: StepControl, future_for_init: MPFuture) -> None:
         started = time.monotonic()
         self._num_active_steps += 1
+        self._enter("matchmaking")
+        limit = asyncio.create_task(self._limit_search(step))
         try:
             await super()._step(step=step, future_for_init=future_for_init)
         finally:
             self._num_active_steps -= 1
+            gave_up = limit.done() and not limit.cancelled() and limit.result()
+            limit.cancel()
+            self._enter("idle")
             seconds = time.monotonic() - started
             reasons = self._failures.take() if self._failures is not None else ()
             if isinstance(step._result, _RoundResult):
@@ -145,10 +161,42 @@ class RoundReporting:
                 self._rounds_sender.send(
                     Round(self.round_kind, seconds, len(result), result.received, result.num_lost, reasons=reasons)
                 )
+            elif gave_up:
+                message = f"no other trainer was ready within {self._search_seconds:.0f} s"
+                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
             elif not step.cancelled():
                 error = step._exception
                 message = str(error) or repr(error) if error is not None else "no group found"
                 self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
+
+    async def _limit_search(self, step: StepControl) -> bool:
+        """Cancel a step whose owner waits for it in vain; returns whether it did.
+
+        hivemind searches until averaging_timeout. When a swarm's last partner dies, its record outlives it for a while,
+        and the survivor would stand still for that long at the end of each epoch.
+        """
+        waiting_since = None
+        while not step.done():
+            await asyncio.sleep(POLL_SECONDS)
+            if step._trigger is None or not step.triggered:
+                continue
+            waiting_since = waiting_since or time.monotonic()
+            searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
+            if searching and time.monotonic() - waiting_since > self._search_seconds:
+                step.cancel()
+                return True
+        return False
+
+    async def rpc_download_state(
+        self, request: averaging_pb2.DownloadRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.DownloadData]:
+        """Hand this peer's state to another one."""
+        self._enter("serving", peer=str(context.remote_id))
+        try:
+            async for message in super().rpc_download_state(request, context):
+                yield message
+        finally:
+            self._enter("served", peer=str(context.remote_id))
 
 
 class LeanGradientAverager(RoundReporting, GradientAverager):

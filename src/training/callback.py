@@ -56,6 +56,8 @@ class CollaborativeCallback(TrainerCallback):
         self.epoch_started = time.monotonic()
         self.rounds: list = []
         self.total_samples = 0
+        self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
+        self.num_downloads = 0
 
     def resume(self) -> None:
         """Load the backup, if there is one. Raises ValueError if it is damaged or of another model."""
@@ -71,6 +73,7 @@ class CollaborativeCallback(TrainerCallback):
         if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
             self.optimizer.load_state_from_peers()
             self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
+            self._record_downloads(batch=0)
         self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
         self._follow_epoch()
         self._wait_for_peers()
@@ -109,7 +112,27 @@ class CollaborativeCallback(TrainerCallback):
         if not finite:
             self._discard_gradients(samples)
         elif samples > 0:
+            started = time.monotonic()
             self.optimizer.step(batch_size=samples)
+            self.waits.append(time.monotonic() - started)
+            self._record_downloads(batch=samples)
+
+    def _record_downloads(self, *, batch: int) -> None:
+        for download in self.optimizer.finished_downloads():
+            lost = download.lost_samples + batch
+            self._count_as_lost(lost)
+            self.num_downloads += 1
+            self.journal.write("state_download", **{**vars(download), "lost_samples": lost})
+            if lost:
+                self.progress.say(
+                    f"fell behind the swarm: took its state of epoch {download.to_epoch} in {download.seconds:.0f} s "
+                    f"and gave up {lost} samples of epoch {download.from_epoch + 1}; if this happens often, shorten "
+                    "local steps (--gradient_accumulation_steps) or look at the network"
+                )
+
+    def _count_as_lost(self, samples: int) -> None:
+        self.meter.samples = max(0, self.meter.samples - samples)
+        self.meter.dropped += samples
 
     def _discard_gradients(self, samples: int) -> None:
         for parameter in self.parameters:
@@ -119,7 +142,7 @@ class CollaborativeCallback(TrainerCallback):
             samples += self.optimizer.grad_averager.local_samples_accumulated
             self.optimizer.grad_averager.reset_accumulated_grads_()
             self.optimizer.tracker.report_local_progress(self.optimizer.local_epoch, samples_accumulated=0)
-        self.meter.dropped += samples
+        self._count_as_lost(samples)
         logger.warning("dropped %d samples: their gradients are not finite", samples)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
@@ -198,11 +221,18 @@ class CollaborativeCallback(TrainerCallback):
             samples_per_second=round(metrics.samples_per_second, 2),
             num_peers=self.optimizer.tracker.global_progress.num_peers,
             seconds=round(seconds, 3),
+            waited_seconds=round(sum(self.waits), 3),
+            longest_wait=round(max(self.waits, default=0.0), 3),
+            failed_rounds=sum(bool(r.error) for r in self.rounds),
+            partial_rounds=sum(not r.complete and not r.error for r in self.rounds),
+            state_downloads=self.num_downloads,
             learning_rate=self.optimizer.state_averager.optimizer.param_groups[0]["lr"],
             sequence_length=self.current_length.value,
         )
         self.progress.epoch_finished(record, self.training.total_steps, self.rounds)
         self.rounds.clear()
+        self.waits.clear()
+        self.num_downloads = 0
         meter.start_epoch()
         self.last_epoch, self.epoch_started = epoch, time.monotonic()
         self._follow_epoch()

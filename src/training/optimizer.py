@@ -1,8 +1,10 @@
 """The swarm's optimizer: parameter groups, 8-bit LAMB with its schedule, and hivemind around it."""
 
 import logging
+import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import hivemind
 import torch
@@ -59,12 +61,26 @@ def make_learning_rate(args: HFTrainerArguments):
     return factor
 
 
+@dataclass(frozen=True)
+class StateDownload:
+    """A state taken from another peer; ``lost_samples`` had been accumulated and were given up for it."""
+
+    from_epoch: int
+    to_epoch: int
+    seconds: float
+    lost_samples: int
+
+
 class LeanOptimizer(hivemind.Optimizer):
     """`hivemind.Optimizer` over our averagers, which says how its averaging rounds went.
 
     It looks for a group only while the run has another trainer: a search that is begun alone must be cancelled again at
     the end of the epoch, just when the second trainer may have joined it.
     """
+
+    def __init__(self, *args, **kwargs):
+        self._downloads: list[StateDownload] = []
+        super().__init__(*args, **kwargs)
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
         return LeanStateAverager(
@@ -107,6 +123,16 @@ class LeanOptimizer(hivemind.Optimizer):
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()
 
+    def load_state_from_peers(self, **kwargs) -> None:
+        epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
+        super().load_state_from_peers(**kwargs)
+        self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
+
+    def finished_downloads(self) -> list[StateDownload]:
+        """States taken from peers since the last call."""
+        downloads, self._downloads = self._downloads, []
+        return downloads
+
     def finished_rounds(self) -> list[Round]:
         """Averaging rounds of gradients and parameters that ended since the last call."""
         return self.grad_averager.finished_rounds() + self.state_averager.finished_rounds()
@@ -134,10 +160,12 @@ def make_collaborative_optimizer(
     collaboration: CollaborationArguments,
     training: HFTrainerArguments,
     auxiliary: bool = False,
+    metrics_path: Path | None = None,
 ) -> LeanOptimizer:
     """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
 
-    An auxiliary peer has no gradients, so nothing of its own can be delayed; hivemind fails if asked to.
+    They add what they are about to do to the file ``metrics_path``. An auxiliary peer has no gradients, so nothing of
+    its own can be delayed; hivemind fails if asked to.
     """
     learning_rate = make_learning_rate(training)
     correct_step_cancellation()
@@ -146,6 +174,12 @@ def make_collaborative_optimizer(
         "min_vector_size": peer.min_vector_size,
         "bandwidth": peer.bandwidth,
         "request_timeout": request_timeout,
+        # hivemind would wait for a silent reducer twice as long as for a silent sender. A reducer answers when it has
+        # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
+        "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
+        "reducer_timeout": collaboration.next_chunk_timeout,
+        "search_seconds": collaboration.next_chunk_timeout + collaboration.matchmaking_time,
+        "phases_path": metrics_path,
     }
     # Blockwise, not uniform: with one scale for a whole tensor, the small gradients of rare words drown in the error
     # (24 % of a row's norm in the median against 4 %), which LAMB then blows up to full steps.
@@ -179,6 +213,7 @@ def make_collaborative_optimizer(
             "min_refresh_period": min(0.5, refresh / 4),
             "default_refresh_period": min(3.0, refresh),
             "max_refresh_period": refresh,
+            "metadata_expiration": 30.0,  # a dead peer counts as a partner until its record expires
         },
         client_mode=peer.client_mode,
         auxiliary=auxiliary,

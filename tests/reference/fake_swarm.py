@@ -18,7 +18,7 @@ from src.training.console import Progress
 from src.training.hf_trainer import CollaborativeTrainer, LossMeter
 from src.training.journal import Journal
 from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.optimizer import Swarm
+from src.training.optimizer import StateDownload, Swarm
 
 VOCAB_SIZE = 300
 LENGTH = 12
@@ -76,6 +76,7 @@ class FakeOptimizer:
         self.model, self.samples_per_epoch = model, samples_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
+        self.downloads = []
         self.client_mode = False
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
@@ -132,6 +133,10 @@ class FakeOptimizer:
     def finished_rounds(self) -> list[Round]:
         rounds, self.rounds = self.rounds, []
         return rounds
+
+    def finished_downloads(self) -> list[StateDownload]:
+        downloads, self.downloads = self.downloads, []
+        return downloads
 
     @torch.no_grad()
     def load_state_from_peers(self) -> None:

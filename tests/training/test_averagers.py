@@ -33,6 +33,7 @@ from src.training.averagers import (
     RoundReporting,
     correct_step_cancellation,
 )
+from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -213,6 +214,31 @@ def test_cancelled_step_is_no_round(two_nodes, shut_down_at_end):
     with pytest.raises(Exception, match="could not find a group"):
         again.result(30)
     assert len(reported_rounds(averager)) == 1
+
+
+def test_round_is_given_up_when_its_owner_has_waited_for_a_partner_long_enough(two_nodes, shut_down_at_end, tmp_path):
+    correct_step_cancellation()
+    metrics = tmp_path / "metrics.jsonl"
+    averager = PlainAverager(
+        [torch.ones(2000)],
+        two_nodes[0],
+        search_seconds=2.0,
+        phases_path=metrics,
+        **averager_options("vain", NoCompression()),
+    )
+    shut_down_at_end(averager)
+    step = averager.step(wait=False, timeout=60, require_trigger=True)
+    time.sleep(3.0)
+    assert not step.done(), "nobody waits for it yet"
+    triggered = time.monotonic()
+    step.allow_allreduce()
+    with pytest.raises(BaseException):  # noqa: B017, futures.CancelledError is one of several that hivemind may raise
+        step.result(30)
+    assert 1.5 < time.monotonic() - triggered < 6
+    (failed,) = reported_rounds(averager)
+    assert failed.error == "no other trainer was ready within 2 s" and not failed.complete
+    phases = [(record["kind"], record["phase"]) for record in read_journal(metrics)]
+    assert phases == [("anything", "matchmaking"), ("anything", "idle")]
 
 
 # Below no process is started: the averagers' methods are called as in the averager's own process.

@@ -3,6 +3,7 @@
 import io
 import math
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from src.training.callback import describe_incomplete
 from src.training.dht import TrainerMetrics, fetch_metrics, store_metrics
 from src.training.hf_trainer import LossScaler
 from src.training.journal import read_journal
+from src.training.optimizer import StateDownload
 from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, make_trainer, stack, tiny_items, tiny_model
 
 SAMPLES_PER_EPOCH = 8  # two local steps of 4
@@ -149,6 +151,53 @@ def test_callback_drops_the_whole_epoch_so_far_when_reused_buffers_are_spoilt(tm
     assert optimizer.local_epoch == 0
     for name, gradient in optimizer.steps[-1][1].items():
         torch.testing.assert_close(gradient, clean[name], msg=name)
+
+
+def test_callback_counts_what_is_given_up_for_the_state_of_a_peer(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=1000)
+    callback = make_callback(tmp_path, optimizer)
+    local_step(callback)
+
+    def step_and_download(batch_size):
+        optimizer.state_averager.local_epoch = 7
+        optimizer.downloads.append(StateDownload(from_epoch=0, to_epoch=7, seconds=1.5, lost_samples=4))
+
+    optimizer.step = step_and_download
+    local_step(callback)
+    (download,) = journal_of(tmp_path, "state_download")
+    assert (download["from_epoch"], download["to_epoch"], download["lost_samples"]) == (0, 7, 8), (
+        "the batch is lost, too"
+    )
+    (epoch,) = journal_of(tmp_path, "epoch")
+    assert (epoch["epoch"], epoch["samples"], epoch["dropped_samples"], epoch["state_downloads"]) == (7, 0, 8, 1)
+    assert "took its state of epoch 7 in 2 s and gave up 8 samples of epoch 1" in said_by(callback)
+
+
+def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback, step = make_callback(tmp_path, optimizer), optimizer.step
+
+    def wait_and_step(batch_size):
+        time.sleep(0.3 if len(optimizer.steps) % 2 else 0.1)
+        step(batch_size)
+
+    optimizer.step = wait_and_step
+    for _ in range(4):
+        local_step(callback)
+    for record in journal_of(tmp_path, "epoch"):
+        assert 0.3 <= record["longest_wait"] < 0.39 < record["waited_seconds"] < 0.6
+
+
+def test_callback_counts_rounds_that_failed_and_rounds_that_were_partial(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_callback(tmp_path, optimizer)
+    optimizer.rounds = [Round("gradients", 1.0, error="no group"), Round("parameters", 1.0, num_peers=2, received=0.5)]
+    local_step(callback)
+    local_step(callback)
+    local_step(callback)
+    local_step(callback)
+    counts = [(record["failed_rounds"], record["partial_rounds"]) for record in journal_of(tmp_path, "epoch")]
+    assert counts == [(1, 1), (0, 0)]
 
 
 def test_callback_reports_nothing_when_no_sample_was_computed(tmp_path):

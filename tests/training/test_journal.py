@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from src.training.journal import Journal, claim_run_directory, read_journal
+from src.training.journal import Journal, append_record, claim_run_directory, read_journal
 
 # the module from its own folder: `import src` loads torch and transformers, which takes seconds
 MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
@@ -59,6 +59,37 @@ def test_journal_loses_only_the_line_that_a_crash_cut_off(tmp_path, torn):
     Journal(path).write("epoch", epoch=2)
     assert [record["epoch"] for record in read_journal(path)] == [1, 2]
 
+
+def test_records_of_another_process_never_mix_with_those_of_the_journal(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    journal = Journal(path)
+    other = subprocess.Popen(
+        [sys.executable, "-c", APPEND, str(path)], env=MODULE_ALONE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "begun\n"
+    for number in range(500):
+        journal.write("own", number=number, text="ж" * 100)
+    assert other.wait(30) == 0
+    records = read_journal(path)
+    assert path.read_text().count("\n") == len(records) == 1000
+    for event in ("own", "other"):
+        assert [record["number"] for record in records if record["event"] == event] == list(range(500))
+
+
+def test_record_that_cannot_be_appended_is_lost_without_an_error(tmp_path):
+    append_record(tmp_path / "absent" / "metrics.jsonl", "phase")
+    assert not (tmp_path / "absent").exists()
+
+
+APPEND = """
+import sys
+from pathlib import Path
+from journal import append_record
+for number in range(500):
+    append_record(Path(sys.argv[1]), "other", number=number, text="ш" * 100)
+    if number == 0:
+        print("begun", flush=True)
+"""
 
 # -- folders ----------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import hivemind
 import pytest
 import torch
+from hivemind.averaging import DecentralizedAverager
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.progress_tracker import ProgressTracker
@@ -260,7 +261,9 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
     for averager in (optimizer.grad_averager, optimizer.state_averager):
         assert averager.allreduce_kwargs["min_vector_size"] == 1
         assert 0 < averager.matchmaking_kwargs["request_timeout"] < 1.5  # else peers wait for each other
-        assert averager.allreduce_kwargs["sender_timeout"] == 4
+        # all of a round that waits for a silent peer, as sender or as reducer, is over after --next_chunk_timeout
+        assert (averager.allreduce_kwargs["sender_timeout"], averager.allreduce_kwargs["reducer_timeout"]) == (3, 4)
+        assert averager._search_seconds == 4 + optimizer.matchmaking_time
     of_gradients = optimizer.grad_averager.allreduce_kwargs["compression"]
     for size, expected in ((2**16, Float16Compression), (2**16 + 1, BlockwiseQuantization)):
         chosen = of_gradients.choose_compression(CompressionInfo.from_tensor(torch.empty(size)))
@@ -280,6 +283,7 @@ USED_INTERNALS = {
         "_load_local_gradients_into_optimizer",
     ),
     GradientAverager: ("load_accumulators_into_averager_", "reset_accumulated_grads_"),
+    DecentralizedAverager: ("_step", "_aggregate_with_group", "rpc_aggregate_part", "rpc_download_state"),
     TrainingStateAverager: ("_load_local_tensors_into_averager_",),
     ProgressTracker: ("report_local_progress", "global_epoch", "estimated_next_update_time"),
     Trainer: ("_clip_grad_norm", "_get_grad_norm", "training_step", "compute_loss", "get_train_dataloader"),
