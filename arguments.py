@@ -222,6 +222,22 @@ class HFTrainerArguments(TrainingArguments):
             )
 
 
+# Of a peer's flags, those that say something about the run and not about this machine.
+RUN_FLAGS = {"run_id", "min_vector_size", "dataset_sources", "dataset_weights"}
+OWN_FLAGS = {"output_dir", "dataloader_num_workers", "max_steps", "disable_tqdm", "logging_steps", "save_strategy",
+             "logging_nan_inf_filter", "remove_unused_columns", "optim"}  # fmt: skip
+
+
+def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, training: HFTrainerArguments) -> dict:
+    """{flag: value} of what a run was made with, for its metrics file and model card; no addresses, no keys."""
+    settings = {name: getattr(peer, name) for name in sorted(RUN_FLAGS) if hasattr(peer, name)}
+    for arguments in (collaboration, training):
+        settings |= {
+            name: getattr(arguments, name) for name in type(arguments).__annotations__ if name not in OWN_FLAGS
+        }
+    return settings
+
+
 class ArgumentParser(HfArgumentParser):
     """Parser over dataclasses with ``@FILE`` arguments; inherited transformers flags work but are not listed."""
 

@@ -47,6 +47,7 @@ def build(peer, collaboration, training, *, progress, stop):
 
     from huggingface_hub import HfApi
 
+    from arguments import run_settings
     from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
     from src.training.dht import start_dht
     from src.training.journal import Journal, claim_run_directory
@@ -66,7 +67,8 @@ def build(peer, collaboration, training, *, progress, stop):
     ))  # fmt: skip
     journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
     journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
-                  target_batch_size=collaboration.target_batch_size)  # fmt: skip
+                  target_batch_size=collaboration.target_batch_size,
+                  arguments=run_settings(peer, collaboration, training))  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None
     if peer.assist_in_averaging:
         threads.append(AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop))

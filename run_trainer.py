@@ -46,6 +46,7 @@ def build(peer, collaboration, training, *, progress, stop):
     """All that a trainer consists of. hivemind forks its processes, so it comes before anything that starts threads."""
     from transformers import PrinterCallback
 
+    from arguments import run_settings
     from src.training.callback import CollaborativeCallback
     from src.training.dht import start_dht
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
@@ -66,7 +67,8 @@ def build(peer, collaboration, training, *, progress, stop):
     swarm = Swarm(dht, public_key, optimizer)
     journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=peer.run_id)
     journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
-                  target_batch_size=collaboration.target_batch_size)  # fmt: skip
+                  target_batch_size=collaboration.target_batch_size,
+                  arguments=run_settings(peer, collaboration, training))  # fmt: skip
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
     callback = CollaborativeCallback(
         swarm,

@@ -12,6 +12,7 @@ from arguments import (
     CollaborationArguments,
     HFTrainerArguments,
     TrainerPeerArguments,
+    run_settings,
 )
 from src.training.schedules import learning_rate, sequence_length
 
@@ -307,3 +308,12 @@ def test_arguments_defaults_name_files_that_exist():
     assert Path(PEER["model_config_path"]).is_file()
     assert (Path(PEER["tokenizer_path"]) / "tokenizer.json").is_file()
     assert list(DEMO.glob("corpus/*.txt"))
+
+
+def test_arguments_of_a_run_are_kept_without_addresses_and_paths_of_the_machine():
+    command = f"--run_id a --initial_peers {ADDRESS} --identity_path key.pem --cache_dir c --learning_rate 1e-3"
+    settings = run_settings(*parse(command))
+    assert (settings["run_id"], settings["learning_rate"], settings["target_batch_size"]) == ("a", 1e-3, 16384)
+    assert settings["dataset_sources"] == [str(DEMO / "corpus" / "*.txt")]
+    assert not {"initial_peers", "identity_path", "cache_dir", "output_dir", "host_maddrs"} & settings.keys()
+    assert "dataset_sources" not in run_settings(*parse("--run_id a", AuxiliaryPeerArguments))

@@ -1,0 +1,213 @@
+"""The README.md of an exported model: how to load it, what it was trained on and how, what it has learnt.
+
+Everything comes from files that a run leaves: metrics.jsonl of its peers, runs.jsonl of fine-tuning.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+NUM_CURVE_ROWS = 12
+CURVE_FILE = "learning_curve.svg"
+GROUP_SEPARATOR = "/"  # in names of scores of a part of the records: "mcc/logic/Negation"
+LOADING = """```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+name = "{name}"
+tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForMaskedLM.from_pretrained(name, trust_remote_code=True)
+print(pipeline("fill-mask", model=model, tokenizer=tokenizer)("Утром мы пошли в {mask}."))
+```
+
+The model's code lies beside its weights, hence `trust_remote_code`: read the `.py` files before you run them, and pin
+`revision=` to the commit you have read. They import torch and transformers only. `AutoModel` and
+`AutoModelForSequenceClassification` (with a new classifier) open it as well."""
+
+
+def read_records(path) -> list[dict]:
+    """The objects of a .jsonl file; a last line that a crash cut off is left out. ValueError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; pass the .jsonl file of a run")
+    records = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: not a line of JSON; pass metrics.jsonl or runs.jsonl") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number}: not a JSON object; pass metrics.jsonl or runs.jsonl")
+        records.append(record)
+    return records
+
+
+def learning_curve(records: Sequence[Mapping]) -> list[tuple[int, float]]:
+    """(epoch, loss of masked words): the whole swarm's where an auxiliary peer recorded it, else one trainer's."""
+    for event in ("swarm_epoch", "epoch"):
+        points = {
+            record["epoch"]: record["mlm_loss"]
+            for record in records
+            if record.get("event") == event and record.get("mlm_loss") is not None
+        }
+        if points:
+            return sorted(points.items())
+    return []
+
+
+def held_out_curve(records: Sequence[Mapping]) -> list[Mapping]:
+    """The auxiliary peer's scores on held-out text, by epoch."""
+    scores = {record["epoch"]: record for record in records if record.get("event") == "held_out"}
+    return [scores[epoch] for epoch in sorted(scores)]
+
+
+def model_card(
+    *, name: str, model, tokenizer, license_name: str | None, data: str | None, metrics: Sequence[Mapping],
+    ledger: Sequence[Mapping],
+) -> str:  # fmt: skip
+    """The whole README.md. `metrics` and `ledger` are records of those files, or empty."""
+    metadata = ["language: ru", "library_name: transformers", "pipeline_tag: fill-mask"]
+    metadata += [f"mask_token: {json.dumps(tokenizer.mask_token)}", "tags: [lean_albert, masked-lm]"]
+    metadata += [f"license: {license_name}"] if license_name else []
+    sections = [
+        "---\n" + "\n".join(metadata) + "\n---",
+        f"# {name.rpartition('/')[2]}",
+        f"A masked language model for Russian, {type(model).__name__} with {_architecture(model)}.",
+        LOADING.format(name=name, mask=tokenizer.mask_token),
+        *_training_sections(metrics, data),
+        *_benchmark_section(ledger),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _architecture(model) -> str:
+    config = model.config
+    shared = int(config.share_large_matrices)
+    sharing = f", whose large matrices come from {shared} shared set{'s' * (shared > 1)}" if shared else ""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{config.num_hidden_layers} layers{sharing}, hidden size {config.hidden_size}, {config.vocab_size} tokens, "
+        f"{config.position_embedding_type} positions and {size:,} parameters"
+    )
+
+
+def _training_sections(metrics: Sequence[Mapping], data: str | None) -> list[str]:
+    sections = []
+    started = [record for record in metrics if record.get("event") == "start"]
+    arguments = {
+        name: value for record in started for name, value in record.get("arguments", {}).items() if value is not None
+    }
+    sources = arguments.pop("dataset_sources", None)
+    described = [data] if data else []
+    described += [f"Sources: {', '.join(f'`{_short(source)}`' for source in sources)}."] if sources else []
+    if described:
+        sections.append("## Data\n\n" + "\n\n".join(described))
+    if arguments:
+        rows = [(f"`--{name}`", _text(value)) for name, value in sorted(arguments.items())]
+        sections.append("## Arguments\n\n" + table(("flag", "value"), rows))
+    curve, held_out = learning_curve(metrics), held_out_curve(metrics)
+    if curve:
+        picture = f"![Learning curve]({CURVE_FILE})"
+        rows = [(str(epoch), f"{loss:.3f}") for epoch, loss in thin_out(curve, NUM_CURVE_ROWS)]
+        sections.append(f"## Learning curve\n\n{picture}\n\n" + table(("epoch", "loss of masked words, nats"), rows))
+    if held_out:
+        last = held_out[-1]
+        names = {"loss": "loss of masked tokens, nats", "accuracy": "accuracy", "order_accuracy": "order accuracy"}
+        rows = [(text, f"{last[key]:.3f}") for key, text in names.items() if last.get(key) is not None]
+        sections.append(f"## Held-out text\n\nAfter epoch {last['epoch']}:\n\n" + table(("score", "value"), rows))
+    return sections
+
+
+def _benchmark_section(ledger: Sequence[Mapping]) -> list[str]:
+    """The dev scores of the newest settings of each task, over their seeds."""
+    newest = {row["task"]: row["key"] for row in ledger}
+    rows = []
+    for task, key in newest.items():
+        seeds = {row["seed"]: row["dev"] for row in ledger if (row["task"], row["key"]) == (task, key)}
+        metrics = [metric for metric in next(iter(seeds.values())) if GROUP_SEPARATOR not in metric]
+        scores = [f"{metric} {_mean([dev[metric] for dev in seeds.values()])}" for metric in metrics]
+        rows.append((task, ", ".join(scores), str(len(seeds))))
+    if not rows:
+        return []
+    note = "Scores on the dev set after fine-tuning, of the best epoch of each seed; mean ± deviation over seeds."
+    return [f"## Benchmarks\n\n{note}\n\n" + table(("task", "dev scores", "seeds"), rows)]
+
+
+def rows_of_model(ledger: Sequence[Mapping], path: Path, model: str | None) -> list[Mapping]:
+    """The ledger's rows of `model` (its name or source), else those that were fine-tuned from `path`.
+
+    Raises ValueError, naming the models there are, if there is none: the scores of another model would be a lie.
+    """
+    for row in ledger:
+        if not {"task", "model", "source", "key", "seed", "dev"} <= row.keys():
+            raise ValueError("--ledger: not a ledger of fine-tuning runs (runs.jsonl): a line lacks task, model or dev")
+    if model is not None:
+        rows = [row for row in ledger if model in (row["model"], row["source"])]
+    else:
+        rows = [row for row in ledger if Path(row["source"]).expanduser().resolve() == path.resolve()]
+    if not rows:
+        known = ", ".join(sorted({row["model"] for row in ledger})) or "none"
+        raise ValueError(
+            f"--ledger: no run of {model or path} in it; name one of its models ({known}) with --ledger-model"
+        )
+    return rows
+
+
+def thin_out(points: Sequence, number: int) -> list:
+    """At most so many of the points, evenly spaced, the first and the last among them."""
+    if len(points) <= number:
+        return list(points)
+    return [points[round(index * (len(points) - 1) / (number - 1))] for index in range(number)]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) -> str:
+    """An SVG picture of the loss of masked words by epoch, with the held-out loss where there is one."""
+    points = [(record["epoch"], record["loss"]) for record in held_out if record.get("loss") is not None]
+    epochs, losses = zip(*curve, *points, strict=True)
+    low, high, last = math.floor(min(losses)), math.ceil(max(losses)), max(epochs)
+
+    def place(epoch, loss):
+        return f"{60 + 560 * epoch / last:.1f},{30 + 260 * (high - loss) / max(1, high - low):.1f}"
+
+    def line(series, colour):
+        return f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(series)}"/>'
+
+    shapes = ['<rect width="640" height="340" fill="white"/>']
+    for loss in range(low, high + 1):
+        (x, y), (end, _) = place(0, loss).split(","), place(last, loss).split(",")
+        shapes.append(f'<path d="M{x} {y}H{end}" stroke="#ddd"/><text x="50" y="{y}" text-anchor="end">{loss}</text>')
+    shapes += [f'<text x="60" y="310">0</text><text x="620" y="310" text-anchor="end">{last}</text>',
+               '<text x="340" y="330" text-anchor="middle">epoch (global step)</text>',
+               '<text x="60" y="18" fill="#1f5fa8">loss of masked words, nats</text>',
+               line([place(*point) for point in thin_out(curve, 500)], "#1f5fa8")]  # fmt: skip
+    if points:
+        shapes += ['<text x="300" y="18" fill="#b4441f">held-out text</text>',
+                   line([place(*point) for point in thin_out(points, 500)], "#b4441f")]  # fmt: skip
+    style = 'viewBox="0 0 640 340" font-family="sans-serif" font-size="13"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {style}>' + "".join(shapes) + "</svg>\n"
+
+
+def _mean(values: Sequence[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{deviation}"
+
+
+def _short(source: str) -> str:
+    """The last two parts of a path or of a data set's name: where files lay on some machine is nobody's business."""
+    return "/".join(str(source).split("/")[-2:])
+
+
+def _text(value) -> str:
+    values = value if isinstance(value, list) else [value]
+    return " ".join(_short(each) if isinstance(each, str) else str(each) for each in values)
