@@ -111,13 +111,15 @@ class AuxiliaryPeerArguments(PeerArguments):
     eval_sources: list[str] = option(
         [], "Held-out text, written as --dataset_sources: each stored checkpoint is scored on it, beside the averaging."
     )
+    report_interval: float = option(120.0, "Seconds between two writes of report.html, beside metrics.jsonl.")
     eval_batches: int = option(16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.")
 
     def __post_init__(self):
         super().__post_init__()
         if self.client_mode:
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
-        check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches")
+        check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
+                       "report_interval")  # fmt: skip
         if self.eval_sources and not self.store_checkpoints:
             raise ValueError("--eval_sources needs --store_checkpoints: stored checkpoints are what is scored")
         if self.upload_interval is not None:

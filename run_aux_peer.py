@@ -52,6 +52,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.dht import start_dht
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from src.training.report import Reporter
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
@@ -70,6 +71,8 @@ def build(peer, collaboration, training, *, progress, stop):
                   target_batch_size=collaboration.target_batch_size,
                   arguments=run_settings(peer, collaboration, training))  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None
+    report = directory / "report.html"
+    threads.append(Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop))
     if peer.assist_in_averaging:
         threads.append(AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop))
     if peer.store_checkpoints:

@@ -54,6 +54,7 @@ DEFAULTS = {
         "repo_url": None,
         "eval_sources": [],
         "eval_batches": 16,
+        "report_interval": 120.0,
     },
     CollaborationArguments: {
         "target_batch_size": 16384,

@@ -200,6 +200,10 @@ class RunHistory:
         return [(before, after, (after.time - before.time) / max(1, after.epoch - before.epoch))
                 for before, after in itertools.pairwise(epochs)]  # fmt: skip
 
+    def epoch_durations(self) -> list[tuple[Epoch, float]]:
+        """Epochs with the seconds they took, from the second one on."""
+        return [(after, seconds) for _, after, seconds in self._gaps(list(self.epochs.values()))]
+
     def stalls(self, *, factor: float = 3.0, at_least: float = 10.0) -> list[Stall]:
         gaps = self._gaps(list(self.epochs.values()))
         if len(gaps) < 3:
@@ -220,7 +224,7 @@ def read_history(metrics: Path) -> RunHistory:
         history = RunHistory(read_journal(metrics))
     except OSError as error:
         raise ValueError(
-            f"{metrics}: cannot be read ({error.strerror}); a run's file is RUN/ROLE/metrics.jsonl"
+            f"{metrics}: {error.strerror}; a run's file is OUTPUT_DIR/RUN_ID/ROLE/metrics.jsonl"
         ) from error
     if not history.epochs and not history.peers and not history.run_id:
         raise ValueError(f"{metrics}: no record of a run; a run's file is OUTPUT_DIR/RUN_ID/ROLE/metrics.jsonl")
