@@ -15,12 +15,14 @@ def main() -> int:
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
     from src.training import console
     from src.training.dht import visible_addresses
+    from src.training.history import read_history
     from src.training.monitor import watch
+    from src.training.terminal import TerminalView
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     peer, collaboration, training = parser.parse(sys.argv[1:] or ["@demo/aux.args"])
-    progress, stop = console.Progress(), threading.Event()
+    progress, stop = TerminalView() if sys.stdout.isatty() else console.Progress(), threading.Event()
     try:
         swarm, journal, store, threads = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -32,7 +34,12 @@ def main() -> int:
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
     for thread in threads:
         thread.start()
+    if isinstance(progress, TerminalView):
+        history = read_history(journal.path)  # an earlier part of the run, if this peer was started anew
+        journal.listeners.append(history.add)
+        progress.start(history, swarm.optimizer.tracker)
     watch(swarm, peer.run_id, period=peer.refresh_period, journal=journal, store=store, progress=progress, stop=stop)
+    progress.close()
     progress.say("leaving the swarm")
     for thread in threads:
         thread.join(STOP_SECONDS / 2)  # a round that is under way may end; the uploader is not waited for longer

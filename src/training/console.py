@@ -67,6 +67,9 @@ class Progress:
     def peers_seen(self, progress: dict) -> None:
         """News on single trainers, which lines have no room for."""
 
+    def close(self) -> None:
+        """End what is drawn in place; lines go on."""
+
     def update(self, optimizer: LeanOptimizer) -> None:
         """On a terminal, show samples of the target, peers and the time left in this epoch, in place."""
         if not self.live or time.monotonic() - self.last_update < self.refresh_seconds:
