@@ -19,8 +19,10 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
-from hivemind.utils import MPFuture
-from hivemind.utils.asyncio import achain, anext, as_aiter
+from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils.asyncio import achain, anext, as_aiter, azip
+
+from src.training.contributions import Judge, JudgingAllReduce
 
 from src.training.journal import append_record
 
@@ -30,8 +32,8 @@ POLL_SECONDS = 0.02
 @dataclass(frozen=True)
 class Round:
     """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
-    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``reasons``
-    is what went wrong between this peer and others."""
+    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``num_refused``
+    those of whose values some were left out as bad, ``reasons`` is what went wrong between this peer and others."""
 
     kind: str
     seconds: float
@@ -40,6 +42,7 @@ class Round:
     num_lost: int = 0
     error: str = ""
     reasons: tuple[str, ...] = ()
+    num_refused: int = 0
 
     @property
     def complete(self) -> bool:
@@ -51,6 +54,7 @@ class _RoundResult(dict):
 
     received = 1.0
     num_lost = 0
+    refused: tuple[str, ...] = ()
 
 
 class _FailureCollector(logging.Handler):
@@ -76,9 +80,11 @@ class RoundReporting:
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
     ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
     ``search_seconds``: how long the owner of a step is kept waiting for a group.
+    Values that ``judge`` refuses are left out of the average.
     """
 
     round_kind = ""
+    judge = Judge(max_weight=1.0)
 
     def __init__(self, *args, phases_path: Path | None = None, search_seconds: float = float("inf"), **kwargs):
         # made before the process is forked, so that both sides hold an end
@@ -111,8 +117,31 @@ class RoundReporting:
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
-        result.num_lost = len(runner.banned_senders)
+        result.num_lost, result.refused = len(runner.banned_senders), runner.refused
         return result
+
+    async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, group_id: bytes | None = None, **kwargs):
+        """As hivemind's, with a reducer that looks at what it averages."""
+        group_id = group_info.group_id if group_id is None else group_id
+        runner = JudgingAllReduce(
+            judge=self.judge,
+            p2p=self._p2p,
+            servicer_type=type(self),
+            prefix=self.prefix,
+            tensors=tensors,
+            group_id=group_id,
+            ordered_peer_ids=group_info.peer_ids,
+            **kwargs,
+        )
+        self._running_groups[group_id].set_result(runner)
+        if runner.is_sender:
+            async for tensor, difference in azip(as_aiter(*tensors), runner):
+                tensor.add_(difference, alpha=self._averaging_alpha)
+                self.last_updated = get_dht_time()
+                self._state_updated.set()
+        else:
+            async for _ in runner:
+                pass  # an auxiliary peer has no values of its own that would change
 
     def _collect_failures(self) -> None:
         """In the averager's own process, so that the caller's loggers stay as they are."""
@@ -158,8 +187,18 @@ class RoundReporting:
             reasons = self._failures.take() if self._failures is not None else ()
             if isinstance(step._result, _RoundResult):
                 result = step._result
+                num_refused, reasons = len(result.refused), result.refused + reasons
                 self._rounds_sender.send(
-                    Round(self.round_kind, seconds, len(result), result.received, result.num_lost, reasons=reasons)
+                    Round(
+                        self.round_kind,
+                        seconds,
+                        len(result),
+                        result.received,
+                        result.num_lost,
+                        "",
+                        reasons,
+                        num_refused,
+                    )
                 )
             elif gave_up:
                 message = f"no other trainer was ready within {self._search_seconds:.0f} s"
@@ -200,15 +239,23 @@ class RoundReporting:
 
 
 class LeanGradientAverager(RoundReporting, GradientAverager):
-    """Averages gradients once an epoch."""
+    """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them."""
 
     round_kind = "gradients"
+
+    def __init__(self, *args, target_batch_size: int = 2**20, **kwargs):
+        self.judge = Judge(max_weight=target_batch_size)
+        super().__init__(*args, **kwargs)
 
 
 class LeanStateAverager(RoundReporting, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join."""
 
     round_kind = "parameters"
+
+    def __init__(self, *args, **kwargs):
+        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+        super().__init__(*args, **kwargs)
 
 
 def correct_step_cancellation() -> None:

@@ -207,7 +207,9 @@ def make_collaborative_optimizer(
         grad_compression=compression,
         # parameters, unlike gradients, keep the error: after a round in 8 bits two peers would differ by 1.3 %
         state_averaging_compression=Float16Compression(),
-        grad_averager_factory=partial(LeanGradientAverager, **averager_options),
+        grad_averager_factory=partial(
+            LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averager_options
+        ),
         averager_opts=averager_options,
         tracker_opts={
             "min_refresh_period": min(0.5, refresh / 4),

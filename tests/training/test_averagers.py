@@ -5,6 +5,7 @@ import contextlib
 import time
 from types import SimpleNamespace
 
+import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
 import hivemind
 import pytest
 import torch
@@ -112,7 +113,7 @@ def reported_rounds(averager, *, timeout: float = 10.0) -> list[Round]:
 
 def assert_last_round_complete(averager, kind: str, *, num_peers: int = 2) -> None:
     last = reported_rounds(averager)[-1]
-    assert (last.kind, last.num_peers, last.received, last.num_lost, last.error) == (kind, num_peers, 1.0, 0, "")
+    assert (last.kind, last.num_peers, last.received, last.num_lost, last.error) == (kind, num_peers, 1.0, 0, ""), last
     assert last.complete and 0 < last.seconds < 60
 
 
@@ -157,7 +158,7 @@ def test_state_averaging_yields_the_mean_of_parameters(two_nodes, shut_down_at_e
                 **averager_options("state", Float16Compression()),
             )
         )
-        for value, node in zip((1.0, 2.0), two_nodes, strict=True)
+        for value, node in zip((1.0, 1.2), two_nodes, strict=True)
     ]
     results = run_together(
         lambda: [DecentralizedAverager.step(a, wait=False, timeout=15, gather=n) for n, a in enumerate(averagers)]
@@ -166,7 +167,7 @@ def test_state_averaging_yields_the_mean_of_parameters(two_nodes, shut_down_at_e
     for averager in averagers:
         assert_last_round_complete(averager, "parameters")
         with averager.get_tensors() as averaged:
-            torch.testing.assert_close(averaged[0], torch.full((2000,), 1.5), rtol=1e-3, atol=0)
+            torch.testing.assert_close(averaged[0], torch.full((2000,), 1.1), rtol=1e-3, atol=0)
 
 
 def test_trainer_does_not_average_with_an_auxiliary_peer_alone(two_nodes, shut_down_at_end):
@@ -268,12 +269,14 @@ class FakeAverager:
 class ReportingFakeAverager(RoundReporting, FakeAverager):
     round_kind = "fake"
 
-    def __init__(self, outcome, *, failed_size: int = 0, banned=()):
+    def __init__(self, outcome, *, failed_size: int = 0, banned=(), refused=()):
         super().__init__()
         self.outcome = outcome
         runner = asyncio.Future(loop=asyncio.new_event_loop())
         container = SimpleNamespace(failed_size=failed_size, total_size=1000)
-        runner.set_result(SimpleNamespace(tensor_part_container=container, banned_senders=set(banned)))
+        runner.set_result(
+            SimpleNamespace(tensor_part_container=container, banned_senders=set(banned), refused=tuple(refused))
+        )
         self._running_groups = {b"group": runner}
 
 
@@ -295,6 +298,9 @@ def test_round_report_counts_what_was_lost():
     assert (partial.received, partial.complete, partial.error) == (0.75, False, "")
     (lost,) = report_of(ReportingFakeAverager(members, banned=["second"]))
     assert (lost.num_lost, lost.complete) == (1, False)
+    (poisoned,) = report_of(ReportingFakeAverager(members, refused=["left out 3 of 3 parts of second: ..."]))
+    assert (poisoned.num_refused, poisoned.complete) == (1, True)
+    assert poisoned.reasons == ("left out 3 of 3 parts of second: ...",)
 
 
 def test_round_report_names_the_error():

@@ -1,0 +1,302 @@
+"""What may enter an average: nothing that is not finite, far larger than usual, or weighted beyond reason.
+
+hivemind 1.1.12 adds up whatever arrives, so one peer's NaN ruins the parameters of all. Here a reducer looks at all
+contributions to a part before it averages them, and a sender looks at what reducers send back. Not detected: values
+of ordinary size that point the wrong way.
+"""
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median_low
+from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
+
+import torch
+from hivemind.averaging.allreduce import AllReduceRunner
+from hivemind.averaging.partition import AllreduceException, BannedException, TensorPartContainer
+from hivemind.p2p import P2PContext
+from hivemind.proto import averaging_pb2, runtime_pb2
+
+logger = logging.getLogger(__name__)
+
+MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
+SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
+WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
+BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
+
+
+def check_wire_tensor(tensor: runtime_pb2.Tensor) -> None:
+    """Raises ValueError if a tensor message contradicts itself.
+
+    bitsandbytes reads a blockwise tensor without checks: with a short code book it would read beyond the buffer.
+    """
+    if tensor.dtype not in WIRE_DTYPES:
+        raise ValueError(f"a tensor of type {tensor.dtype!r}")
+    if min(tensor.size, default=0) < 0:
+        raise ValueError(f"a tensor of shape {list(tensor.size)}")
+    if tensor.compression != runtime_pb2.BLOCKWISE_8BIT:
+        return  # the others are read by numpy and torch, which check
+    num_values = math.prod(tensor.size)
+    num_blocks = -(-num_values // BLOCK_SIZE)
+    header = num_blocks.to_bytes(8, "little") + CODE_BOOK_SIZE.to_bytes(8, "little")
+    if (
+        not tensor.buffer.startswith(header)
+        or len(tensor.buffer) != 16 + 4 * (num_blocks + CODE_BOOK_SIZE) + num_values
+    ):
+        raise ValueError("a blockwise quantized tensor whose sizes contradict each other")
+
+
+async def checked_messages(stream) -> AsyncIterator[averaging_pb2.AveragingData]:
+    """The messages of a round, as long as their tensors are well-formed; then an `AllreduceException`."""
+    async for message in stream:
+        if message.HasField("tensor_part"):
+            try:
+                check_wire_tensor(message.tensor_part)
+            except ValueError as error:
+                raise AllreduceException(f"sent {error}") from error
+        yield message
+
+
+class Judge:
+    """Decides which contributions to a part are averaged; remembers across rounds what is usual.
+
+    ``max_weight``: a larger weight counts as this, one beyond ten times this is not believed at all.
+    ``harmless_rms``: values whose root mean square is not above this are never too large.
+    ``max_distance``: how far values may lie from this peer's own, as a share of their norm; None: anywhere. For
+    parameters, which are nearly equal on all peers; a distance of 0.01 (root mean square) is always allowed.
+    """
+
+    def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
+        self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
+        self.usual_norms: dict[int, float] = {}  # number of a part -> what its norm was in recent rounds
+
+    def combine(
+        self, part: int, contributions: dict[int, tuple[torch.Tensor, float]], *, shape, own: int | None, own_rms: float
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
+
+        ``own``: which contribution is this peer's; ``own_rms``: root mean square of all this peer's values.
+        """
+        refused, weights, norms = {}, {}, {}
+        for sender, (values, weight) in contributions.items():
+            if values.shape != shape:
+                refused[sender] = f"has shape {list(values.shape)} instead of {list(shape)}"
+            elif not 0 <= weight <= 10 * self.max_weight:  # nor NaN
+                refused[sender] = f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}"
+            elif not math.isfinite(norm := float(values.norm())):
+                refused[sender] = "is not finite"
+            else:
+                weights[sender], norms[sender] = min(weight, self.max_weight), norm
+        unlike = self._too_large(part, norms, weights, shape, own, own_rms)
+        unlike.update(self._too_far(contributions, norms, own))
+        for sender in unlike:
+            del weights[sender], norms[sender]
+        refused.update(unlike)
+        if not weights:  # not even this peer's own: better nothing than NaN
+            values = contributions[own][0] if own in contributions else torch.zeros(shape)
+            return torch.nan_to_num(values, 0.0, 0.0, 0.0), refused
+        usual = median_low(norms.values())
+        self.usual_norms[part] = 0.8 * self.usual_norms.get(part, usual) + 0.2 * usual
+        total = math.fsum(weights.values())
+        if total == 0:  # all only tag along: nobody will use the result
+            weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
+        average = torch.zeros(shape)
+        for sender, weight in weights.items():
+            average.add_(contributions[sender][0], alpha=weight)
+        return average.div_(total), refused
+
+    def _too_large(self, part, norms, weights, shape, own, own_rms) -> dict[int, str]:
+        if not norms:
+            return {}
+        reference = max(self.usual_norms.get(part, 0.0), median_low(norms.values()))
+        typical_weight = median_low(weights.values())
+        if own in norms and weights[own] > 0:
+            reference, typical_weight = max(reference, norms[own]), weights[own]
+        harmless = max(own_rms, self.harmless_rms) * math.sqrt(shape.numel())
+        refused = {}
+        for sender, norm in norms.items():
+            # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
+            allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
+            if norm > max(MAX_NORM_RATIO * reference * allowance, harmless):
+                refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
+        return refused
+
+    def _too_far(self, contributions, norms, own) -> dict[int, str]:
+        if self.max_distance is None or own not in norms:
+            return {}
+        refused, own_values = {}, contributions[own][0]
+        for sender in norms:
+            distance = float((contributions[sender][0] - own_values).norm())
+            if distance > self._allowed_distance(norms[own], own_values.numel()):
+                refused[sender] = f"lies {distance:.3g} from this peer's values, which have the norm {norms[own]:.3g}"
+        return refused
+
+    def _allowed_distance(self, own_norm: float, num_values: int) -> float:
+        return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
+
+    def check_average(self, part: int, own: torch.Tensor, delta: torch.Tensor, *, own_rms: float) -> None:
+        """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
+
+        ``own_rms`` is infinite if this peer's own values say nothing (it tags along with a weight of zero).
+        """
+        if delta.shape != own.shape:
+            raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
+        norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
+        if not math.isfinite(norm):
+            raise AllreduceException("sent an average that is not finite")
+        reference = max(own_norm, self.usual_norms.get(part, 0.0))
+        harmless = max(own_rms, self.harmless_rms) * math.sqrt(own.numel())
+        if norm > max(MAX_NORM_RATIO * reference, harmless):
+            raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
+        if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
+            raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
+
+
+class JudgingReducer:
+    """Averages the parts of one round that are this peer's task; stands in for hivemind's `TensorPartReducer`.
+
+    Keeps all contributions to a part until every sender has delivered or failed, then asks ``combine(part_index,
+    {sender: (values, weight)})`` for their average. Also unlike hivemind's, it does not lose a part for all when one of
+    those who wait for it hangs up.
+    """
+
+    def __init__(self, num_parts: int, num_senders: int, combine):
+        self.num_parts, self.num_senders, self.combine = num_parts, num_senders, combine
+        self.contributions: list[dict] = [{} for _ in range(num_parts)]
+        self.averages = [asyncio.get_running_loop().create_future() for _ in range(num_parts)]
+        self.failed: set[int] = set()
+        self.finished = asyncio.Event()
+        if num_parts == 0:
+            self.finished.set()
+
+    async def accumulate_part(
+        self, sender_index: int, part_index: int, tensor_part: torch.Tensor, weight: float = 1.0
+    ) -> torch.Tensor:
+        """Hand in a contribution; returns the average when all have delivered theirs."""
+        if not 0 <= part_index < self.num_parts:
+            raise AllreduceException(f"sent part {part_index + 1} of {self.num_parts}")
+        if sender_index in self.failed:
+            raise BannedException(f"sender {sender_index} was left out of the round")
+        if self.finished.is_set():
+            raise AllreduceException("sent a part after the end of the round")
+        self.contributions[part_index][sender_index] = tensor_part, weight
+        self._combine_if_complete(part_index)
+        return await asyncio.shield(self.averages[part_index])
+
+    def on_sender_failed(self, sender_index: int) -> None:
+        """Wait for no further parts of this sender; those it has delivered count."""
+        self.failed.add(sender_index)
+        for part_index in range(self.num_parts):
+            self._combine_if_complete(part_index)
+
+    def _combine_if_complete(self, part_index: int) -> None:
+        if self.finished.is_set() or self.averages[part_index].done():
+            return
+        contributions = self.contributions[part_index]
+        if len(contributions.keys() | self.failed) < self.num_senders:
+            return
+        self.averages[part_index].set_result(self.combine(part_index, contributions))
+        self.contributions[part_index] = {}
+        if all(average.done() for average in self.averages):
+            self.finished.set()
+
+    def finalize(self) -> None:
+        """End the round: whoever still waits is told so."""
+        self.finished.set()
+        for average in self.averages:
+            average.cancel()
+
+
+class CheckedContainer(TensorPartContainer):
+    """Takes a result from another peer only if ``check(peer_index, part_index, own part, delta)`` has no objection."""
+
+    check = staticmethod(lambda *arguments: None)
+
+    def register_processed_part(self, peer_index: int, part_index: int, part: torch.Tensor) -> None:
+        if part_index < len(self._input_parts_by_peer[peer_index]):
+            self.check(peer_index, part_index, self._input_parts_by_peer[peer_index][part_index][0], part)
+        super().register_processed_part(peer_index, part_index, part)
+
+
+class _CheckedStub:
+    def __init__(self, stub):
+        self.stub = stub
+
+    async def rpc_aggregate_part(self, inputs):
+        return checked_messages(await self.stub.rpc_aggregate_part(inputs))
+
+
+class JudgingAllReduce(AllReduceRunner):
+    """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer."""
+
+    def __init__(self, *, judge: Judge, tensors: Sequence[torch.Tensor], peer_fractions, **kwargs):
+        super().__init__(tensors=tensors, peer_fractions=peer_fractions, **kwargs)
+        self.judge = judge
+        self.tensor_part_reducer.finished.set()  # replaced below; it would complain of having received nothing
+        options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
+        self.own_index = self.ordered_peer_ids.index(self.peer_id)
+        container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
+        container.check = self._check_average
+        self.tensor_part_container = container
+        self.parts_for_local_averaging = container.get_raw_input_parts(self.own_index)
+        self.tensor_part_reducer = JudgingReducer(
+            len(self.parts_for_local_averaging), len(self.sender_peer_ids), self._combine
+        )
+        self.is_sender = self.peer_id in self.sender_peer_ids
+        self.own_rms = self._root_mean_square(tensors) if self.is_sender and self.weight > 0 else 0.0
+        self._refusals: Counter = Counter()
+        self._first_reasons: dict = {}
+
+    @staticmethod
+    def _root_mean_square(tensors: Sequence[torch.Tensor]) -> float:
+        total_norm = math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
+        return total_norm / math.sqrt(max(1, sum(tensor.numel() for tensor in tensors)))
+
+    def _number(self, peer_index: int, part_index: int) -> int:
+        """A part's place among all parts of all tensors, which does not depend on who averages it."""
+        return sum(self.tensor_part_container.num_parts_by_peer[:peer_index]) + part_index
+
+    def _combine(self, part_index: int, contributions: dict) -> torch.Tensor:
+        average, refused = self.judge.combine(
+            self._number(self.own_index, part_index),
+            contributions,
+            shape=self.parts_for_local_averaging[part_index].shape,
+            own=self.sender_peer_ids.index(self.peer_id) if self.is_sender else None,
+            own_rms=self.own_rms,
+        )
+        for sender, reason in refused.items():
+            peer = self.sender_peer_ids[sender]
+            self._refusals[peer] += 1
+            self._first_reasons.setdefault(peer, reason)
+        return average
+
+    def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
+        if peer_index != self.own_index:
+            own_rms = self.own_rms if self.weight > 0 else math.inf
+            self.judge.check_average(self._number(peer_index, part_index), own, delta, own_rms=own_rms)
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        return tuple(
+            f"left out {count} of {self.tensor_part_reducer.num_parts} parts of {peer}: the first {reason}"
+            for peer, reason in self._first_reasons.items()
+            for count in (self._refusals[peer],)
+        )
+
+    def _get_peer_stub(self, peer):
+        return _CheckedStub(super()._get_peer_stub(peer))
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.AveragingData]:
+        """As hivemind's, with malformed tensors refused before they are read."""
+        if context.remote_id not in self.sender_peer_ids:
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        async for message in super().rpc_aggregate_part(checked_messages(stream), context):
+            yield message
+
+
+__all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "check_wire_tensor", "checked_messages"]

@@ -1,0 +1,359 @@
+"""One member who sends rubbish harms nobody and is named; ordinary differences between peers pass."""
+
+import asyncio
+import contextlib
+import math
+import multiprocessing
+
+import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
+import hivemind
+import pytest
+import torch
+from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.partition import AllreduceException, BannedException
+from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
+
+from src.training.averagers import LeanStateAverager, RoundReporting
+from src.training.contributions import Judge, JudgingReducer, check_wire_tensor, checked_messages
+
+SIZE = 400
+SHAPE = torch.Size([SIZE])
+
+
+def like(value: float, seed: int = 0) -> torch.Tensor:
+    """Values of root mean square ``value``."""
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * value
+
+
+def combine(judge: Judge, *contributions, own: int | None = 0, own_rms: float = 1.0, part: int = 0):
+    numbered = {index: pair if isinstance(pair, tuple) else (pair, 1.0) for index, pair in enumerate(contributions)}
+    return judge.combine(part, numbered, shape=SHAPE, own=own, own_rms=own_rms)
+
+
+BAD = {
+    "NaN": torch.where(torch.arange(SIZE) == 7, math.nan, like(1.0)),
+    "infinite": torch.where(torch.arange(SIZE) == 7, math.inf, like(1.0)),
+    "a thousand times the usual": like(1000.0),
+    "beyond float32": torch.full(SHAPE, 1e30),
+    "of another shape": torch.ones(1),
+    "weighted -1": (like(1.0), -1.0),
+    "weighted 1e12": (like(1.0), 1e12),
+    "weighted NaN": (like(1.0), math.nan),
+    "weighted infinity": (like(1.0), math.inf),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("own", [0, None], ids=["trainer", "auxiliary"])
+def test_judge_leaves_out_bad_values_and_names_their_sender(kind, own):
+    honest = like(1.0, 1), like(1.0, 2)
+    average, refused = combine(Judge(max_weight=4.0), *honest, BAD[kind], own=own)
+    torch.testing.assert_close(average, (honest[0] + honest[1]) / 2)
+    assert list(refused) == [2] and refused[2], refused
+
+
+def test_judge_takes_ordinary_differences():
+    judge = Judge(max_weight=100.0)
+    for other, weight in ((like(9.0, 1), 1.0), (like(0.01, 1), 50.0), (torch.zeros(SHAPE), 3.0), (like(1.0, 1), 0.0)):
+        own = like(1.0)
+        average, refused = combine(judge, own, (other, weight))
+        assert not refused
+        torch.testing.assert_close(average, (own + weight * other) / (1 + weight), rtol=1e-4, atol=1e-5)
+
+
+def test_judge_allows_for_the_noise_of_few_samples_but_not_for_less():
+    def refused(norm: float, weight: float):
+        return combine(Judge(max_weight=400.0), (like(1.0), 400.0), (like(norm, 1), weight))[1]
+
+    assert not refused(150.0, 1.0)  # a 20th root of the weight, and ten times
+    assert refused(250.0, 1.0)
+    assert refused(150.0, 100.0)
+
+
+def test_judge_compares_with_all_values_where_a_part_has_none():
+    """A part of rare words may be zero for this peer and not for another."""
+    average, refused = combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(0.9), own_rms=1.0)
+    assert not refused and float(average.norm()) > 0
+    assert combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(2.0), own_rms=1.0)[1]
+
+
+def test_judge_of_an_auxiliary_peer_remembers_what_is_usual():
+    judge = Judge(max_weight=1.0)
+    for seed in range(3):
+        assert not combine(judge, like(1.0, seed), like(1.0, seed + 10), own=None, own_rms=0.0)[1]
+    assert list(combine(judge, like(1.0), like(0.001), own=None, own_rms=0.0)[1]) == []
+    newcomer = Judge(max_weight=1.0)  # cannot know which of two is right, and takes the harmless one
+    assert list(combine(newcomer, like(1.0), like(0.001), own=None, own_rms=0.0)[1]) == [0]
+
+
+def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
+    average, refused = combine(Judge(max_weight=4.0), (like(1.0), 4.0), (like(1.0, 1), 39.0))
+    assert not refused
+    torch.testing.assert_close(average, (like(1.0) + like(1.0, 1)) / 2)
+
+
+@pytest.mark.parametrize(("one", "other"), [(0.0, 0.0), (0.0, 2.0)])
+def test_judge_never_divides_by_zero(one, other):
+    average, refused = combine(Judge(max_weight=4.0), (like(1.0), one), (like(1.0, 1), other))
+    assert not refused and average.isfinite().all()
+
+
+def test_judge_returns_finite_values_when_there_is_nothing_good():
+    average, refused = combine(Judge(max_weight=1.0), BAD["NaN"], BAD["infinite"])
+    assert set(refused) == {0, 1}
+    assert average.isfinite().all() and float((average - like(1.0)).norm()) < 3  # its own values, less the NaN
+
+
+PARAMETERS = {
+    "a copy that is behind": (like(0.02) * 1.05, True),
+    "biases after the first step": (like(0.02) + 0.002, True),
+    "zeros": (torch.zeros(SHAPE), False),
+    "the wrong sign": (-like(0.2), False),
+    "random values of usual size": (like(0.2, 5), False),
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_parameters_far_from_the_own_are_refused(kind):
+    """Checked both when they arrive and when an average comes back."""
+    values, good = PARAMETERS[kind]
+    own = like(0.02) if good else like(0.2)
+    judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+    refused = combine(judge, own, values)[1]
+    assert list(refused) == ([] if good else [1])
+    with contextlib.nullcontext() if good else pytest.raises(AllreduceException, match="lies"):
+        judge.check_average(0, own, values - own, own_rms=0.02)
+
+
+@pytest.mark.parametrize(
+    "delta", [BAD["NaN"], BAD["infinite"], BAD["a thousand times the usual"], BAD["of another shape"]]
+)
+def test_average_that_comes_back_is_checked(delta):
+    judge = Judge(max_weight=1.0)
+    judge.check_average(0, like(1.0), like(5.0, 1), own_rms=1.0)
+    with pytest.raises(AllreduceException, match="sent an average"):
+        judge.check_average(0, like(1.0), delta, own_rms=1.0)
+
+
+def test_peer_that_tags_along_takes_any_finite_average():
+    Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), like(5.0), own_rms=math.inf)
+    with pytest.raises(AllreduceException):
+        Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), BAD["NaN"], own_rms=math.inf)
+
+
+# -- the reducer ------------------------------------------------------------------------------------------------------
+
+
+def total(part_index, contributions):
+    return sum(values * weight for values, weight in contributions.values())
+
+
+def test_reducer_waits_for_all_senders_and_for_failed_ones_no_longer():
+    async def scenario():
+        reducer = JudgingReducer(2, 3, total)
+        first = [asyncio.create_task(reducer.accumulate_part(i, 0, torch.ones(2), 1.0 + i)) for i in range(2)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in first)
+        reducer.on_sender_failed(2)
+        assert [task.tolist() for task in await asyncio.gather(*first)] == [[3.0, 3.0]] * 2
+        with pytest.raises(BannedException):
+            await reducer.accumulate_part(2, 0, torch.ones(2))
+        assert not reducer.finished.is_set()
+        await asyncio.gather(*(reducer.accumulate_part(i, 1, torch.ones(2)) for i in range(2)))
+        assert reducer.finished.is_set()
+        with pytest.raises(AllreduceException, match="part 3 of 2"):
+            await reducer.accumulate_part(0, 2, torch.ones(2))
+
+    asyncio.run(scenario())
+
+
+def test_reducer_serves_the_others_when_one_that_waits_hangs_up():
+    async def scenario():
+        reducer = JudgingReducer(1, 2, total)
+        impatient = asyncio.create_task(reducer.accumulate_part(0, 0, torch.ones(2)))
+        await asyncio.sleep(0.01)
+        impatient.cancel()
+        await asyncio.sleep(0.01)
+        return await asyncio.wait_for(reducer.accumulate_part(1, 0, torch.ones(2)), 5)
+
+    assert asyncio.run(scenario()).tolist() == [2.0, 2.0]
+
+
+def test_reducer_tells_those_who_wait_that_the_round_has_ended():
+    async def scenario():
+        reducer = JudgingReducer(1, 2, total)
+        waiting = asyncio.create_task(reducer.accumulate_part(0, 0, torch.ones(2)))
+        await asyncio.sleep(0.01)
+        reducer.finalize()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(scenario())
+
+
+# -- tensors as they come from the network ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 17, 4096, 4097])
+@pytest.mark.parametrize("compression", [BlockwiseQuantization(), Float16Compression(), NoCompression()], ids=repr)
+def test_wire_check_takes_what_peers_send(compression, size):
+    tensor = torch.randn(size)
+    check_wire_tensor(compression.compress(tensor, CompressionInfo.from_tensor(tensor)))
+
+
+def blockwise(**changes):
+    tensor = torch.randn(5000)
+    message = BlockwiseQuantization().compress(tensor, CompressionInfo.from_tensor(tensor))
+    for name, value in changes.items():
+        setattr(message, name, value(message.buffer) if name == "buffer" else value)
+    return message
+
+
+MALFORMED = {
+    "a short code book": blockwise(buffer=lambda b: b[:8] + (1).to_bytes(8, "little") + b[16:]),
+    "few scales": blockwise(buffer=lambda b: (1).to_bytes(8, "little") + b[8:]),
+    "missing codes": blockwise(buffer=lambda b: b[:-1]),
+    "nothing": blockwise(buffer=lambda b: b""),
+    "objects": blockwise(dtype="object"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_wire_check_refuses_what_would_be_read_beyond_its_end(kind):
+    with pytest.raises(ValueError, match="a (blockwise quantized )?tensor"):
+        check_wire_tensor(MALFORMED[kind])
+
+    async def stream():
+        yield hivemind.proto.averaging_pb2.AveragingData(tensor_part=MALFORMED[kind])
+
+    async def read():
+        return [message async for message in checked_messages(stream())]
+
+    with pytest.raises(AllreduceException, match="sent a"):
+        asyncio.run(read())
+
+
+# -- whole rounds -----------------------------------------------------------------------------------------------------
+
+VALUES = 3000
+HONEST, POISONS = "honest", ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "weight -1")
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+class PlainAverager(RoundReporting, DecentralizedAverager):
+    """Averages any tensors. At module level: remote calls are named after the class."""
+
+
+class LyingJudge(Judge):
+    def __init__(self, lies):
+        super().__init__(max_weight=1.0)
+        self.lies = lies
+
+    def combine(self, *args, **kwargs):
+        average, refused = super().combine(*args, **kwargs)
+        return (average * math.nan if self.lies.value else average), refused
+
+    def check_average(self, *args, **kwargs):
+        """Takes everything."""
+
+
+def _hostile_round(self, tensors, group_info, **kwargs):
+    if self.weight.value != 1.0:
+        kwargs["weight"] = self.weight.value
+    return PlainAverager._run_allreduce_inplace_(self, tensors, group_info, **kwargs)
+
+
+# of the same name, or its remote calls would not be found
+HostileAverager = type("PlainAverager", (PlainAverager,), {"_run_allreduce_inplace_": _hostile_round})
+
+
+@pytest.fixture
+def group(shut_down_at_end):
+    """Two honest averagers and a hostile one, all of which average parts of the vector."""
+    nodes, averagers = [], []
+    options = {"prefix": "poison", "min_matchmaking_time": 2.5, "request_timeout": 1.5, "allreduce_timeout": 30.0,
+               "next_chunk_timeout": 12.0, "start": False, "part_size_bytes": 2000, "target_group_size": 4,
+               "min_group_size": 3}  # fmt: skip
+    for averager_type in (PlainAverager, PlainAverager, HostileAverager):
+        peers = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+        nodes.append(shut_down_at_end(hivemind.DHT(start=True, initial_peers=peers, host_maddrs=[LOOPBACK])))
+        averager = averager_type([torch.zeros(VALUES)], nodes[-1], **options)
+        averager.weight, lies = multiprocessing.Value("d", 1.0), multiprocessing.Value("b", False)
+        averager.lies = lies
+        averager.judge = LyingJudge(lies) if averager_type is HostileAverager else Judge(max_weight=1.0)
+        averager.run_in_background(await_ready=True)
+        averagers.append(shut_down_at_end(averager))
+    return averagers
+
+
+def average_once(averagers, vectors, *, attempts: int = 4):
+    """One complete round of all three; on a busy machine peers may miss each other, then once more."""
+    for attempt in range(attempts):
+        for averager, vector in zip(averagers, vectors, strict=True):
+            with averager.get_tensors() as (tensor,):
+                tensor.copy_(vector)
+        steps = [averager.step(wait=False, timeout=25, allow_retries=False) for averager in averagers]
+        try:
+            results = [step.result(60) for step in steps[:2]]
+            with contextlib.suppress(Exception):
+                steps[2].result(60)
+            assert [len(result) for result in results] == [3, 3]
+            break
+        except Exception:
+            for step in steps:
+                with contextlib.suppress(Exception):
+                    step.result(60)
+            if attempt == attempts - 1:
+                raise
+    averaged = []
+    for averager in averagers[:2]:
+        with averager.get_tensors() as (tensor,):
+            averaged.append(tensor.clone())
+    return averaged, [averager.finished_rounds()[-1] for averager in averagers[:2]]
+
+
+@pytest.mark.timeout(300)
+def test_poisoned_rounds_leave_honest_peers_finite_and_their_loss_as_it_was(group):
+    """Gradient descent on a least-squares problem, each round with another poison, against the same without."""
+    generator = torch.Generator().manual_seed(0)
+    target, steps = torch.randn(VALUES, generator=generator), 0.3
+    views = [target + 0.1 * torch.randn(VALUES, generator=generator) for _ in range(2)]  # each sees its own data
+    points, undisturbed = [torch.zeros(VALUES)] * 2, torch.zeros(VALUES)
+    offender = group[2].peer_id.to_base58()
+    for poison in POISONS:
+        gradients = [point - view for point, view in zip(points, views, strict=True)]
+        hostile = gradients[0].clone()
+        group[2].weight.value = {"weight 1e12": 1e12, "weight -1": -1.0}.get(poison, 1.0)
+        group[2].lies.value = poison == "lying reducer"
+        if poison in ("NaN", "infinite"):
+            hostile[::50] = math.nan if poison == "NaN" else math.inf
+        hostile *= 1000.0 if poison == "1000 times" else 1.0
+        averaged, rounds = average_once(group, [*gradients, hostile])
+        points = [point - steps * gradient for point, gradient in zip(points, averaged, strict=True)]
+        undisturbed = undisturbed - steps * sum(undisturbed - view for view in views) / 2
+        for point, reported in zip(points, rounds, strict=True):
+            assert point.isfinite().all(), poison
+            assert offender in " ".join(reported.reasons), (poison, reported)
+            if poison == "lying reducer":
+                assert not reported.complete and reported.received > 0.3
+            else:
+                assert reported.num_refused == 1 and reported.num_lost == 0
+    losses = [float(((point - target) ** 2).mean()) for point in (*points, undisturbed)]
+    assert max(losses[:2]) < 1.03 * losses[2] < 0.2, losses
+
+
+def test_state_averager_is_stricter_than_the_gradient_averager():
+    node = hivemind.DHT(start=True, host_maddrs=[LOOPBACK])
+    try:
+        averager = LeanStateAverager(
+            dht=node,
+            params=[torch.nn.Parameter(torch.zeros(3))],
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            initialize_optimizer=False,
+            prefix="strict",
+            start=False,
+        )
+        assert averager.judge.max_distance == 0.5 and averager.judge.max_weight == 1.0
+    finally:
+        node.shutdown()
