@@ -190,6 +190,8 @@ class CollaborativeCallback(TrainerCallback):
                                **vars(averaging_round))  # fmt: skip
             if not averaging_round.complete:
                 self.progress.say(describe_incomplete(averaging_round))
+            elif averaging_round.num_refused:
+                self.progress.say(f"averaging {averaging_round.kind}: {'; '.join(averaging_round.reasons)}")
 
     def _finish_epoch(self) -> None:
         seconds = time.monotonic() - self.epoch_started

@@ -422,10 +422,13 @@ def test_callback_reports_rounds_that_are_not_complete(tmp_path):
         Round("gradients", 1.5, num_peers=3, received=0.5, num_lost=1),
         Round("parameters", 30.0, error="no group found"),
         Round("gradients", 1.5, num_peers=3, received=1.0),
+        Round("gradients", 1.5, num_peers=3, received=1.0, num_refused=1, reasons=("left out 2 of 2 parts of 12D3",)),
     ]
     local_step(callback)
-    assert [record["complete"] for record in journal_of(tmp_path, "round")] == [False, False, True]
-    partial, failed = said_by(callback).splitlines()
+    assert [record["complete"] for record in journal_of(tmp_path, "round")] == [False, False, True, True]
+    assert [record["num_refused"] for record in journal_of(tmp_path, "round")] == [0, 0, 0, 1]
+    partial, failed, refused = said_by(callback).splitlines()
+    assert refused == "averaging gradients: left out 2 of 2 parts of 12D3"
     assert partial.startswith("averaging gradients was partial: 50.0% of the values came back from 3 peers, 1 failed")
     assert failed == "averaging parameters failed after 30 s: no group found"
     assert describe_incomplete(SimpleNamespace(error="x", kind="gradients", seconds=2.4)).endswith("after 2 s: x")
