@@ -23,7 +23,6 @@ from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 
 from src.training.contributions import Judge, JudgingAllReduce
-
 from src.training.journal import append_record
 
 POLL_SECONDS = 0.02

@@ -221,7 +221,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_wire_check_refuses_what_would_be_read_beyond_its_end(kind):
-    with pytest.raises(ValueError, match="a (blockwise quantized )?tensor"):
+    with pytest.raises(ValueError, match=r"a (blockwise quantized )?tensor"):
         check_wire_tensor(MALFORMED[kind])
 
     async def stream():
