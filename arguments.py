@@ -46,8 +46,10 @@ class PeerArguments:
     client_mode: bool = option(
         False, "Never accept incoming connections: for peers behind a firewall or gone within the hour."
     )
-    bandwidth: float | None = option(
-        None, "The lower of download and upload speed, Mbit/s; used to share out the work."
+    bandwidth: str | None = option(
+        None,
+        "The lower of download and upload speed, Mbit/s; used to share out the work. auto: measure it against an "
+        "initial peer.",
     )
     min_vector_size: int = option(
         4_000_000, "A peer that averages takes at least this many values (equal for all peers)."
@@ -63,6 +65,10 @@ class PeerArguments:
     wandb_project: str | None = option(
         None, "Send metrics to this Weights & Biases project (WANDB_MODE=offline works)."
     )
+    tensorboard_dir: str | None = option(None, "Write metrics for TensorBoard there, too (needs its package).")
+    check: bool = option(
+        False, "Test this set-up (ports, peers, speed, clock, disk, memory, model, data), say what to do, and end."
+    )
 
     def __post_init__(self):
         if not self.run_id:
@@ -71,8 +77,14 @@ class PeerArguments:
             raise ValueError(f"--run_id {self.run_id!r}: only letters, digits, - and _ are allowed")
         if str(self.authorize).lower() not in ("false", "none", "no", "0"):
             raise ValueError(f"--authorize {self.authorize}: only open runs are supported; pass --authorize False")
-        if self.bandwidth is not None:
+        if self.bandwidth is not None and self.bandwidth != "auto":
+            try:
+                self.bandwidth = float(self.bandwidth)
+            except ValueError as error:
+                raise ValueError(f"--bandwidth {self.bandwidth}: pass a number of Mbit/s, or auto") from error
             check_positive(self, "bandwidth")
+        if self.bandwidth == "auto" and not self.initial_peers:
+            raise ValueError("--bandwidth auto needs --initial_peers to measure against; pass a number of Mbit/s")
 
 
 @dataclass

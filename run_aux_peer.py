@@ -23,6 +23,8 @@ def main() -> int:
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     peer, collaboration, training = parser.parse(sys.argv[1:] or ["@demo/aux.args"])
     progress, stop = TerminalView() if sys.stdout.isatty() else console.Progress(), threading.Event()
+    if peer.check:
+        leave_at_once(check(peer, training, progress))
     try:
         swarm, journal, store, threads = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -48,6 +50,26 @@ def main() -> int:
     leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
 
 
+def check(peer, training, progress) -> int:
+    """Test this machine's set-up without joining the run; returns the exit code."""
+    import torch
+
+    from src.training.preflight import run_checks
+    from tasks.mlm.evaluate import checkpoint_scorer
+    from tasks.mlm.task import build_model
+
+    return run_checks(
+        peer,
+        output_dir=training.output_dir,
+        device=torch.device("cpu"),
+        build_model=lambda: build_model(peer, seed=training.seed),
+        read_data=(lambda tokenizer: checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=1))
+        if peer.eval_sources
+        else None,
+        say=progress.say,
+    )
+
+
 def build(peer, collaboration, training, *, progress, stop):
     """All that an auxiliary peer consists of. hivemind forks its processes, so it comes before threads are started."""
     import threading
@@ -59,6 +81,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.dht import start_dht
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from src.training.probe import measure_bandwidth
     from src.training.report import Reporter
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
@@ -66,6 +89,9 @@ def build(peer, collaboration, training, *, progress, stop):
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     dht, public_key = start_dht(peer)
+    if peer.bandwidth == "auto":
+        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
+        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
     evaluate = (
         checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
     )
@@ -73,7 +99,12 @@ def build(peer, collaboration, training, *, progress, stop):
     swarm = Swarm(dht, public_key, make_collaborative_optimizer(
         model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True, metrics_path=metrics_path
     ))  # fmt: skip
-    journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=f"{peer.run_id}-aux")
+    journal = Journal(
+        metrics_path,
+        wandb_project=peer.wandb_project,
+        tensorboard_dir=peer.tensorboard_dir,
+        run_name=f"{peer.run_id}-aux",
+    )
     journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size,
                   arguments=run_settings(peer, collaboration, training))  # fmt: skip

@@ -27,6 +27,8 @@ def main() -> int:
     progress, stop = console.Progress(), threading.Event()
     if not sys.argv[1:]:
         progress.say("no arguments: training the bundled demo model on the bundled text (@demo/trainer.args)")
+    if peer.check:
+        leave_at_once(check(peer, training, progress))
     try:
         trainer, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -42,6 +44,26 @@ def main() -> int:
     leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
 
 
+def check(peer, training, progress) -> int:
+    """Test this machine's set-up without joining in training; returns the exit code."""
+    from src.training.preflight import run_checks
+    from tasks.mlm.task import build_data, build_model, check_sequence_length
+
+    def make_model():
+        model, tokenizer = build_model(peer, seed=training.seed)
+        check_sequence_length(model, training.max_sequence_length)
+        return model, tokenizer
+
+    return run_checks(
+        peer,
+        output_dir=training.output_dir,
+        device=training.device,
+        build_model=make_model,
+        read_data=lambda tokenizer: build_data(tokenizer, peer, training, peer_seed=b"check"),
+        say=progress.say,
+    )
+
+
 def build(peer, collaboration, training, *, progress, stop):
     """All that a trainer consists of. hivemind forks its processes, so it comes before anything that starts threads."""
     from transformers import PrinterCallback
@@ -52,6 +74,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
+    from src.training.probe import measure_bandwidth
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     model, tokenizer = build_model(peer, seed=training.seed)
@@ -59,13 +82,18 @@ def build(peer, collaboration, training, *, progress, stop):
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     dht, public_key = start_dht(peer)
+    if peer.bandwidth == "auto":
+        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
+        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=dht.peer_id.to_bytes())
     metrics_path = directory / "metrics.jsonl"
     optimizer = make_collaborative_optimizer(
         model, dht, peer=peer, collaboration=collaboration, training=training, metrics_path=metrics_path
     )
     swarm = Swarm(dht, public_key, optimizer)
-    journal = Journal(metrics_path, wandb_project=peer.wandb_project, run_name=peer.run_id)
+    journal = Journal(
+        metrics_path, wandb_project=peer.wandb_project, tensorboard_dir=peer.tensorboard_dir, run_name=peer.run_id
+    )
     journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size,
                   arguments=run_settings(peer, collaboration, training))  # fmt: skip

@@ -31,6 +31,8 @@ PEER = {
     "tokenizer_path": str(DEMO / "tokenizer"),
     "cache_dir": None,
     "wandb_project": None,
+    "tensorboard_dir": None,
+    "check": False,
 }
 DEFAULTS = {
     TrainerPeerArguments: {
@@ -263,6 +265,9 @@ CONTRADICTIONS = {
     "--run_id a --no_offload_optimizer": "--delay_optimizer_step needs --offload_optimizer",
     "--run_id a --authorize True": "--authorize True",
     "--run_id a --bandwidth 0": "--bandwidth must be positive",
+    "--run_id a --bandwidth nan": "--bandwidth must be positive",
+    "--run_id a --bandwidth fast": "--bandwidth fast: pass a number of Mbit/s, or auto",
+    "--run_id a --bandwidth auto": "--bandwidth auto needs --initial_peers",
     "--run_id a --backup_every_epochs 0": "--backup_every_epochs must be positive",
     "--run_id a --statistics_expiration 0": "--statistics_expiration must be positive",
     "--run_id a --per_device_train_batch_size 0": "--per_device_train_batch_size must be positive",

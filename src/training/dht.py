@@ -17,6 +17,7 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
+from src.training.probe import offer_probe
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
         )
     except P2PDaemonError as error:
         raise ValueError(_explain(str(error), peer)) from error
+    dht.run_coroutine(offer_probe)
     return dht, signature.local_public_key
 
 

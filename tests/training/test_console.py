@@ -24,6 +24,7 @@ ADDRESSES = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
         ("--run_id a --announce_maddrs /ip4/203.0.113.5/tcp/1", "--run_id a"),
         ("--initial_peers x y @demo/trainer.args --seed 3", "@demo/trainer.args --seed 3"),
         ("--client_mode --run_id a", "--run_id a"),
+        ("--check --run_id a --tensorboard_dir x", "--run_id a"),
         ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
         ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
         ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),

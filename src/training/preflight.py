@@ -1,0 +1,334 @@
+"""Is this machine ready to join the run? `--check` tests all that usually goes wrong and says what to do about it.
+
+Each check gives one line; the last line is the verdict.
+"""
+
+import asyncio
+import ipaddress
+import os
+import resource
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hivemind.proto import crypto_pb2
+
+from src.training.dht import start_dht, visible_addresses
+from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
+
+MIN_OPEN_FILES = 4096
+MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
+BYTES_PER_PARAMETER = 22  # parameter, gradient and its average, the optimizer's copy and its average, 8-bit moments
+BYTES_PER_PROCESS = 1.5e9  # libraries of the trainer and of hivemind's processes
+BACKUP_BYTES_PER_PARAMETER = 7  # parameters and moments; a new backup is written before the old one goes
+OK, WARNING, FAILED = "ok", "warning", "FAILED"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was tested, how it went, what was found, and what to do if that is not well."""
+
+    name: str
+    state: str
+    found: str
+    fix: str = ""
+
+    def lines(self) -> str:
+        first = f"{self.state:>8}  {self.name}: {self.found}"
+        return first if not self.fix else f"{first}\n{'':>10}-> {self.fix}"
+
+
+def check_open_files() -> Check:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
+        return Check("open files", FAILED, f"at most {hard} are allowed, {MIN_OPEN_FILES} are needed",
+                     f"raise it: `ulimit -n {MIN_OPEN_FILES}` as root, or in /etc/security/limits.conf")  # fmt: skip
+    return Check("open files", OK, "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard}")
+
+
+def check_disk(directory: Path, num_parameters: int) -> Check:
+    """Space for two backups (the new one is written beside the old one), and the right to write there."""
+    existing = directory.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        return Check("disk", FAILED, f"nothing can be written to {existing}", "choose another --output_dir")
+    needed, free = 2 * BACKUP_BYTES_PER_PARAMETER * num_parameters + 1e8, shutil.disk_usage(existing).free
+    found = f"{free / 1e9:.1f} GB free in {existing}, {needed / 1e9:.1f} GB needed for backups"
+    if free < needed:
+        return Check("disk", FAILED, found, "free some space, or choose another --output_dir")
+    return Check("disk", OK, found)
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes: what the device has free, or what this machine (or its container) can still give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                     if line.startswith("MemAvailable"))  # fmt: skip
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def check_memory(num_parameters: int, device: torch.device) -> Check:
+    needed, available = BYTES_PER_PARAMETER * num_parameters + BYTES_PER_PROCESS, available_memory(device)
+    found = (
+        f"about {needed / 1e9:.1f} GB for {num_parameters / 1e6:.1f} million parameters, gradients, optimizer and "
+        f"libraries, activations not counted; {available / 1e9:.1f} GB are free"
+    )
+    if available < needed:
+        return Check("memory", FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
+    if available < 1.3 * needed:
+        return Check("memory", WARNING, found,
+                     "little is left for activations: keep --per_device_train_batch_size small, "
+                     "--gradient_checkpointing on")  # fmt: skip
+    return Check("memory", OK, found)
+
+
+def check_identity(identity_path: str | None) -> Check:
+    if identity_path is None:
+        return Check("identity", OK, "a new one at each start; --identity_path would keep this peer's address")
+    path = Path(identity_path).expanduser()
+    if not path.exists():
+        return Check("identity", OK, f"{path} will be made")
+    try:
+        content = path.read_bytes()
+        key = crypto_pb2.PrivateKey.FromString(content)
+    except OSError as error:
+        return Check("identity", FAILED, f"{path}: {error.strerror}", "make the file readable, or name another one")
+    except Exception:  # protobuf's own exception
+        key = None
+    if key is None or not key.data:
+        return Check("identity", FAILED, f"{path} does not hold a private key",
+                     "restore it from a copy, or move it away: a new one is made, and the address changes")  # fmt: skip
+    return Check("identity", OK, f"{path}")
+
+
+def check_own_port(address: str) -> Check:
+    """Whether this peer can listen where it is told to."""
+    host, port = address_of(address)
+    name = f"own address {address}"
+    if port is None:
+        return Check(name, OK, "not a TCP address, so not tested")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            fixes = {
+                "Address already in use": f"another program of this machine (an earlier trainer?) listens on TCP port "
+                f"{port}: end it (`ss -tlnp 'sport = :{port}'` names it), or choose another port in --host_maddrs",
+                "Cannot assign requested address": f"this machine has no address {host}: listen on 0.0.0.0 and give "
+                "the address that others see as --announce_maddrs",
+            }
+            fix = fixes.get(error.strerror, "choose another address in --host_maddrs")
+            return Check(name, FAILED, f"cannot listen: {error.strerror}", fix)
+    return Check(name, OK, "any free port" if port == 0 else f"TCP port {port} of this machine is free")
+
+
+def is_private(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return False
+
+
+def explain_knock(name: str, tried: Knock) -> Check:
+    """Whose side is wrong when an initial peer cannot be reached over TCP, and what that side has to do."""
+    where = f"{tried.host} TCP port {tried.port}"
+    near = " (a private address: it works in that peer's own network only)" if is_private(tried.host) else ""
+    if tried.is_peer:
+        return Check(name, OK, f"{where} answers after {1000 * tried.seconds:.0f} ms")
+    if tried.open:
+        return Check(name, FAILED, f"{where} is open, but what answers there is no hivemind peer",
+                     "the other side: another program has that port; take the address the peer prints")  # fmt: skip
+    reasons = {
+        "refused": (
+            f"{where} refuses: the machine answers, but nothing listens on that port",
+            "the other side: the peer has ended, or was started anew with another port (give it a fixed one in "
+            "--host_maddrs and an --identity_path); if it runs, its router must forward this port",
+        ),
+        "timeout": (
+            f"{where} does not answer within some seconds{near}",
+            "the other side: the machine is off, or a firewall there drops the port (open it for TCP); this side: a "
+            "firewall that lets no connection out (try another network)",
+        ),
+        "unknown host": (f"no address is known for the name {tried.host}", "correct the name, or use the IP address"),
+    }
+    found, fix = reasons.get(
+        tried.error, (f"{where}: {tried.error}{near}", "this side: check the network and its route to that address")
+    )
+    return Check(name, FAILED, found, fix)
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """The way to a peer, and its id."""
+    way, _, peer_id = address.rpartition("/p2p/")
+    return way, peer_id
+
+
+def check_initial_peer(address: str) -> Check:
+    host, port = address_of(split_address(address)[0])
+    name = f"initial peer {address}"
+    if port is None:
+        return Check(name, OK, "not a TCP address: tested by joining only")
+    return explain_knock(name, asyncio.run(knock(host, port)))
+
+
+def check_contact(address: str, dht) -> list[Check]:
+    """Whether the peer with this id answers, how fast, and whether its clock agrees with ours."""
+    way, peer_id = split_address(address)
+    answer, name = ping(dht, peer_id) if peer_id else None, f"round trip to {address}"
+    if answer is None:
+        return [
+            Check(name, FAILED, f"a peer listens at {way}, but it is not {peer_id}, or does not let this peer in",
+                  "the other side: its id changes at each start without --identity_path; take the newest line that it "
+                  "prints; with --authorize, check that this peer is admitted")
+        ]  # fmt: skip
+    checks = [Check(name, OK, f"{1000 * answer.seconds:.0f} ms")]
+    offset = answer.clock_offset
+    if abs(offset) > MAX_CLOCK_OFFSET:
+        direction = "behind" if offset > 0 else "ahead of"
+        checks.append(Check("clock", FAILED, f"this machine's is {abs(offset):.0f} s {direction} that of {way}",
+                            "set it: `timedatectl set-ntp true`; if it is right, the other side must"))  # fmt: skip
+    else:
+        checks.append(Check("clock", OK, f"within {max(0.1, abs(offset)):.1f} s of that of {way}"))
+    return checks
+
+
+def check_reachability(dht, address: str, *, announced: Sequence[str]) -> Check:
+    """Let an initial peer try this peer's port from outside."""
+    name, (way, peer_id) = "own port from outside", split_address(address)
+    listening = {address_of(split_address(one)[0])[1] for one in visible_addresses(dht)}
+    ports = sorted((listening | {address_of(one)[1] for one in announced}) - {None, 0})
+    tried = ask_to_knock(dht, peer_id, ports) or []
+    if not tried:
+        return Check(name, WARNING, f"{way} could not test it", "only other peers can tell whether your port is open")
+    opened = [one for one in tried if one.is_peer]
+    if opened:
+        return Check(name, OK, f"{way} reaches {opened[0].host} TCP port {opened[0].port}")
+    ways = ", ".join(f"{one.host} TCP port {one.port} ({one.error or 'another program answers'})" for one in tried)
+    return Check(name, FAILED, f"{way} cannot reach this machine at {ways}",
+                 "this side: open the port in the firewall and forward it in the router (--host_maddrs with a fixed "
+                 "port, --announce_maddrs with the public address), or run a trainer with --client_mode")  # fmt: skip
+
+
+def describe_speed(speed: Speed | None, way: str, given) -> Check:
+    if speed is None:
+        return Check("bandwidth", WARNING, f"{way} did not take part in a measurement",
+                     "pass the lower of your download and upload speed in Mbit/s as --bandwidth")  # fmt: skip
+    found = f"{speed.download:.0f} Mbit/s from {way}, {speed.upload:.0f} Mbit/s to it"
+    if isinstance(given, float) and given > 2 * speed.bandwidth:
+        return Check("bandwidth", WARNING, f"{found}, but --bandwidth is {given:.0f}",
+                     "others would wait for this peer: give what was measured, or `auto`")  # fmt: skip
+    return Check("bandwidth", OK, found + ("" if given else f"; use --bandwidth {speed.bandwidth:.0f}, or auto"))
+
+
+def attempt(name: str, action: Callable[[], object], describe: Callable[[object], str]) -> tuple[Check, object]:
+    """Do what the run itself would do; its own error message says what to change."""
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        return Check(name, FAILED, " ".join(str(error).split()), "change what the message names"), None
+    return Check(name, OK, describe(result)), result
+
+
+def check_network(peer, say: Callable[[Check], None]) -> None:
+    """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would."""
+    listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
+    knocks = [check_initial_peer(address) for address in peer.initial_peers]
+    reached = [address for address, check in zip(peer.initial_peers, knocks, strict=True) if check.state == OK]
+    for check in listening:
+        say(check)
+    for check in knocks:  # one of several that is away does not matter
+        say(Check(check.name, WARNING, check.found, check.fix) if reached and check.state == FAILED else check)
+    if any(check.state == FAILED for check in listening) or (peer.initial_peers and not reached):
+        return
+    joining, started = attempt("peer-to-peer daemon", lambda: start_dht(peer), lambda _: "it starts")
+    if started is None:
+        for address in reached:  # TCP answers, libp2p does not: it is the id
+            say(check_wrong_id(address, joining))
+        if not reached:
+            say(joining)
+        return
+    dht = started[0]
+    try:
+        say(joining)
+        contacts = [(address, check_contact(address, dht)) for address in reached]
+        met = [address for address, checks in contacts if checks[0].state == OK]
+        for _, checks in contacts:
+            for check in checks:
+                say(check)
+        if met:
+            if not peer.client_mode:
+                say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
+            say(describe_speed(measure_speed(dht, split_address(met[0])[1]), split_address(met[0])[0], peer.bandwidth))
+        elif not peer.initial_peers:
+            say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
+    finally:
+        dht.shutdown()
+
+
+def check_wrong_id(address: str, joining: Check) -> Check:
+    way, peer_id = split_address(address)
+    return Check(
+        f"joining through {address}", FAILED, f"a peer listens at {way}, but it does not answer as {peer_id} "
+        f"({joining.found})", "the other side: its id changes at each start without --identity_path; take the newest "
+        "line that it prints",
+    )  # fmt: skip
+
+
+def run_checks(
+    peer,
+    *,
+    output_dir: str,
+    device: torch.device,
+    build_model: Callable[[], tuple],
+    read_data: Callable[[object], object] | None,
+    say: Callable[[str], None],
+) -> int:
+    """All checks, each one's lines as soon as they are known, then the verdict. Returns the exit code, 0 or 2.
+
+    ``build_model()`` gives model and tokenizer, ``read_data(tokenizer)`` reads a first instance; both raise ValueError.
+    """
+    checks: list[Check] = []
+
+    def report(check: Check) -> None:
+        checks.append(check)
+        say(check.lines())
+
+    report(check_open_files())
+    report(check_identity(peer.identity_path))
+    model_check, built = attempt("model and tokenizer", build_model, describe_model)
+    report(model_check)
+    if built is not None:
+        num_parameters = sum(parameter.numel() for parameter in built[0].parameters())
+        report(check_memory(num_parameters, device))
+        report(check_disk(Path(output_dir), num_parameters))
+    check_network(peer, report)  # before data are read: hivemind's processes come before other threads
+    if built is not None and read_data is not None:
+        report(attempt("data", lambda: read_data(built[1]), lambda _: "the first instance was read")[0])
+    return verdict(checks, say)
+
+
+def describe_model(built: tuple) -> str:
+    model, tokenizer = built
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens"
+
+
+def verdict(checks: Sequence[Check], say: Callable[[str], None]) -> int:
+    failed = [check for check in checks if check.state == FAILED]
+    warnings = sum(check.state == WARNING for check in checks)
+    more = f", {warnings} warnings" if warnings else ""
+    if failed:
+        names = "; ".join(check.name for check in failed)
+        say(f"NOT READY: {len(failed)} of {len(checks)} checks failed{more}: {names}")
+        return 2
+    say(f"READY: {len(checks)} checks passed{more}")
+    return 0

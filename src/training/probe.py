@@ -1,0 +1,227 @@
+"""What peers answer so that others can test their connection: bytes to time, and a knock on the caller's own port.
+
+Each peer offers it from its DHT process. The answers are bounded, so that strangers cannot take more than their share.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
+
+from hivemind.p2p import P2PContext, PeerID, ServicerBase
+from hivemind.proto import dht_pb2
+from hivemind.proto.runtime_pb2 import Tensor
+from hivemind.utils import get_dht_time
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES, MAX_BYTES, MAX_SECONDS = 2**18, 2**26, 4.0
+BYTES_AN_HOUR = 2**31  # for all callers together
+KNOCK_SECONDS, MAX_PORTS = 3.0, 4
+GREETING = b"/multistream/"  # the first thing a libp2p daemon says
+PING_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Knock:
+    """A TCP connection that was tried: ``open`` and what answered, or why not."""
+
+    host: str
+    port: int
+    open: bool
+    is_peer: bool = False
+    seconds: float = 0.0
+    error: str = ""
+
+
+async def knock(host: str, port: int, *, timeout: float = KNOCK_SECONDS) -> Knock:
+    """Connect, see who answers, hang up. ``error`` is refused, timeout, unknown host, or the system's words."""
+    started, writer = time.perf_counter(), None
+    try:
+        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), timeout)
+        seconds = time.perf_counter() - started
+        try:
+            greeting = await asyncio.wait_for(reader.read(64), timeout)
+        except (TimeoutError, OSError):
+            greeting = b""
+        return Knock(host, port, True, GREETING in greeting, seconds)
+    except TimeoutError:
+        error = "timeout"
+    except ConnectionRefusedError:
+        error = "refused"
+    except socket.gaierror:
+        error = "unknown host"
+    except OSError as trouble:
+        error = trouble.strerror or str(trouble)
+    finally:
+        if writer is not None:
+            writer.close()
+    return Knock(host, port, False, error=error)
+
+
+class ConnectionProbe(ServicerBase):
+    """The answering side. Its name is part of the protocol."""
+
+    def __init__(self, p2p):
+        self.p2p, self.spent, self.hour, self.busy = p2p, 0, 0, asyncio.Lock()
+
+    def _spend(self, count: int) -> bool:
+        """Whether so many bytes may still be exchanged in this hour."""
+        hour = int(time.monotonic() // 3600)
+        if hour != self.hour:
+            self.hour, self.spent = hour, 0
+        self.spent += count
+        return self.spent <= BYTES_AN_HOUR
+
+    async def rpc_send(self, request: Tensor, context: P2PContext) -> AsyncIterator[Tensor]:
+        """Send zeros for as long and as much as is allowed; one caller at a time."""
+        async with self.busy:
+            chunk, sent, give_up_at = Tensor(buffer=bytes(CHUNK_BYTES)), 0, time.monotonic() + MAX_SECONDS
+            while sent < MAX_BYTES and time.monotonic() < give_up_at and self._spend(CHUNK_BYTES):
+                sent += CHUNK_BYTES
+                yield chunk
+
+    async def rpc_receive(self, request: AsyncIterator[Tensor], context: P2PContext) -> Tensor:
+        """Count what the caller sends, as much as is allowed."""
+        received = 0
+        async with self.busy:
+            async for message in request:
+                received += len(message.buffer)
+                if received >= MAX_BYTES or not self._spend(len(message.buffer)):
+                    break
+        return Tensor(buffer=str(received).encode())
+
+    async def rpc_knock(self, request: Tensor, context: P2PContext) -> Tensor:
+        """Try ports of the caller, at the addresses from which this peer sees it and nowhere else."""
+        ports = [port for port in json.loads(request.buffer) if isinstance(port, int) and 0 < port < 65536]
+        hosts = {address_of(str(address))[0] for info in await self.p2p.list_peers()
+                 if info.peer_id == context.remote_id for address in info.addrs} - {None}  # fmt: skip
+        if not self._spend(2**20):
+            return Tensor(buffer=b"[]")
+        tried = [await knock(host, port) for host in sorted(hosts)[:2] for port in ports[:MAX_PORTS]]
+        return Tensor(buffer=json.dumps([vars(one) for one in tried]).encode())
+
+
+def address_of(multiaddress: str) -> tuple[str | None, int | None]:
+    """Host and TCP port of a multiaddress, None where it has none (UDP, relayed)."""
+    words = multiaddress.strip("/").split("/")
+    if "p2p-circuit" in words or len(words) < 4 or words[2] != "tcp":
+        return None, None
+    return (words[1], int(words[3])) if words[0] in ("ip4", "ip6", "dns", "dns4", "dns6") else (None, None)
+
+
+async def offer_probe(dht, node) -> None:
+    """For `DHT.run_coroutine`: answer the probes of others from now on."""
+    await ConnectionProbe(node.p2p).add_p2p_handlers(node.p2p)
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Round trip in seconds, and how far the peer's clock is ahead of this one's."""
+
+    seconds: float
+    clock_offset: float
+
+
+async def _ping(dht, node, *, peer_id: str, count: int = 3) -> Ping | None:
+    best = None
+    for _ in range(count):
+        sent, started = get_dht_time(), time.perf_counter()
+        try:
+            answer = await node.protocol.get_stub(PeerID.from_base58(peer_id)).rpc_ping(
+                dht_pb2.PingRequest(peer=node.protocol.node_info), timeout=PING_SECONDS
+            )
+        except Exception as error:  # P2P errors of many kinds: the peer is not there
+            logger.debug("no answer to a ping: %r", error)
+            return best
+        seconds = time.perf_counter() - started
+        if best is None or seconds < best.seconds:
+            best = Ping(seconds, answer.dht_time - (sent + seconds / 2))
+    return best
+
+
+def ping(dht, peer_id: str) -> Ping | None:
+    """The best of three round trips to a peer, or None if it does not answer."""
+    return dht.run_coroutine(partial(_ping, peer_id=peer_id))
+
+
+async def _ask_to_knock(dht, node, *, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:
+    stub = ConnectionProbe.get_stub(node.p2p, PeerID.from_base58(peer_id))
+    wait = 2 * MAX_PORTS * 2 * KNOCK_SECONDS
+    try:
+        answer = await stub.rpc_knock(Tensor(buffer=json.dumps(list(ports)).encode()), timeout=wait)
+        return [Knock(**one) for one in json.loads(answer.buffer)]
+    except Exception as error:  # whatever a stranger answers
+        logger.debug("no answer to a request to knock: %r", error)
+        return None
+
+
+def ask_to_knock(dht, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:
+    """Let a peer try this machine's ports from outside; None if it cannot say."""
+    return dht.run_coroutine(partial(_ask_to_knock, peer_id=peer_id, ports=ports))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Mbit/s to and from one peer; that peer's own connection may be the narrower one."""
+
+    download: float
+    upload: float
+
+    @property
+    def bandwidth(self) -> float:
+        return min(self.download, self.upload)
+
+
+async def _measure_speed(dht, node, *, peer_id: str) -> Speed | None:
+    stub = ConnectionProbe.get_stub(node.p2p, PeerID.from_base58(peer_id))
+
+    async def chunks():
+        chunk, give_up_at = Tensor(buffer=bytes(CHUNK_BYTES)), time.monotonic() + MAX_SECONDS
+        for _ in range(MAX_BYTES // CHUNK_BYTES):
+            yield chunk
+            if time.monotonic() > give_up_at:
+                break
+
+    async def download() -> float:
+        received, started = 0, time.perf_counter()
+        async for message in await stub.rpc_send(Tensor()):
+            received += len(message.buffer)
+        return received / (time.perf_counter() - started)
+
+    async def upload() -> float:
+        started = time.perf_counter()
+        answer = await stub.rpc_receive(chunks())
+        return int(answer.buffer) / (time.perf_counter() - started)
+
+    try:
+        down = await asyncio.wait_for(download(), 10 * MAX_SECONDS)
+        up = await asyncio.wait_for(upload(), 10 * MAX_SECONDS)
+    except Exception as error:  # whatever a stranger answers
+        logger.debug("no measurement: %r", error)
+        return None
+    return Speed(down * 8e-6, up * 8e-6) if min(down, up) > 0 else None
+
+
+def measure_speed(dht, peer_id: str) -> Speed | None:
+    """Time at most 64 MiB or four seconds of traffic in each direction; None if the peer does not answer."""
+    return dht.run_coroutine(partial(_measure_speed, peer_id=peer_id))
+
+
+def measure_bandwidth(dht, initial_peers: Sequence[str]) -> float:
+    """What `--bandwidth auto` stands for: Mbit/s against the first initial peer that answers.
+
+    Raises ValueError if there is none.
+    """
+    for address in initial_peers:
+        speed = measure_speed(dht, address.rsplit("/p2p/", 1)[-1])
+        if speed is not None:
+            return round(speed.bandwidth, 1)
+    raise ValueError(
+        "--bandwidth auto: no initial peer answers, so there is nothing to measure against; pass a number of Mbit/s"
+    )

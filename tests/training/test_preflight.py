@@ -1,0 +1,345 @@
+"""`--check` finds a healthy set-up ready, and names side, address and port of what is wrong with a broken one."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+from hivemind.utils.crypto import RSAPrivateKey
+
+from arguments import PeerArguments
+from src.training import preflight
+from src.training.dht import start_dht, visible_addresses
+from src.training.preflight import FAILED, OK, WARNING, describe_speed, explain_knock, run_checks
+from src.training.probe import Knock, Ping, Speed, address_of, ask_to_knock, measure_bandwidth, measure_speed, ping
+from tests.reference.fake_swarm import tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+OTHER_ID = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
+
+
+def peer_arguments(**kwargs) -> PeerArguments:
+    return PeerArguments(**{"run_id": "check", "host_maddrs": [LOOPBACK], **kwargs})
+
+
+def checked(peer, tmp_path, **kwargs) -> tuple[int, str]:
+    """Exit code and output of all checks of a small model."""
+    lines = []
+    options = {"output_dir": str(tmp_path / "outputs"), "device": torch.device("cpu"),
+               "build_model": lambda: (tiny_model(), range(300)), "read_data": lambda tokenizer: None}  # fmt: skip
+    code = run_checks(peer, **{**options, **kwargs}, say=lines.append)
+    return code, "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def running():
+    """The address of a peer that is at work."""
+    dht, _ = start_dht(peer_arguments())
+    RSAPrivateKey._process_wide_key = None  # peers of one process would share their key
+    yield visible_addresses(dht)[0]
+    dht.shutdown()
+
+
+def with_port(address: str, port: int) -> str:
+    """The same peer at another port of this machine."""
+    return f"/ip4/127.0.0.1/tcp/{port}/p2p/{address.rsplit('/', 1)[-1]}"
+
+
+@pytest.fixture
+def other_program():
+    """The port of a program that is no peer."""
+    with socket.socket() as program:
+        program.bind(("127.0.0.1", 0))
+        program.listen()
+        yield program.getsockname()[1]
+
+
+@pytest.fixture
+def closed_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return port
+
+
+# -- whole set-ups ----------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_a_healthy_set_up_ready(running, tmp_path):
+    code, output = checked(peer_arguments(initial_peers=[running]), tmp_path)
+    assert code == 0, output
+    assert FAILED not in output and WARNING not in output, output
+    for name in ("open files", "identity", "model and tokenizer", "memory", "disk", "own address", "initial peer",
+                 "peer-to-peer daemon: it starts", "round trip", "clock: within", "own port from outside",
+                 "bandwidth", "data"):  # fmt: skip
+        assert name in output, name
+    port = address_of(running)[1]
+    assert f"127.0.0.1 TCP port {port} answers after" in output
+    assert output.splitlines()[-1].startswith("READY: 13 checks passed")
+    assert not (tmp_path / "outputs").exists(), "a check changes nothing"
+
+
+def test_check_says_that_a_peer_has_ended(running, closed_port, tmp_path):
+    code, output = checked(peer_arguments(initial_peers=[with_port(running, closed_port)]), tmp_path)
+    assert code == 2
+    assert f"127.0.0.1 TCP port {closed_port} refuses: the machine answers, but nothing listens on that port" in output
+    assert "-> the other side: the peer has ended, or was started anew with another port" in output
+    assert output.splitlines()[-1].startswith("NOT READY: 1 of ")
+
+
+def test_check_says_that_another_program_answers(running, other_program, tmp_path, monkeypatch):
+    monkeypatch.setattr("src.training.probe.KNOCK_SECONDS", 0.3)
+    code, output = checked(peer_arguments(initial_peers=[with_port(running, other_program)]), tmp_path)
+    assert code == 2
+    assert f"127.0.0.1 TCP port {other_program} is open, but what answers there is no hivemind peer" in output
+
+
+def test_check_says_that_the_id_is_wrong(running, tmp_path):
+    port = address_of(running)[1]
+    address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{OTHER_ID}"
+    code, output = checked(peer_arguments(initial_peers=[address]), tmp_path)
+    assert code == 2
+    assert f"a peer listens at /ip4/127.0.0.1/tcp/{port}, but it does not answer as {OTHER_ID}" in output
+    assert "-> the other side: its id changes at each start without --identity_path" in output
+
+
+def test_check_says_that_its_own_port_is_taken(running, other_program, tmp_path):
+    own = f"/ip4/127.0.0.1/tcp/{other_program}"
+    code, output = checked(peer_arguments(host_maddrs=[own], initial_peers=[running]), tmp_path)
+    assert code == 2
+    assert f"own address {own}: cannot listen: Address already in use" in output
+    assert f"listens on TCP port {other_program}: end it" in output
+
+
+def test_check_says_that_the_model_is_wrong_and_goes_on(tmp_path):
+    def build_model():
+        raise ValueError("--model_config_path: there is no file nowhere.json;\n pass a model configuration")
+
+    code, output = checked(peer_arguments(), tmp_path, build_model=build_model)
+    assert code == 2
+    assert "FAILED  model and tokenizer: --model_config_path: there is no file nowhere.json; pass a model" in output
+    assert "ok  peer-to-peer daemon" in output
+    assert "NOT READY: 1 of 6 checks failed: model and tokenizer" in output
+
+
+def test_check_says_that_the_data_are_wrong(tmp_path):
+    def read_data(tokenizer):
+        assert tokenizer == range(300)
+        raise ValueError("--dataset_sources: empty.txt has no text")
+
+    code, output = checked(peer_arguments(), tmp_path, read_data=read_data)
+    assert code == 2
+    assert "FAILED  data: --dataset_sources: empty.txt has no text" in output
+
+
+def test_check_does_not_mind_that_one_of_several_peers_is_away(running, closed_port, tmp_path):
+    code, output = checked(peer_arguments(initial_peers=[with_port(running, closed_port), running]), tmp_path)
+    assert code == 0, output
+    assert f"warning  initial peer {with_port(running, closed_port)}" in output
+    assert output.splitlines()[-1].endswith("1 warnings")
+
+
+def test_check_of_a_client_tests_no_port_of_its_own(running, tmp_path):
+    code, output = checked(peer_arguments(initial_peers=[running], client_mode=True), tmp_path)
+    assert code == 0, output
+    assert "own " not in output
+    assert "Mbit/s to it" in output
+
+
+@pytest.mark.timeout(300)
+def test_check_as_a_person_starts_it(running, closed_port, tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHECK_TEST": str(tmp_path)}
+
+    def start(script, *arguments):
+        command = [sys.executable, str(REPOSITORY / script), "--check", "--host_maddrs", LOOPBACK, *arguments]
+        return subprocess.Popen(command, cwd=tmp_path,
+                                env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+
+    trainer = start("run_trainer.py", "@demo/trainer.args", "--initial_peers", with_port(running, closed_port))
+    auxiliary = start("run_aux_peer.py", "@demo/aux.args", "--initial_peers", running, "--bandwidth", "auto")
+    outputs = [program.communicate(timeout=240) for program in (trainer, auxiliary)]
+    assert (trainer.returncode, auxiliary.returncode) == (2, 0), outputs
+    assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 8 checks failed: initial peer /ip4/127"), outputs
+    assert outputs[1][0].splitlines()[-1].startswith("READY"), outputs
+    assert [error for _, error in outputs] == ["", ""]
+    assert list(tmp_path.iterdir()) == []
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("CHECK_TEST") == str(tmp_path) and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(process)
+        except psutil.Error:
+            continue
+    assert left == []
+
+
+# -- single checks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("knocked", "state", "words"),
+    [
+        (Knock("203.0.113.5", 31337, True, True, 0.042), OK, ["203.0.113.5 TCP port 31337 answers after 42 ms"]),
+        (Knock("203.0.113.5", 31337, False, error="timeout"), FAILED,
+         ["203.0.113.5 TCP port 31337 does not answer", "the other side", "firewall", "this side"]),
+        (Knock("192.168.1.5", 31337, False, error="timeout"), FAILED, ["a private address"]),
+        (Knock("peer.example", 1, False, error="unknown host"), FAILED, ["known for the name peer.example"]),
+        (Knock("203.0.113.5", 1, False, error="Network is unreachable"), FAILED, ["is unreachable", "this side"]),
+    ],
+)  # fmt: skip
+def test_check_says_which_side_is_wrong(knocked, state, words):
+    check = explain_knock("initial peer", knocked)
+    assert check.state == state
+    for word in words:
+        assert word in check.lines()
+
+
+@pytest.mark.parametrize(("offset", "words"), [(-60.0, "60 s ahead of"), (60.0, "60 s behind"), (0.5, "within 0.5 s")])
+def test_check_compares_clocks(monkeypatch, offset, words):
+    monkeypatch.setattr(preflight, "ping", lambda dht, peer_id: Ping(0.01, offset))
+    _, clock = preflight.check_contact("/ip4/203.0.113.5/tcp/1/p2p/Qm", dht=None)
+    assert (clock.state == OK) == (abs(offset) < 3)
+    assert words in clock.found
+
+
+@pytest.mark.parametrize(
+    ("tried", "state", "words"),
+    [
+        ([Knock("198.51.100.7", 31337, False, error="timeout")], FAILED,
+         ["/ip4/203.0.113.5/tcp/1 cannot reach this machine at 198.51.100.7 TCP port 31337 (timeout)",
+          "--client_mode"]),
+        ([Knock("198.51.100.7", 31337, True)], FAILED, ["(another program answers)"]),
+        ([Knock("10.0.0.1", 1, False, error="refused"), Knock("198.51.100.7", 1, True, True)], OK, ["198.51.100.7"]),
+        (None, WARNING, ["could not test it"]),
+    ],
+)  # fmt: skip
+def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, words):
+    monkeypatch.setattr(preflight, "ask_to_knock", lambda dht, peer_id, ports: tried if ports == [5, 31337] else 1 / 0)
+    monkeypatch.setattr(preflight, "visible_addresses", lambda dht: ["/ip4/127.0.0.1/tcp/31337/p2p/Qm"])
+    check = preflight.check_reachability(None, "/ip4/203.0.113.5/tcp/1/p2p/Qm", announced=["/ip4/198.51.100.7/tcp/5"])
+    assert check.state == state
+    for word in words:
+        assert word in check.lines()
+
+
+@pytest.mark.parametrize(
+    ("speed", "given", "state", "words"),
+    [
+        (Speed(100.0, 20.0), None, OK, "100 Mbit/s from the peer, 20 Mbit/s to it; use --bandwidth 20, or auto"),
+        (Speed(100.0, 20.0), 100.0, WARNING, "but --bandwidth is 100"),
+        (Speed(100.0, 20.0), "auto", OK, "20 Mbit/s to it"),
+        (None, None, WARNING, "did not take part"),
+    ],
+)
+def test_check_judges_the_bandwidth(speed, given, state, words):
+    check = describe_speed(speed, "the peer", given)
+    assert check.state == state
+    assert words in check.found
+
+
+def test_check_of_disk(tmp_path, monkeypatch):
+    assert preflight.check_disk(tmp_path / "a" / "b", 10**6).state == OK
+    (tmp_path / "file").write_text("")
+    assert "choose another --output_dir" in preflight.check_disk(tmp_path / "file" / "a", 10**6).lines()
+    usage = namedtuple("usage", "free")(int(13e9))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    assert preflight.check_disk(tmp_path, 10**9).state == FAILED, "13 GB for two backups of 7 GB"
+    assert preflight.check_disk(tmp_path, 9 * 10**8).state == OK
+
+
+@pytest.mark.parametrize(("available", "state"), [(20e9, FAILED), (25e9, WARNING), (40e9, OK)])
+def test_check_of_memory(monkeypatch, available, state):
+    monkeypatch.setattr(preflight, "available_memory", lambda device: available)
+    check = preflight.check_memory(10**9, torch.device("cpu"))
+    assert check.state == state, "22 GB and 1.5 GB are needed"
+    assert f"{available / 1e9:.1f} GB are free" in check.found
+
+
+def test_check_knows_the_memory_of_this_machine():
+    assert 1e8 < preflight.available_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(("hard", "state"), [(1024, FAILED), (4096, OK), (-1, OK)])
+def test_check_of_open_files(monkeypatch, hard, state):
+    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (256, hard))
+    assert preflight.check_open_files().state == state
+
+
+def test_check_of_identity(tmp_path):
+    assert preflight.check_identity(None).state == OK
+    assert "will be made" in preflight.check_identity(str(tmp_path / "new.key")).found
+    for content in (b"", b"no key at all"):
+        (tmp_path / "bad.key").write_bytes(content)
+        assert preflight.check_identity(str(tmp_path / "bad.key")).state == FAILED
+    dht, _ = start_dht(peer_arguments(identity_path=str(tmp_path / "good.key")))
+    dht.shutdown()
+    assert preflight.check_identity(str(tmp_path / "good.key")).state == OK
+
+
+# -- the other side ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def joined(running):
+    dht, _ = start_dht(peer_arguments(initial_peers=[running]))
+    yield dht
+    dht.shutdown()
+
+
+def test_probe_measures_round_trip_and_speed_against_a_peer(running, joined):
+    peer_id = running.rsplit("/", 1)[-1]
+    answer = ping(joined, peer_id)
+    assert 0 < answer.seconds < 5
+    assert abs(answer.clock_offset) < 1, "the same machine"
+    started = time.monotonic()
+    speed = measure_speed(joined, peer_id)
+    assert 1 < speed.bandwidth <= max(speed.download, speed.upload) < 1e5
+    assert time.monotonic() - started < 60
+    assert measure_bandwidth(joined, [f"{LOOPBACK}/p2p/{OTHER_ID}", running]) > 1, "the first that answers"
+    with pytest.raises(ValueError, match="--bandwidth auto: no initial peer answers"):
+        measure_bandwidth(joined, [f"{LOOPBACK}/p2p/{OTHER_ID}"])
+
+
+def test_probe_knocks_on_the_callers_own_ports(running, joined, closed_port, other_program):
+    own = address_of(visible_addresses(joined)[0])[1]
+    knocked = ask_to_knock(joined, running.rsplit("/", 1)[-1], [own, closed_port, other_program, 0, 70000])
+    assert [(one.port, one.open, one.is_peer, one.error) for one in knocked] == [
+        (own, True, True, ""), (closed_port, False, False, "refused"), (other_program, True, False, ""),
+    ]  # fmt: skip
+    assert {one.host for one in knocked} == {"127.0.0.1"}, "where the peer sees the caller"
+
+
+def test_probe_that_nobody_answers(joined):
+    assert ping(joined, OTHER_ID) is None
+    assert measure_speed(joined, OTHER_ID) is None
+    assert ask_to_knock(joined, OTHER_ID, [1]) is None
+
+
+def test_probe_gives_no_more_than_its_share(monkeypatch):
+    from src.training.probe import BYTES_AN_HOUR, ConnectionProbe
+
+    clock = SimpleNamespace(monotonic=lambda: 10.0)
+    monkeypatch.setattr("src.training.probe.time", clock)
+    probe = ConnectionProbe(None)
+    assert probe._spend(BYTES_AN_HOUR)
+    assert not probe._spend(1)
+    clock.monotonic = lambda: 3700.0
+    assert probe._spend(1), "a new hour"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("/ip4/1.2.3.4/tcp/5/p2p/Qm", ("1.2.3.4", 5)), ("/dns4/a.example/tcp/5", ("a.example", 5)),
+     ("/ip6/::1/tcp/5", ("::1", 5)), ("/ip4/1.2.3.4/udp/5/quic", (None, None)),
+     ("/ip4/1.2.3.4/tcp/5/p2p/Qm/p2p-circuit/p2p/Qn", (None, None)), ("/p2p/Qm", (None, None)), ("", (None, None))],
+)  # fmt: skip
+def test_probe_address_of_a_multiaddress(address, expected):
+    assert address_of(address) == expected
