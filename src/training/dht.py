@@ -4,12 +4,14 @@ import hashlib
 import ipaddress
 import logging
 import math
+import re
 import resource
 from pathlib import Path
 
 import hivemind
 import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
 from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import P2PDaemonError
@@ -92,7 +94,7 @@ def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
             identity_path=peer.identity_path,
             record_validators=[SchemaValidator(MetricsSchema, prefix=peer.run_id), signature],
         )
-    except P2PDaemonError as error:
+    except (P2PDaemonError, ValidationError, RuntimeError) as error:
         raise ValueError(_explain(str(error), peer)) from error
     dht.run_coroutine(offer_probe)
     return dht, signature.local_public_key
@@ -117,6 +119,22 @@ def _explain(error: str, peer: PeerArguments) -> str:
         return (
             f"--initial_peers: cannot reach {' '.join(peer.initial_peers)}; check that this peer runs, that the "
             "address is the one it prints, and that its port is open"
+        )
+    if "local time must be within" in error:
+        own, other = map(float, re.findall(r"\d{9,}\.\d+", error)[:2])
+        return (
+            f"this machine's clock is {abs(other - own):.0f} s {'behind' if other > own else 'ahead of'} that of "
+            f"{' '.join(peer.initial_peers)}; set it (`timedatectl set-ntp true`), or have the other side set its own"
+        )
+    if "can't access this node" in error:
+        return (
+            f"{' '.join(peer.initial_peers)} cannot connect back to this peer; open the port of --host_maddrs in the "
+            "firewall and forward it in the router, or pass --client_mode"
+        )
+    if "none of the initial_peers responded" in error:
+        return (
+            f"--initial_peers: {' '.join(peer.initial_peers)} can be reached, but does not answer; check its id, that "
+            "it belongs to this run, and that it lets this peer in"
         )
     return f"cannot start the peer-to-peer daemon: {error.strip().splitlines()[-1]}"
 

@@ -252,9 +252,10 @@ def check_network(peer, say: Callable[[Check], None]) -> None:
         return
     joining, started = attempt("peer-to-peer daemon", lambda: start_dht(peer), lambda _: "it starts")
     if started is None:
-        for address in reached:  # TCP answers, libp2p does not: it is the id
-            say(check_wrong_id(address, joining))
-        if not reached:
+        if reached and "cannot reach" in joining.found:  # TCP answers, libp2p does not: it is the id
+            for address in reached:
+                say(check_wrong_id(address))
+        else:
             say(joining)
         return
     dht = started[0]
@@ -275,13 +276,11 @@ def check_network(peer, say: Callable[[Check], None]) -> None:
         dht.shutdown()
 
 
-def check_wrong_id(address: str, joining: Check) -> Check:
+def check_wrong_id(address: str) -> Check:
     way, peer_id = split_address(address)
-    return Check(
-        f"joining through {address}", FAILED, f"a peer listens at {way}, but it does not answer as {peer_id} "
-        f"({joining.found})", "the other side: its id changes at each start without --identity_path; take the newest "
-        "line that it prints",
-    )  # fmt: skip
+    return Check(f"joining through {address}", FAILED, f"a peer listens at {way}, but it does not answer as {peer_id}",
+                 "the other side: its id changes at each start without --identity_path; take the newest line that it "
+                 "prints")  # fmt: skip
 
 
 def run_checks(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import hivemind
 import pydantic.v1 as pydantic
 import pytest
+from hivemind.dht.protocol import ValidationError
 from hivemind.p2p import P2PDaemonError
 from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
@@ -73,6 +74,25 @@ def test_start_dht_turns_any_other_trouble_of_the_daemon_into_one_line(monkeypat
     monkeypatch.setattr(hivemind, "DHT", fail)
     with pytest.raises(ValueError, match=r"^cannot start the peer-to-peer daemon: last line$"):
         start_dht(peer_arguments())
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ValidationError("local time must be within 3 seconds  of others(local: 1795620005.58, peer: 1795620065.6)"),
+         "this machine's clock is 60 s behind that of /ip4/203.0.113.5"),
+        (ValidationError("Peer x can't access this node. Probably, libp2p has failed to bypass the firewall"),
+         "cannot connect back to this peer; open the port of --host_maddrs"),
+        (RuntimeError("DHTNode bootstrap failed: none of the initial_peers responded to a ping."), "does not answer"),
+    ],
+)  # fmt: skip
+def test_start_dht_explains_why_a_peer_that_is_there_does_not_let_it_in(monkeypatch, error, words):
+    def fail(**kwargs):
+        raise error
+
+    monkeypatch.setattr(hivemind, "DHT", fail)
+    with pytest.raises(ValueError, match=words):
+        start_dht(peer_arguments(initial_peers=[f"/ip4/203.0.113.5/tcp/1/p2p/{SOME_PEER_ID}"]))
 
 
 def test_start_dht_keeps_its_address_in_the_identity_file(tmp_path, shut_down_at_end):

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
@@ -109,6 +110,19 @@ def test_check_says_that_the_id_is_wrong(running, tmp_path):
     assert code == 2
     assert f"a peer listens at /ip4/127.0.0.1/tcp/{port}, but it does not answer as {OTHER_ID}" in output
     assert "-> the other side: its id changes at each start without --identity_path" in output
+
+
+def test_check_says_that_the_clock_is_wrong(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("hivemind.dht.protocol.get_dht_time", lambda: get_dht_time() + 60.0)
+        dht, _ = start_dht(peer_arguments())
+    try:
+        code, output = checked(peer_arguments(initial_peers=[visible_addresses(dht)[0]]), tmp_path)
+    finally:
+        dht.shutdown()
+    assert code == 2
+    assert "this machine's clock is 60 s behind that of /ip4/127.0.0.1/tcp/" in output
+    assert "timedatectl" in output
 
 
 def test_check_says_that_its_own_port_is_taken(running, other_program, tmp_path):
