@@ -182,7 +182,11 @@ class HFTrainerArguments(TrainingArguments):
     gradient_accumulation_steps: int = option(
         1, "Forward passes between two reports to the swarm; aim at 1 to 10 seconds."
     )
-    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass: less memory, slower.")
+    activation_memory: str | None = option(
+        None, 'What each layer keeps for the backward pass: "default" (fastest), "lean" or "checkpoint" (least); '
+        "without it, the model configuration decides.", choices=["default", "lean", "checkpoint"],
+    )  # fmt: skip
+    gradient_checkpointing: bool = option(False, "The same as --activation_memory checkpoint.")
     fp16: bool = option(False, "Mixed precision with float16 (older GPUs).")
     bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).")
     learning_rate: float = option(2.5e-3, "Peak learning rate.")
@@ -214,6 +218,10 @@ class HFTrainerArguments(TrainingArguments):
     def __post_init__(self):
         if self.activation_checkpointing is None:  # the newer name of the same option
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.activation_checkpointing:
+            if self.activation_memory not in (None, "checkpoint"):
+                raise ValueError(f"--gradient_checkpointing contradicts --activation_memory {self.activation_memory}")
+            self.activation_memory = "checkpoint"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # otherwise --bf16 is refused without a GPU
         super().__post_init__()
         check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",

@@ -77,7 +77,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.probe import measure_bandwidth
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
-    model, tokenizer = build_model(peer, seed=training.seed)
+    model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     check_sequence_length(model, training.max_sequence_length)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")

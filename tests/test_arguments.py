@@ -73,6 +73,7 @@ DEFAULTS = {
         "output_dir": "outputs",
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
+        "activation_memory": None,
         "gradient_checkpointing": False,
         "fp16": False,
         "bf16": False,
@@ -201,6 +202,14 @@ def test_arguments_gradient_checkpointing_reaches_transformers_under_its_newer_n
     assert parse("--run_id a --gradient_checkpointing")[2].activation_checkpointing is True
     assert not parse("--run_id a")[2].activation_checkpointing
     assert parse("--run_id a --activation_checkpointing True")[2].activation_checkpointing is True
+
+
+def test_arguments_gradient_checkpointing_is_a_level_of_activation_memory(capsys):
+    assert parse("--run_id a --gradient_checkpointing")[2].activation_memory == "checkpoint"
+    assert parse("--run_id a --gradient_checkpointing --activation_memory checkpoint")[2].gradient_checkpointing
+    assert parse("--run_id a --activation_memory lean")[2].activation_memory == "lean"
+    assert "--activation_memory lean" in refusal("--run_id a --gradient_checkpointing --activation_memory lean", capsys)
+    assert "--activation_memory" in refusal("--run_id a --activation_memory leaner", capsys)
 
 
 def test_arguments_delayed_modes_can_be_switched_off():

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .butterfly import ButterflyMatrix
 from .config import LeanAlbertConfig
+from .linear_cross_entropy import linear_cross_entropy
 from .shared_linear import SharedLinear, SharedMatrix
 from .transformer import LeanTransformer, get_activation
 
@@ -200,7 +201,11 @@ class MaskedLMHead(nn.Module):
 
     def forward(self, hidden_states):
         """[..., hidden_size] -> logits [..., vocab_size]."""
-        return self.decoder(self.layer_norm(self.activation(self.dense(hidden_states))))
+        return self.decoder(self.transform(hidden_states))
+
+    def transform(self, hidden_states):
+        """[..., hidden_size] -> what is compared with the word vectors, [..., embedding_size]."""
+        return self.layer_norm(self.activation(self.dense(hidden_states)))
 
 
 class SentenceOrderHead(nn.Module):
@@ -223,7 +228,11 @@ def mean_cross_entropy(logits, labels):
 
 
 def masked_lm_loss(head, hidden_states, labels, *, sparse):
-    """Logits [batch, length, vocab_size] (or [num_labels, vocab_size] if `sparse`) and loss (None without labels)."""
+    """Logits and loss (None without labels).
+
+    Logits: [batch, length, vocab_size]; if `sparse` and with labels [num_labels, vocab_size], or None while training,
+    when the loss is computed without ever holding them all.
+    """
     if labels is None:
         return head(hidden_states), None
     if not sparse:
@@ -231,8 +240,13 @@ def masked_lm_loss(head, hidden_states, labels, *, sparse):
         return logits, mean_cross_entropy(logits.flatten(0, -2), labels.flatten())
     labels = labels.flatten()
     labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # [num_labels]
-    logits = head(hidden_states.flatten(0, 1).index_select(0, labelled))
-    return logits, mean_cross_entropy(logits, labels.index_select(0, labelled))
+    labels = labels.index_select(0, labelled)
+    hidden_states = hidden_states.flatten(0, 1).index_select(0, labelled)  # [num_labels, hidden_size]
+    if head.training and not torch.compiler.is_compiling():
+        decoder = head.decoder
+        return None, linear_cross_entropy(head.transform(hidden_states), decoder.weight, decoder.bias, labels)
+    logits = head(hidden_states)
+    return logits, mean_cross_entropy(logits, labels)
 
 
 class MaskedLMMixin:
@@ -255,8 +269,8 @@ class MaskedLMMixin:
 class LeanAlbertForPreTrainingOutput(ModelOutput):
     """loss = mlm_loss + sop_loss, as far as labels are given; the two parts are detached, for metrics.
 
-    prediction_logits: [batch, length, vocab_size], or [num_labels, vocab_size] with config.sparse_prediction and
-    labels. sop_logits: [batch, 2].
+    prediction_logits: [batch, length, vocab_size]; with config.sparse_prediction and labels [num_labels, vocab_size],
+    or None while training. sop_logits: [batch, 2].
     """
 
     loss: torch.Tensor | None = None

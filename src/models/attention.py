@@ -1,8 +1,11 @@
 """Pre-norm self-attention sub-layer."""
 
+from contextlib import nullcontext
+
 import torch.nn.functional as F
 from torch import nn
 
+from .recompute import recomputed
 from .rotary import rotate_queries_and_keys
 
 
@@ -33,25 +36,42 @@ class LeanSelfAttention(nn.Module):
         self.sandwich_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps) if sandwich_norm else None
 
     def forward(self, hidden_states, rotary_angles, attention_mask):
-        """[batch, length, hidden_size] -> the same.
+        """[batch, length, hidden_size] -> the same; other arguments: see `attend`."""
+        return self.add(hidden_states, self.attend(hidden_states, rotary_angles, attention_mask))
+
+    def attend(self, hidden_states, rotary_angles, attention_mask, *, recompute_states=False):
+        """Attended values [batch, length, hidden_size] before the output projection.
 
         rotary_angles: cos and sin of `rotary.rotary_cos_sin`, or None; attention_mask: boolean, True = may be
-        attended to, broadcast to [batch, heads, query, key], or None.
+        attended to, broadcast to [batch, heads, query, key], or None. With `recompute_states` queries, keys and values
+        are not kept for backward but computed again.
         """
+        states = self._project(hidden_states, rotary_angles)
+        keeping = nullcontext()
+        if recompute_states:
+            keeping = recomputed(states, lambda: self._project(hidden_states, rotary_angles))
+        query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, length, head_size]
+        dropout_prob = self.attention_probs_dropout_prob if self.training else 0.0
+        with keeping:
+            attended = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=attention_mask, dropout_p=dropout_prob
+            )
+        return attended.transpose(1, 2).flatten(2)
+
+    def add(self, hidden_states, attended):
+        """The sub-layer's output from its input and its attended values, all [batch, length, hidden_size]."""
+        outputs = self.dense_out(attended)
+        if self.sandwich_norm is not None:
+            outputs = self.sandwich_norm(outputs)
+        return hidden_states + F.dropout(outputs, self.hidden_dropout_prob, self.training)
+
+    def _project(self, hidden_states, rotary_angles):
+        """Queries, keys and values after rotation, [batch, length, 3, heads, head_size]."""
         norm = self.layer_norm
         states = self.dense_qkv(hidden_states, self._normalise, norm.weight, norm.bias)
         if rotary_angles is not None:
             states = rotate_queries_and_keys(states, self.num_attention_heads, *rotary_angles)
-        states = states.unflatten(-1, (3, self.num_attention_heads, -1))  # [batch, length, 3, heads, head_size]
-        query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, length, head_size]
-
-        dropout_prob = self.attention_probs_dropout_prob if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout_prob)
-        outputs = self.dense_out(attended.transpose(1, 2).flatten(2))  # [batch, length, hidden_size]
-
-        if self.sandwich_norm is not None:
-            outputs = self.sandwich_norm(outputs)
-        return hidden_states + F.dropout(outputs, self.hidden_dropout_prob, self.training)
+        return states.unflatten(-1, (3, self.num_attention_heads, -1))
 
     def _normalise(self, hidden_states, weight, bias):
         return F.layer_norm(hidden_states, self.layer_norm.normalized_shape, weight, bias, self.layer_norm.eps)

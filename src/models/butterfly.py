@@ -30,7 +30,7 @@ class ButterflyMatrix(SharedMatrix):
     def make_indices(self):
         return butterfly_indices(self.in_features, self.out_features, self.block_size)
 
-    def multiply(self, inputs, bias, *, prepare=None, parameters=()):
+    def multiply(self, inputs, bias, *, prepare=None, parameters=(), result_is_unused=False):
         def product(inputs, *parameters):
             return self._multiply(inputs if prepare is None else prepare(inputs, *parameters))
 

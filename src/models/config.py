@@ -6,6 +6,8 @@ import math
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .recompute import LEVELS
+
 # Written by earlier releases of the pretraining code; they never influenced the computation.
 LEGACY_OPTIONS = ("inner_group_num", "num_memory_blocks")
 FUSED_GELU = "gelu_fused"
@@ -45,8 +47,13 @@ class LeanAlbertConfig(PreTrainedConfig):
     `sandwich_norm` normalises what each sub-layer adds (arXiv 2105.13290); then `out_proj_bias` defaults to False.
     `position_embedding_type` is "rotary" (arXiv 2104.09864) or "absolute".
 
+    `activation_memory` is how much a block keeps for the backward pass; results do not change. "default" repeats
+    no matrix product; "lean" keeps a fifth of that and repeats two thirds of the forward products (not the attention
+    core, unless it has dropout); "checkpoint" keeps the block's input alone and repeats the core as well.
+
     `initializer_range` defaults to sqrt(2 / (5 * hidden_size)) (arXiv 1910.05895). `sparse_prediction` computes
-    masked-LM logits only where there is a label; the loss is the same. `tie_word_embeddings` makes the decoder of the
+    masked-LM logits only where there is a label, and while training no more than 128 rows of them at a time; the loss
+    is the same. `tie_word_embeddings` makes the decoder of the
     masked-LM head the word embedding matrix itself.
 
     Raises ValueError, naming the option, for values that cannot be built.
@@ -84,6 +91,7 @@ class LeanAlbertConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
     eos_token_id: int | None = 3
+    activation_memory: str = "default"
     sparse_prediction: bool = False
     tie_word_embeddings: bool = True
 
@@ -125,6 +133,7 @@ class LeanAlbertConfig(PreTrainedConfig):
         self._check_sharing()
         known = self.hidden_act == FUSED_GELU or self.hidden_act in ACT2FN
         self._require("hidden_act", known, f'must be "{FUSED_GELU}" or the name of a transformers activation')
+        self._require("activation_memory", self.activation_memory in LEVELS, f"must be one of {LEVELS}")
         kinds = ("rotary", "absolute")
         self._require("position_embedding_type", self.position_embedding_type in kinds, f"must be one of {kinds}")
 

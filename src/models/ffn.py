@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import nn
 
+from .recompute import is_recomputing
+
 
 class LeanFFN(nn.Module):
     """hidden + dropout(sandwich_norm(dense_h2o(activation(dense_i2h(layer_norm(hidden))))))
@@ -35,7 +37,8 @@ class LeanFFN(nn.Module):
         """[batch, length, hidden_size] -> the same."""
         norm = self.layer_norm
         intermediate = self.dense_i2h(hidden_states, self._normalise, norm.weight, norm.bias)
-        outputs = self.dense_h2o(intermediate, self._activate)
+        result_is_unused = is_recomputing() and self.sandwich_norm is None
+        outputs = self.dense_h2o(intermediate, self._activate, result_is_unused=result_is_unused)
         if self.sandwich_norm is not None:
             outputs = self.sandwich_norm(outputs)
         return hidden_states + F.dropout(outputs, self.hidden_dropout_prob, self.training)

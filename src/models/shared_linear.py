@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .recompute import get_autocast_options
+
 
 class PreparedLinear(torch.autograd.Function):
     """Computes linear(prepare(inputs, *parameters), weight, bias), keeping `inputs` instead of what `prepare` returns.
@@ -15,17 +17,16 @@ class PreparedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, prepare, inputs, weight, bias, *parameters):
-        device_type = inputs.device.type
-        ctx.autocast_options = {
-            "device_type": device_type,
-            "dtype": torch.get_autocast_dtype(device_type),
-            "enabled": torch.is_autocast_enabled(device_type),
-        }
+        PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
+        # .data: linear makes a view of a 2-D product, and autograd forbids changing such a view in place (rotary does).
+        return F.linear(prepare(inputs, *parameters), weight, bias).data
+
+    @staticmethod
+    def keep(ctx, prepare, inputs, weight, bias, *parameters):
+        ctx.autocast_options = get_autocast_options(inputs.device.type)
         ctx.prepare = prepare
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(inputs, weight, *parameters)
-        # .data: linear makes a view of a 2-D product, and autograd forbids changing such a view in place (rotary does).
-        return F.linear(prepare(inputs, *parameters), weight, bias).data
 
     @staticmethod
     @once_differentiable
@@ -58,16 +59,29 @@ class PreparedLinear(torch.autograd.Function):
         return None, grad_sources[0], grad_weight, grad_bias, *grad_sources[1:]
 
 
-def prepared_linear(prepare, inputs, weight, bias, *parameters):
+class PreparedLinearWithoutResult(PreparedLinear):
+    """The same with any values for a result, for a checkpointed function that runs again: backward needs none."""
+
+    @staticmethod
+    def forward(ctx, prepare, inputs, weight, bias, *parameters):
+        PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
+        cast = ctx.autocast_options["enabled"] and inputs.dtype != torch.float64
+        dtype = ctx.autocast_options["dtype"] if cast else inputs.dtype
+        return inputs.new_empty(*inputs.shape[:-1], weight.shape[0], dtype=dtype)
+
+
+def prepared_linear(prepare, inputs, weight, bias, *parameters, result_is_unused=False):
     """linear(prepare(inputs, *parameters), weight, bias) that does not keep its prepared input for backward.
 
+    With `result_is_unused` (a checkpointed function that runs again) the result has the right shape and any values.
     torch.compile chooses by itself what to keep and what to compute again, so it sees the plain expression.
     """
     if prepare is None:
         return F.linear(inputs, weight, bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.linear(prepare(inputs, *parameters), weight, bias)
-    return PreparedLinear.apply(prepare, inputs, weight, bias, *parameters)
+    function = PreparedLinearWithoutResult if result_is_unused else PreparedLinear
+    return function.apply(prepare, inputs, weight, bias, *parameters)
 
 
 class SharedMatrix(nn.Module):
@@ -82,9 +96,9 @@ class SharedMatrix(nn.Module):
             self.lowrank_first = nn.Parameter(torch.empty(lowrank_dim, in_features))
             self.lowrank_second = nn.Parameter(torch.empty(out_features, lowrank_dim))
 
-    def multiply(self, inputs, bias, *, prepare=None, parameters=()):
+    def multiply(self, inputs, bias, *, prepare=None, parameters=(), result_is_unused=False):
         """Product with the matrix without its low-rank term: [..., in_features] -> [..., out_features]."""
-        return prepared_linear(prepare, inputs, self.weight, bias, *parameters)
+        return prepared_linear(prepare, inputs, self.weight, bias, *parameters, result_is_unused=result_is_unused)
 
 
 class SharedLinear(nn.Module):
@@ -100,12 +114,15 @@ class SharedLinear(nn.Module):
             self.adapter_second = nn.Parameter(torch.empty(out_features, adapter_dim))
         self.shared_matrix = shared_matrix
 
-    def forward(self, inputs, prepare=None, *parameters):
+    def forward(self, inputs, prepare=None, *parameters, result_is_unused=False):
         """[..., in_features] -> [..., out_features]: the layer applied to prepare(inputs, *parameters).
 
         The prepared input is computed again in backward rather than kept; without `prepare` it is `inputs`.
+        result_is_unused: see `prepared_linear`.
         """
-        outputs = self.shared_matrix.multiply(inputs, self.bias, prepare=prepare, parameters=parameters)
+        outputs = self.shared_matrix.multiply(
+            inputs, self.bias, prepare=prepare, parameters=parameters, result_is_unused=result_is_unused
+        )
         pairs = (
             (self.shared_matrix.lowrank_first, self.shared_matrix.lowrank_second),
             (self.adapter_first, self.adapter_second),

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import LeanSelfAttention
 from .butterfly import ButterflyMatrix
 from .config import FUSED_GELU
 from .ffn import LeanFFN
+from .recompute import checkpointed
 from .rotary import rotary_cos_sin
 from .shared_linear import SharedLinear, SharedMatrix, shared_matrix_index
 
@@ -17,15 +17,41 @@ def get_activation(name):
     return ACT2FN["gelu_pytorch_tanh" if name == FUSED_GELU else name]
 
 
-class LeanBlock(GradientCheckpointingLayer):
-    """Self-attention followed by the feed-forward sub-layer; the unit of gradient checkpointing."""
+class LeanBlock(nn.Module):
+    """Self-attention followed by the feed-forward sub-layer.
 
-    def __init__(self, attention, ffn):
+    `activation_memory` is one of `recompute.LEVELS`. transformers' `activation_checkpointing_enable` sets
+    `gradient_checkpointing`, which means "checkpoint" while training; it is carried out here, not by the function that
+    transformers offers, which would repeat the last product, too.
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, attention, ffn, activation_memory="default"):
         super().__init__()
         self.attention, self.ffn = attention, ffn
+        self.activation_memory = activation_memory
 
     def forward(self, hidden_states, rotary_angles, attention_mask):
-        return self.ffn(self.attention(hidden_states, rotary_angles, attention_mask))
+        level = "checkpoint" if self.gradient_checkpointing and self.training else self.activation_memory
+        if level == "default" or not torch.is_grad_enabled():
+            return self._compute(hidden_states, rotary_angles, attention_mask)
+        inputs = (hidden_states, rotary_angles, attention_mask)
+        hidden_dropout = self.training and self.attention.hidden_dropout_prob > 0
+        attention_dropout = self.training and self.attention.attention_probs_dropout_prob > 0
+        # Kernels with attention dropout may keep all probabilities, so then the attention core runs again, too.
+        keep_attention = level == "lean" and not attention_dropout
+        if keep_attention and not torch.compiler.is_compiling():
+            attended = self.attention.attend(*inputs, recompute_states=True)
+            return checkpointed(self._finish, hidden_states, attended, draws_random_numbers=hidden_dropout)
+        random = hidden_dropout or attention_dropout
+        return checkpointed(self._compute, *inputs, draws_random_numbers=random, keep_attention=keep_attention)
+
+    def _compute(self, hidden_states, rotary_angles, attention_mask):
+        return self._finish(hidden_states, self.attention.attend(hidden_states, rotary_angles, attention_mask))
+
+    def _finish(self, hidden_states, attended):
+        return self.ffn(self.attention.add(hidden_states, attended))
 
 
 class LeanLayerGroup(nn.Module):
@@ -89,7 +115,7 @@ def make_block(config, matrices, block):
         gated=config.hidden_act_gated,
         **common,
     )
-    return LeanBlock(attention, ffn)
+    return LeanBlock(attention, ffn, config.activation_memory)
 
 
 class LeanTransformer(nn.Module):

@@ -24,8 +24,10 @@ def use_cache_dir(directory: str) -> None:
     huggingface_hub.constants.HF_HUB_CACHE = str(path / "hub")
 
 
-def build_model(peer: PeerArguments, *, seed: int):
+def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None = None):
     """The tokenizer, and a model with initial parameters drawn from ``seed`` (equal on all peers).
+
+    ``activation_memory``, if given, replaces that option of the configuration; peers of a run may differ in it.
 
     Raises ValueError if a file is missing or broken, or if the tokenizer has more tokens than the model.
     """
@@ -45,6 +47,8 @@ def build_model(peer: PeerArguments, *, seed: int):
             f"{config.vocab_size}; raise vocab_size or take another tokenizer"
         )
     config.sparse_prediction = True  # logits at masked positions only: the same loss, a seventh of the work
+    if activation_memory is not None:
+        config.activation_memory = activation_memory
     torch.manual_seed(seed)
     return LeanAlbertForPreTraining(config), tokenizer
 

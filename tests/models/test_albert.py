@@ -154,6 +154,23 @@ def test_sparse_prediction_gives_the_same_loss_and_gradients(tiny_config, random
     assert model(batch["input_ids"])[name].shape == (2, 11, 61)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_class", WITH_DECODER)
+def test_training_without_logits_gives_the_same_loss_and_gradients(tiny_config, randomise, batch, model_class, tied):
+    if model_class is LeanAlbertForMaskedLM:
+        del batch["sentence_order_label"]
+    name = "logits" if model_class is LeanAlbertForMaskedLM else "prediction_logits"
+    results = []
+    for sparse in (False, True):
+        config = tiny_config(sparse_prediction=sparse, tie_word_embeddings=tied, classifier_dropout_prob=0.0)
+        model = randomise(model_class(config).double()).train()
+        outputs = model(**batch)
+        (-3 * outputs.loss).backward()
+        results.append((outputs.loss, {key: parameter.grad for key, parameter in model.named_parameters()}))
+        assert (name in outputs) != sparse
+    torch.testing.assert_close(results[1], results[0])
+
+
 def test_losses_are_means_over_what_has_a_label(tiny_config, randomise, batch):
     model = randomise(LeanAlbertForPreTraining(tiny_config())).eval()
     outputs = model(**batch)

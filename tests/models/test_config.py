@@ -60,6 +60,7 @@ def test_config_defaults():
         "bos_token_id": 2,
         "eos_token_id": 3,
         "tie_word_embeddings": True,
+        "activation_memory": "default",
         "sparse_prediction": False,
     }
     assert {name: getattr(config, name) for name in expected} == expected
@@ -125,6 +126,7 @@ def test_config_override_on_loading_moves_what_depends_on_it(tmp_path):
         {"attention_probs_dropout_prob": -0.1},
         {"position_embedding_type": "relative"},
         {"hidden_act": "gelu_fussed"},
+        {"activation_memory": "leaner"},
         {"pad_token_id": 61},
         {"layer_norm_eps": 0},
         {"vocab_size": 0},

@@ -1,10 +1,13 @@
 import copy
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from src import LeanAlbertForPreTraining, LeanAlbertModel
+from src.models.recompute import RecomputedTensor
 from src.models.transformer import make_attention_mask
 from tests.reference import naive_albert
 
@@ -82,25 +85,70 @@ def test_pairwise_mask_separates_packed_texts(tiny_config, randomise, encoder_in
     torch.testing.assert_close(packed.last_hidden_state, torch.cat(parts, dim=1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+def loss_gradients(model, batch):
+    model.zero_grad()
+    torch.manual_seed(11)
+    model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def with_activation_memory(model, level):
+    """A copy with equal parameters; `level` is an option of the configuration and no part of the state dict."""
+    config = copy.deepcopy(model.config)
+    config.activation_memory = level
+    other = type(model)(config).to(model.dtype).train(model.training)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("level", ["lean", "checkpoint"])
+@pytest.mark.parametrize("dropout", DROPOUTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "butterfly"])
+def test_every_level_of_activation_memory_gives_equal_gradients(tiny_config, randomise, batch, variant, dropout, level):
+    options = VARIANTS.get(variant, {"block_size": 4, "intermediate_size": 64, "lowrank_dim": 2, "adapter_dim": 2})
+    model = randomise(LeanAlbertForPreTraining(tiny_config(**options, **DROPOUTS[dropout])).double()).train()
+    expected = loss_gradients(model, batch)
+    actual = loss_gradients(with_activation_memory(model, level), batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["lean", "checkpoint"])
+def test_levels_of_activation_memory_agree_under_autocast(tiny_config, randomise, batch, level):
+    model = randomise(LeanAlbertForPreTraining(tiny_config(**DROPOUTS["hidden"]))).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = []
+        for each in (model, with_activation_memory(model, level)):
+            torch.manual_seed(11)
+            losses.append((each(**batch).loss, dict(each.named_parameters())))
+    gradients = []
+    for loss, parameters in losses:
+        loss.backward()  # outside of autocast: what is computed again must be computed as it was in forward
+        gradients.append({name: parameter.grad for name, parameter in parameters.items()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+def test_lean_level_can_go_backward_twice(tiny_config, randomise, encoder_inputs):
+    model = randomise(LeanAlbertModel(tiny_config(activation_memory="lean"), add_pooling_layer=False))
+    outputs = model(**encoder_inputs).last_hidden_state.square().sum()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(outputs, parameters, retain_graph=True)
+    second = torch.autograd.grad(outputs, parameters)
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_checkpointing_gives_equal_gradients(tiny_config, randomise, batch, variant, reentrant):
-    config = tiny_config(**VARIANTS[variant], **DROPOUTS["both"])
-    model = randomise(LeanAlbertForPreTraining(config)).train()
-    other = copy.deepcopy(model)
-    other.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for each in (model, other):
-        torch.manual_seed(11)
-        each(**batch).loss.backward()
-    for (name, parameter), (_, checkpointed) in zip(model.named_parameters(), other.named_parameters(), strict=True):
-        torch.testing.assert_close(checkpointed.grad, parameter.grad, msg=lambda m, n=name: f"{n}: {m}")
+def test_gradient_checkpointing_gives_equal_gradients(tiny_config, randomise, batch, variant):
+    model = randomise(LeanAlbertForPreTraining(tiny_config(**VARIANTS[variant], **DROPOUTS["both"]))).train()
+    expected = loss_gradients(model, batch)
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(loss_gradients(model, batch), expected)
 
 
 def saved_units(config, inputs_embeds, *, checkpointing=False, **arguments):
     """Bytes kept for backward per token, in units of 4 * hidden_size; storages counted once, parameters not at all."""
     model = LeanAlbertModel(config, add_pooling_layer=False).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -110,47 +158,60 @@ def saved_units(config, inputs_embeds, *, checkpointing=False, **arguments):
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address taken
         return tensor
 
-    with saved_tensors_hooks(remember, lambda tensor: tensor):
+    pack = RecomputedTensor.pack  # its hooks hide from ours what they keep
+
+    def pack_and_remember(self, tensor):
+        packed = pack(self, tensor)
+        return remember(packed) if packed is tensor else packed
+
+    with (
+        saved_tensors_hooks(remember, lambda tensor: tensor),
+        mock.patch.object(RecomputedTensor, "pack", pack_and_remember),
+    ):
         outputs = model(inputs_embeds=inputs_embeds, **arguments).last_hidden_state
     assert outputs.requires_grad
     num_tokens = inputs_embeds.shape[0] * inputs_embeds.shape[1]
     return sum(num_bytes for num_bytes, _ in kept.values()) / (num_tokens * 4 * config.hidden_size)
 
 
+def units_per_block(config_of, **arguments):
+    """Units that each block adds, for `config_of(num_hidden_layers=...)`."""
+    units = [saved_units(config_of(num_hidden_layers=layers), **arguments) for layers in (2, 3)]
+    return units[1] - units[0]
+
+
+HALF_PADDED = torch.cat([torch.ones(2, 64), torch.cat([torch.ones(1, 64), torch.zeros(1, 64)])], dim=1)
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "max_position_embeddings": 128}
+# Attention keeps one number per head and token (log-sum-exp); SDPA on CPU a copy of the mask with one per token.
+LOG_SUM_EXP, MASK = 4 / 256, 1 / 256
+
+
 @pytest.mark.parametrize(
-    ("options", "limit"),
+    ("options", "default", "lean"),
     [
-        ({}, 10),
-        ({"position_embedding_type": "absolute"}, 10),
-        ({"share_large_matrices": True}, 10),
-        ({"hidden_act": "gelu_new"}, 10),
-        ({"hidden_act_gated": True}, 14),
-        ({"sandwich_norm": True}, 12),
-        ({"adapter_dim": 4, "lowrank_dim": 4}, 10 + 8 * 4 / 256),
+        ({}, 10, 2),
+        ({"position_embedding_type": "absolute"}, 10, 2),
+        ({"share_large_matrices": True}, 10, 2),
+        ({"hidden_act": "gelu_new"}, 10, 2),
+        ({"hidden_act_gated": True}, 14, 2),
+        ({"sandwich_norm": True}, 12 + 4 / 256, 2),  # means and deviations
+        ({"hidden_dropout_prob": 0.1}, 12, 2),  # factors 0 or 1 / (1 - p)
+        ({"adapter_dim": 4, "lowrank_dim": 4}, 10 + 8 * 4 / 256, 2 + 8 / 256),
     ],
 )
-def test_block_keeps_few_bytes_for_backward(tiny_config, options, limit):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "max_position_embeddings": 64}
-    inputs = torch.randn(2, 64, 16)
-    mask = torch.ones(2, 64)
-    mask[1, 50:] = 0
-    units = [
-        saved_units(tiny_config(**sizes, **options, num_hidden_layers=layers), inputs, attention_mask=mask)
-        for layers in (2, 3)
-    ]
-    # Attention also keeps one number per head and token (log-sum-exp) and a copy of the mask; sandwich norms keep
-    # mean and deviation.
-    statistics = 4 / 256 + 2 * 2 / 256 + 1 / 64
-    assert units[1] - units[0] <= limit + statistics
+def test_block_keeps_few_bytes_for_backward(tiny_config, options, default, lean):
+    inputs = torch.randn(2, 128, 16)
+    for level, units in (("default", default), ("lean", lean), ("checkpoint", 1)):
+        config_of = partial(tiny_config, **WIDE, **options, activation_memory=level)
+        expected = units + (LOG_SUM_EXP if level != "checkpoint" else 0)
+        assert units_per_block(config_of, inputs_embeds=inputs) == pytest.approx(expected, abs=1e-6)
+        masked = units_per_block(config_of, inputs_embeds=inputs, attention_mask=HALF_PADDED)
+        assert expected <= masked <= expected + MASK + 1e-6
 
 
 def test_gradient_checkpointing_keeps_only_the_input_of_a_block(tiny_config):
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4}
-    inputs = torch.randn(2, 64, 16)
-    units = [
-        saved_units(tiny_config(**sizes, num_hidden_layers=layers), inputs, checkpointing=True) for layers in (2, 3)
-    ]
-    assert units[1] - units[0] <= 1.01
+    units = units_per_block(partial(tiny_config, **WIDE), inputs_embeds=torch.randn(2, 64, 16), checkpointing=True)
+    assert units == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,9 +243,10 @@ def test_bf16_parameters_train(tiny_config, batch, variant):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled_model_gives_equal_gradients(tiny_config, randomise, encoder_inputs, variant):
-    model = randomise(LeanAlbertModel(tiny_config(**VARIANTS[variant]), add_pooling_layer=False))
+@pytest.mark.parametrize(("variant", "level"), [*((name, "default") for name in VARIANTS), ("gated", "lean")])
+def test_compiled_model_gives_equal_gradients(tiny_config, randomise, encoder_inputs, variant, level):
+    config = tiny_config(**VARIANTS[variant], activation_memory=level)
+    model = randomise(LeanAlbertModel(config, add_pooling_layer=False))
     gradients = []
     torch._dynamo.reset()
     # aot_eager traces forward and backward as inductor does, without the minutes its compiler takes.
