@@ -192,6 +192,9 @@ class CollaborativeCallback(TrainerCallback):
                 self.progress.say(describe_incomplete(averaging_round))
             elif averaging_round.num_refused:
                 self.progress.say(f"averaging {averaging_round.kind}: {'; '.join(averaging_round.reasons)}")
+        for peer, reason in self.optimizer.take_refusals():
+            self.journal.write("refusal", peer=peer, reason=reason)
+            self.progress.say(f"ignored what peer {peer} sent: {reason}")
 
     def _finish_epoch(self) -> None:
         seconds = time.monotonic() - self.epoch_started

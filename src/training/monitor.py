@@ -1,12 +1,15 @@
 """What the auxiliary peer sees of the swarm: one summary an epoch, one row a trainer, all of it in the metrics file."""
 
 from dataclasses import dataclass
+from statistics import median_low
 
 from src.training.console import Progress
 from src.training.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
 from src.training.history import printable
 from src.training.journal import Journal
 from src.training.optimizer import Swarm
+
+MAX_LEAD = 50  # epochs by which a report may be ahead of those before it
 
 
 @dataclass
@@ -44,6 +47,9 @@ class MetricsMonitor:
         """The summary of a new epoch, or None if there is nothing new."""
         if not metrics:
             return None
+        # whoever claims to be far ahead of most, and of all that was seen, would hide the others
+        known = max(self.last_epoch, median_low(record.epoch for record in metrics.values()))
+        metrics = {key: record for key, record in metrics.items() if record.epoch <= known + MAX_LEAD}
         epoch = max(record.epoch for record in metrics.values())
         if epoch <= self.last_epoch:
             return None

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.training.averagers import LeanGradientAverager, LeanStateAverager, Round, correct_step_cancellation
 from src.training.lamb_8bit import CPULAMB8Bit
+from src.training.claims import BoundedProgressTracker
 from src.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,19 @@ class LeanOptimizer(hivemind.Optimizer):
 
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
+        self._failed_downloads = 0  # in a row
         super().__init__(*args, **kwargs)
+
+    def _make_progress_tracker(self, target_batch_size: int, **kwargs) -> BoundedProgressTracker:
+        return BoundedProgressTracker(
+            dht=self.dht,
+            prefix=self.run_id,
+            target_batch_size=target_batch_size,
+            client_mode=self.client_mode,
+            status_loglevel=self.status_loglevel,
+            start=True,
+            **kwargs,
+        )
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
         return LeanStateAverager(
@@ -127,6 +140,20 @@ class LeanOptimizer(hivemind.Optimizer):
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         super().load_state_from_peers(**kwargs)
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
+        self._check_claims(progressed=self.local_epoch > epoch)
+
+    def _check_claims(self, *, progressed: bool) -> None:
+        """After a download: if the swarm's newest state is older than somebody claims, do not ask for it for ever."""
+        behind = self.local_epoch < self.tracker.global_epoch - 1
+        self._failed_downloads = self._failed_downloads + 1 if behind and not progressed else 0
+        trained = self.tracker.has_trained or self.tracker.local_progress.epoch > 0
+        if behind and (progressed or (trained and self._failed_downloads >= 2)):
+            self._failed_downloads = 0
+            self.tracker.distrust_claims_above(self.local_epoch + 1)
+
+    def take_refusals(self) -> list[tuple[str, str]]:
+        """Peers of which something was not believed since the last call, and why; each once for each reason."""
+        return list(self.tracker.take_refusals().items())
 
     def finished_downloads(self) -> list[StateDownload]:
         """States taken from peers since the last call."""

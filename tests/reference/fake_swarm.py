@@ -77,7 +77,7 @@ class FakeOptimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
         self.downloads = []
-        self.client_mode = False
+        self.client_mode, self.refusals = False, []
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         self.state_averager = SimpleNamespace(
@@ -129,6 +129,10 @@ class FakeOptimizer:
             self.tracker.global_epoch = self.local_epoch
             self.rounds.append(Round("gradients", 0.5, num_peers=2, received=1.0))
             self._reset_accumulated()
+
+    def take_refusals(self) -> list[tuple[str, str]]:
+        refusals, self.refusals = self.refusals, []
+        return refusals
 
     def finished_rounds(self) -> list[Round]:
         rounds, self.rounds = self.rounds, []

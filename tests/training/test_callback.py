@@ -434,6 +434,15 @@ def test_callback_reports_rounds_that_are_not_complete(tmp_path):
     assert describe_incomplete(SimpleNamespace(error="x", kind="gradients", seconds=2.4)).endswith("after 2 s: x")
 
 
+def test_callback_says_whose_claims_were_not_believed(tmp_path):
+    callback = make_callback(tmp_path)
+    callback.optimizer.refusals = [("12D3", "it claims epoch 7; at most 2 is possible")]
+    local_step(callback)
+    (record,) = journal_of(tmp_path, "refusal")
+    assert (record["peer"], record["reason"]) == ("12D3", "it claims epoch 7; at most 2 is possible")
+    assert said_by(callback).strip() == "ignored what peer 12D3 sent: it claims epoch 7; at most 2 is possible"
+
+
 def test_callback_writes_nothing_to_the_terminal_between_epochs_when_output_is_a_file(tmp_path):
     callback = make_callback(tmp_path)
     callback.progress.stream = io.StringIO()

@@ -1,0 +1,163 @@
+"""How far the swarm is, as far as what others claim can be believed.
+
+hivemind 1.1.12 takes the highest epoch that anybody claims for the swarm's and adds up all claimed samples: one forged
+record stops the training of all peers for as long as it lasts, or ends each epoch at once.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+
+import pydantic.v1 as pydantic  # as in hivemind
+from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress, ProgressTracker
+from hivemind.p2p import PeerID
+from hivemind.utils import get_dht_time
+
+logger = logging.getLogger(__name__)
+
+MAX_CLOCK_ERROR = 60.0  # seconds that a record's time may lie in the future
+FASTEST_EPOCH = 0.25  # seconds: nobody finishes epochs quicker than this
+MAX_SPEEDUP = 4.0  # how much quicker than this peer's own recent epochs those of others may be
+FIRST_DISTRUST, LONGEST_DISTRUST = 60.0, 3600.0  # seconds for which an unproven claim is ignored; doubled each time
+
+
+class BoundedProgressTracker(ProgressTracker):
+    """hivemind's tracker, less the records that claim what cannot be.
+
+    A record is left out if it is malformed, if its clock is wrong, if it claims more than ten times the samples of an
+    epoch, or an epoch further ahead than others can have come since this peer began its own. Samples beyond the target
+    and rates beyond four times the swarm's count as that. A peer that has not trained an epoch yet cannot judge by
+    time; it believes no epoch more than one ahead of what most peers claim. `distrust_claims_above` is for claims that
+    nobody could prove by handing over a state.
+
+    ``is_member(public key) -> bool`` leaves out the records of whoever does not belong to a private run.
+    """
+
+    def __init__(self, *args, is_member: Callable[[bytes], bool] | None = None, **kwargs):
+        self.is_member = is_member
+        self.has_trained = self._has_samples = False
+        self.epoch_since = time.monotonic()  # when this peer began its epoch
+        self.seconds_per_epoch: float | None = None
+        self.distrusted: dict[bytes, tuple[float, float, int]] = {}  # owner -> until when, how long, above which epoch
+        self.last_claims: dict[bytes, int] = {}  # owner of a record -> the epoch it claims
+        self.refusals: dict[str, str] = {}  # what was left out, by peer, until it is taken
+        self._said: set[tuple[str, str]] = set()
+        super().__init__(*args, **kwargs)
+
+    # -- what this peer knows of its own
+
+    def report_local_progress(self, local_epoch: int, samples_accumulated: int, update_global_samples: bool = True):
+        """As hivemind's; also takes down how long epochs take."""
+        previous, now = self.local_progress.epoch, time.monotonic()
+        if local_epoch != previous:
+            if local_epoch == previous + 1 and self._has_samples:
+                seconds = now - self.epoch_since
+                old = self.seconds_per_epoch if self.seconds_per_epoch is not None else seconds
+                self.seconds_per_epoch = 0.8 * old + 0.2 * seconds
+                self.has_trained = True
+            self.epoch_since, self._has_samples = now, False
+        self._has_samples = self._has_samples or samples_accumulated > 0
+        super().report_local_progress(local_epoch, samples_accumulated, update_global_samples)
+
+    def highest_plausible_epoch(self) -> float:
+        """No peer can be further than this; infinite while this peer has not trained and cannot know."""
+        if not self.has_trained:
+            return math.inf
+        fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
+        return self.local_progress.epoch + 1 + (time.monotonic() - self.epoch_since) // fastest
+
+    def distrust_claims_above(self, epoch: int) -> None:
+        """Ignore for a while whoever claims a higher epoch: none of the swarm's states is that new.
+
+        Other peers' records may be slow to come, so the first time is short, and each further one twice as long.
+        """
+        now = time.monotonic()
+        for owner, claimed in self.last_claims.items():
+            if claimed > epoch and self.distrusted.get(owner, (0.0,))[0] <= now:
+                seconds = min(2 * self.distrusted.get(owner, (0, FIRST_DISTRUST / 2, 0))[1], LONGEST_DISTRUST)
+                self.distrusted[owner] = now + seconds, seconds, epoch
+        self.global_progress.epoch = min(self.global_progress.epoch, max(epoch, self.local_progress.epoch))
+
+    # -- what others claim
+
+    def _parse_swarm_progress_data(self, metadata) -> GlobalTrainingProgress:
+        if isinstance(metadata, dict):
+            metadata = self._believable(metadata)
+        return super()._parse_swarm_progress_data(metadata)
+
+    def _believable(self, metadata: dict) -> dict:
+        records, now = {}, get_dht_time()
+        for owner, entry in metadata.items():
+            if entry.value is None:  # said goodbye
+                continue
+            try:
+                record = LocalTrainingProgress.parse_obj(entry.value)
+            except pydantic.ValidationError as error:
+                self._refuse("?", f"its progress record is malformed: {error.errors()[0]['msg']}")
+                continue
+            own = owner == self._local_public_key
+            objection = "" if own else self._objection(owner, record, now)
+            if objection:
+                self._refuse(_name(record.peer_id), objection)
+            else:
+                records[owner] = record
+        self.last_claims = {owner: record.epoch for owner, record in records.items() if owner != self._local_public_key}
+        limit = min(self.highest_plausible_epoch(), self._limit_by_majority(records))
+        accepted = {}
+        for owner, record in records.items():
+            until, _, highest = self.distrusted.get(owner, (0.0, 0.0, 0))
+            proven = max(highest, self.local_progress.epoch + 1)
+            if record.epoch > limit and owner != self._local_public_key:
+                self._refuse(_name(record.peer_id), f"it claims epoch {record.epoch}; at most {limit:.0f} is possible")
+            elif record.epoch > proven and until > time.monotonic():
+                self._refuse(_name(record.peer_id), f"it claims epoch {record.epoch}, but nobody has a state that new")
+            else:
+                accepted[owner] = type(metadata[owner])(self._bounded(record).dict(), metadata[owner].expiration_time)
+        return accepted
+
+    def _objection(self, owner: bytes, record: LocalTrainingProgress, now: float) -> str:
+        if self.is_member is not None and not self.is_member(owner):
+            return "it is no member of the run"
+        if record.samples_accumulated > 10 * self.target_batch_size:
+            return f"it claims {record.samples_accumulated} samples in an epoch of {self.target_batch_size}"
+        if not math.isfinite(record.samples_per_second):
+            return "it claims an infinite speed"
+        if not -MAX_CLOCK_ERROR < now - record.time < MAX_CLOCK_ERROR + 2 * self.metadata_expiration:
+            return f"its clock is off by {abs(now - record.time):.0f} s"
+        return ""
+
+    def _limit_by_majority(self, records: dict[bytes, LocalTrainingProgress]) -> float:
+        """For a peer that has not trained: one epoch beyond what most of at least two others claim."""
+        epochs = sorted(r.epoch for owner, r in records.items() if owner != self._local_public_key)
+        if self.has_trained or len(epochs) < 2:
+            return math.inf
+        return epochs[(len(epochs) - 1) // 2] + 1
+
+    def _bounded(self, record: LocalTrainingProgress) -> LocalTrainingProgress:
+        fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
+        return record.copy(
+            update={
+                "samples_accumulated": min(record.samples_accumulated, self.target_batch_size),
+                "samples_per_second": min(record.samples_per_second, self.target_batch_size / fastest),
+                "time": min(max(record.time, get_dht_time() - self.metadata_expiration), get_dht_time()),
+            }
+        )
+
+    def _refuse(self, peer: str, reason: str) -> None:
+        kind = reason.split(" claims ")[-1].split()[0]
+        if (peer, kind) not in self._said:  # once, not at every look
+            self._said.add((peer, kind))
+            self.refusals[peer] = reason
+
+    def take_refusals(self) -> dict[str, str]:
+        """Whose records were left out since the last call, and why; each peer once for each kind of reason."""
+        refusals, self.refusals = self.refusals, {}
+        return refusals
+
+
+def _name(peer_id: bytes) -> str:
+    try:
+        return PeerID(peer_id).to_base58()
+    except Exception:
+        return "?"

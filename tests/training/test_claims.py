@@ -1,0 +1,237 @@
+"""Nobody can push a swarm forward, stop it, or end its epochs early by what he claims."""
+
+import time
+from types import SimpleNamespace
+
+import hivemind
+import pytest
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.optim.progress_tracker import LocalTrainingProgress
+from hivemind.p2p import PeerID
+from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils.crypto import RSAPrivateKey
+
+from src.training.dht import TrainerMetrics
+from src.training.monitor import MetricsMonitor
+from src.training.optimizer import LeanOptimizer
+from src.training.claims import BoundedProgressTracker
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+TARGET = 1000
+
+
+class SilentDHT:
+    """Holds no records and takes none."""
+
+    client_mode = False
+    peer_id = PeerID(b"own")
+
+    def add_validators(self, validators):
+        pass
+
+    def get(self, key, latest):
+        return None
+
+
+def bare_tracker(*, epoch: int = 0, seconds_per_epoch: float = 10.0, **kwargs) -> BoundedProgressTracker:
+    """A tracker without network; one that is in an ``epoch`` above 0 has trained the one before."""
+    tracker = BoundedProgressTracker(SilentDHT(), "run", TARGET, start=False, private_key=RSAPrivateKey(), **kwargs)
+    if epoch > 0:
+        tracker.report_local_progress(epoch - 1, 10)
+        tracker.epoch_since -= seconds_per_epoch
+        tracker.report_local_progress(epoch, 0)
+    return tracker
+
+
+def parse(tracker: BoundedProgressTracker, **records):
+    """What the tracker makes of its own record and these of others, each a dictionary of changes."""
+    own = tracker.local_progress.dict()
+    entries = {tracker._local_public_key: own}
+    for name, changes in records.items():
+        entries[name.encode()] = {**own, "peer_id": name.encode(), **changes} if isinstance(changes, dict) else changes
+    expiration = get_dht_time() + 30
+    return tracker._parse_swarm_progress_data(
+        {owner: ValueWithExpiration(value, expiration) for owner, value in entries.items()}
+    )
+
+
+FORGED = {
+    "an epoch far ahead": {"epoch": 10**6},
+    "an epoch three ahead": {"epoch": 8},
+    "a trillion samples": {"samples_accumulated": 10**12},
+    "a clock far back": {"time": 0.0, "samples_per_second": 5.0},
+    "a clock far ahead": {"time": get_dht_time() + 10_000},
+    "no record": "text",
+    "negative samples": {"samples_accumulated": -1},
+    "an infinite speed": {"samples_per_second": float("inf")},
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_forged_record_counts_for_nothing_and_its_peer_is_named_once(kind):
+    tracker = bare_tracker(epoch=5)
+    for _ in range(2):
+        progress = parse(tracker, honest={"samples_accumulated": 30}, forger=FORGED[kind])
+        assert (progress.epoch, progress.samples_accumulated, progress.num_peers) == (5, 30, 2)
+    assert not tracker.ready_to_update_epoch
+    refusals = tracker.take_refusals()
+    assert len(refusals) == 1 and all(reason for reason in refusals.values()), refusals
+    assert tracker.take_refusals() == {}
+
+
+def test_speed_beyond_what_the_swarm_can_do_is_capped():
+    tracker = bare_tracker(epoch=5, seconds_per_epoch=10.0)
+    progress = parse(tracker, forger={"samples_per_second": 1e9})
+    assert progress.eta_next_epoch - get_dht_time() > 1.0  # both peers four times as quick as the swarm is
+
+
+def test_samples_beyond_the_target_count_as_the_target():
+    progress = parse(bare_tracker(epoch=5), fast={"samples_accumulated": 1200})
+    assert progress.samples_accumulated == TARGET
+
+
+def test_next_epoch_is_believed_at_once_and_later_ones_when_time_has_passed():
+    tracker = bare_tracker(epoch=5, seconds_per_epoch=10.0)
+    assert parse(tracker, other={"epoch": 6}).epoch == 6
+    assert parse(tracker, other={"epoch": 9}).epoch == 5
+    tracker.epoch_since -= 10.0  # as after a pause; others may be four times as quick as this peer was
+    assert parse(tracker, other={"epoch": 10}).epoch == 10
+    assert parse(tracker, other={"epoch": 11}).epoch == 5
+
+
+def test_newcomer_believes_the_epoch_of_the_swarm_but_not_of_one_alone():
+    assert parse(bare_tracker(), one={"epoch": 500}).epoch == 500
+    assert parse(bare_tracker(), one={"epoch": 500}, other={"epoch": 501}).epoch == 501
+    assert parse(bare_tracker(), one={"epoch": 500}, forger={"epoch": 10**6}).epoch == 500
+    assert parse(bare_tracker(), forger={"epoch": 10**6}, one={"epoch": 500}, other={"epoch": 499}).epoch == 500
+
+
+def test_claim_that_nobody_could_prove_is_ignored_for_longer_each_time():
+    tracker = bare_tracker()
+    for expected in (60, 120, 240):
+        assert parse(tracker, forger={"epoch": 77}).epoch == 77
+        tracker.distrust_claims_above(1)
+        assert tracker.global_epoch <= 1
+        assert parse(tracker, forger={"epoch": 77}).epoch == 0
+        assert parse(tracker, forger={"epoch": 1}).epoch == 1, "what is possible is believed"
+        _, seconds, _ = tracker.distrusted[b"forger"]
+        assert seconds == expected
+        tracker.distrusted[b"forger"] = time.monotonic() - 1, seconds, 1
+        parse(tracker, forger={"epoch": 77})
+    (reason,) = tracker.take_refusals().values()
+    assert "nobody has a state" in reason
+
+
+def test_records_of_whoever_is_no_member_are_left_out():
+    tracker = bare_tracker(epoch=5, is_member=lambda owner: owner != b"expelled")
+    progress = parse(tracker, expelled={"samples_accumulated": 30}, honest={"samples_accumulated": 7})
+    assert (progress.samples_accumulated, progress.num_peers) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "claimed", "trained", "distrusted_after"),
+    [
+        (0, 14, 10**6, False, 1),  # the swarm's newest state is of epoch 14
+        (14, 14, 17, True, 2),  # there is no state to be had: perhaps the network's fault, so try once more
+        (0, 0, 17, False, None),  # a newcomer without a state has nothing better to do than to try again
+        (0, 14, 15, False, None),
+    ],
+)
+def test_optimizer_stops_asking_for_a_state_that_nobody_has(
+    monkeypatch, before, after, claimed, trained, distrusted_after
+):
+    calls = []
+    optimizer = LeanOptimizer.__new__(LeanOptimizer)
+    optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
+    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
+    optimizer.state_averager = SimpleNamespace(local_epoch=before)
+    optimizer.tracker = SimpleNamespace(
+        global_epoch=claimed,
+        has_trained=trained,
+        local_progress=SimpleNamespace(epoch=before),
+        distrust_claims_above=calls.append,
+    )
+    monkeypatch.setattr(
+        hivemind.Optimizer,
+        "load_state_from_peers",
+        lambda self: setattr(self.state_averager, "local_epoch", after),
+    )
+    for attempt in range(1, 5):
+        optimizer.load_state_from_peers()
+        assert bool(calls) == (distrusted_after is not None and attempt >= distrusted_after), attempt
+        if calls:
+            assert calls == [after + 1]
+            break
+
+
+def test_forged_metrics_do_not_hide_those_of_others():
+    monitor = MetricsMonitor()
+    for epoch in (1, 2, 3):
+        honest = {name: TrainerMetrics(epoch=epoch, samples=10, mini_steps=1) for name in (b"a", b"b")}
+        summary = monitor.summarise({**honest, b"forger": TrainerMetrics(epoch=10**6)})
+        assert summary is not None and (summary.epoch, summary.samples) == (epoch, 20)
+    assert monitor.summarise({b"a": TrainerMetrics(epoch=700)}).epoch == 700, "one alone may be quick"
+
+
+@pytest.mark.timeout(120)
+def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
+    """Over a real DHT: two peers count samples and epochs while a stranger claims the impossible under its own key."""
+    nodes, trackers = [], []
+    try:
+        for _ in range(3):
+            peers = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+            nodes.append(hivemind.DHT(start=True, initial_peers=peers, host_maddrs=[LOOPBACK]))
+        options = {"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.3, "start": True}
+        trackers = [BoundedProgressTracker(n, "run", TARGET, private_key=RSAPrivateKey(), **options) for n in nodes[:2]]
+        stranger_key = RSAPrivateKey()
+        signature = RSASignatureValidator(stranger_key)
+        nodes[2].add_validators([signature])
+
+        def forge(**changes):
+            record = LocalTrainingProgress(
+                peer_id=nodes[2].peer_id.to_bytes(), epoch=0, samples_accumulated=0, samples_per_second=1.0,
+                time=get_dht_time(), client_mode=False,
+            )  # fmt: skip
+            nodes[2].store(
+                "run_progress",
+                subkey=signature.local_public_key,
+                value={**record.dict(), **changes},
+                expiration_time=get_dht_time() + 60,
+            )
+
+        def count(epoch: int, samples: int):
+            for tracker in trackers:
+                tracker.report_local_progress(epoch, samples)
+            wait(lambda t: t.global_progress.samples_accumulated == 2 * samples and t.global_epoch == epoch)
+
+        def wait(condition, seconds: float = 20.0):
+            give_up_at = time.monotonic() + seconds
+            while not all(condition(tracker) for tracker in trackers):
+                assert time.monotonic() < give_up_at, [tracker.global_progress for tracker in trackers]
+                time.sleep(0.05)
+
+        def next_epoch():
+            time.sleep(1.0)
+            for tracker in trackers:
+                with tracker.pause_updates():
+                    tracker.update_epoch(tracker.local_progress.epoch + 1)
+
+        count(0, 100)
+        next_epoch()
+        count(1, 100)
+        forge(epoch=10**6)
+        refused = [{}, {}]
+        wait(lambda t: refused[trackers.index(t)].update(t.take_refusals()) or refused[trackers.index(t)])
+        count(1, 200)
+        forge(epoch=1, samples_accumulated=10**12, samples_per_second=1e9)
+        time.sleep(1.0)
+        count(1, 300)
+        assert not any(tracker.ready_to_update_epoch for tracker in trackers)
+        assert all(nodes[2].peer_id.to_base58() in peers for peers in refused), refused
+        next_epoch()
+        count(2, 100)
+    finally:
+        for tracker in trackers:
+            tracker.shutdown(2.0)
+        for node in reversed(nodes):
+            node.shutdown()
