@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # names on the package index that differ from the module's
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "google": "protobuf"}
 FILES = ("requirements.txt", "requirements-dev.txt")
+BENCHMARK_FILES = ("requirements.txt", "requirements-bench.txt")
 
 
 def requirements(*names: str) -> dict[str, str]:
@@ -51,15 +52,23 @@ def third_party(paths) -> dict[str, Path]:
 
 
 def test_requirements_are_exact_versions():
-    assert len(requirements(*FILES)) > 10
+    assert len(requirements(*FILES)) > 10 and len(requirements(*BENCHMARK_FILES)) > 10
 
 
 @pytest.mark.parametrize("development", [False, True], ids=["program", "tests"])
 def test_requirements_pin_every_package_that_is_imported(development):
     pins = requirements(*FILES) if development else requirements("requirements.txt")
-    paths = [path for path in python_files() if development or "tests" not in path.relative_to(REPOSITORY).parts]
-    modules = third_party(paths)
+    others = {"benchmarks"} if development else {"benchmarks", "tests"}
+    modules = third_party(path for path in python_files() if path.relative_to(REPOSITORY).parts[0] not in others)
     assert {"torch", "transformers", "hivemind"} <= set(modules)
+    check_pins(modules, pins)
+
+
+def test_requirements_pin_every_package_that_benchmarks_import():
+    check_pins(third_party((REPOSITORY / "benchmarks").rglob("*.py")), requirements(*BENCHMARK_FILES))
+
+
+def check_pins(modules: dict[str, Path], pins: dict[str, str]) -> None:
     for module, path in modules.items():
         name = DISTRIBUTIONS.get(module, module).replace("_", "-")
         assert name in pins, f"{path.relative_to(REPOSITORY)} imports {module}, which no requirements file pins"

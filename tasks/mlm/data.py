@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from src.models.tokenizer import raw_tokenizer
+from tasks.mlm.encoding import SentenceEncoder
 from tasks.mlm.sentences import split_sentences
 from tasks.mlm.sources import DEFAULT_SOURCE, DocumentStream, derive_seed, open_source
 
@@ -27,11 +29,13 @@ MAX_DOCUMENT_SENTENCES = 256  # a longer document is treated as several, which b
 NUM_POOLED_INSTANCES = 1024  # sorted by length when the batch size is known
 MIN_SEQUENCE_LENGTH = 8
 ORDERED, SWAPPED, NO_ORDER = 0, 1, -100
+ZERO, ONE = array("i", [0]), array("i", [1])
 
-Sentences = list[list[int]]  # token ids of each
+# array("i"): a list of numbers in 4 bytes each, which is cut, joined and handed to numpy without a loop in Python
+Sentences = list[array]  # token ids of each
 
 
-def truncate_longest_first(first: list[int], second: list[int], max_tokens: int) -> tuple[list[int], list[int]]:
+def truncate_longest_first(first: array, second: array, max_tokens: int) -> tuple[array, array]:
     """Cut the ends of two segments so that they hold max_tokens together: the longer one first, then both evenly.
 
     The rule of the tokenizers library's `longest_first`: of an odd number, the longer segment keeps the larger half.
@@ -45,7 +49,7 @@ def truncate_longest_first(first: list[int], second: list[int], max_tokens: int)
     return first[: lengths[0]], second[: lengths[1]]
 
 
-def cut_sentence(sentence: list[int], num_tokens: int, starts_word: Sequence[bool]) -> int:
+def cut_sentence(sentence: array, num_tokens: int, starts_word: Sequence[bool]) -> int:
     """Tokens of a sentence's head, at most num_tokens: it ends before a word where one starts in its second half."""
     for cut in range(num_tokens, num_tokens // 2, -1):
         if starts_word[sentence[cut]]:
@@ -80,7 +84,7 @@ class Instance:
 
     __slots__ = ("first", "order", "second")
 
-    def __init__(self, first: list[int], second: list[int], order: int):
+    def __init__(self, first: array, second: array, order: int):
         self.first, self.second, self.order = first, second, order
 
     def __len__(self):
@@ -90,9 +94,9 @@ class Instance:
 def make_instance(chunk: Sentences, max_tokens: int, generator: random.Random) -> Instance:
     """Cut a chunk at a random sentence, swap the halves with probability 1/2. A single sentence gets no order label."""
     if len(chunk) == 1:
-        return Instance(chunk[0], [], NO_ORDER)
+        return Instance(chunk[0], array("i"), NO_ORDER)
     cut = generator.randrange(1, len(chunk))
-    first, second = list(itertools.chain(*chunk[:cut])), list(itertools.chain(*chunk[cut:]))
+    first, second = join(chunk[:cut]), join(chunk[cut:])
     order = SWAPPED if generator.random() < 0.5 else ORDERED
     if order == SWAPPED:
         first, second = second, first
@@ -101,24 +105,29 @@ def make_instance(chunk: Sentences, max_tokens: int, generator: random.Random) -
     return Instance(first, second, order)
 
 
-def pack_ragged(rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-    """Lists of ids as two flat tensors: small to save, and loadable with weights_only=True."""
-    values = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32)
+def join(sentences: Sequence[array]) -> array:
+    return array("i", b"".join(sentences))
+
+
+def pack_ragged(rows: Sequence[array]) -> dict[str, torch.Tensor]:
+    """Arrays of ids as two flat tensors: small to save, and loadable with weights_only=True."""
+    values = np.array(join(rows), dtype=np.int32)
     lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
     return {"values": torch.from_numpy(values), "lengths": torch.from_numpy(lengths)}
 
 
-def unpack_ragged(packed: dict[str, torch.Tensor]) -> list[list[int]]:
-    values = iter(packed["values"].tolist())
-    return [list(itertools.islice(values, length)) for length in packed["lengths"].tolist()]
+def unpack_ragged(packed: dict[str, torch.Tensor]) -> list[array]:
+    values = array("i", packed["values"].numpy().tobytes())
+    ends = itertools.accumulate(packed["lengths"].tolist(), initial=0)
+    return [values[begin:end] for begin, end in itertools.pairwise(ends)]
 
 
 class OpenDocuments:
     """Tokenised documents of one source from which instances are drawn, refilled from its endless stream."""
 
-    def __init__(self, documents: DocumentStream, tokenizer, *, batch_size: int):
+    def __init__(self, documents: DocumentStream, encoder: SentenceEncoder, *, batch_size: int):
         self.documents = documents
-        self.tokenizer = tokenizer  # raw: no padding, no truncation
+        self.encoder = encoder
         self.batch_size = batch_size  # sentences per call of the tokenizer
         self.open: list[Sentences] = []
 
@@ -142,9 +151,9 @@ class OpenDocuments:
             ends.append(len(sentences))
             if len(sentences) >= self.batch_size:
                 break
-        encodings = self.tokenizer.encode_batch_fast(sentences, add_special_tokens=False)
+        encoded = self.encoder.encode(sentences)
         for begin, end in itertools.pairwise([0, *ends]):
-            document = [ids for encoding in encodings[begin:end] if (ids := encoding.ids)]
+            document = [ids for ids in encoded[begin:end] if ids]
             if document:
                 document.reverse()
                 self.open.append(document)
@@ -288,13 +297,14 @@ class TrainingDataset(IterableDataset):
     def assemble(self, instance: Instance) -> dict:
         """[CLS] A [SEP] B [SEP], or [CLS] A [SEP] without a second segment."""
         first_length, second_length = len(instance.first), len(instance.second)
-        input_ids = [self.cls_token_id, *instance.first, self.sep_token_id]
-        token_type_ids = [0] * (first_length + 2)
-        special_tokens_mask = [1] + [0] * first_length + [1]
+        cls, sep = array("i", [self.cls_token_id]), array("i", [self.sep_token_id])
+        input_ids = cls + instance.first + sep
+        token_type_ids = ZERO * (first_length + 2)
+        special_tokens_mask = ONE + ZERO * first_length + ONE
         if second_length:
-            input_ids += [*instance.second, self.sep_token_id]
-            token_type_ids += [1] * (second_length + 1)
-            special_tokens_mask += [0] * second_length + [1]
+            input_ids += instance.second + sep
+            token_type_ids += ONE * (second_length + 1)
+            special_tokens_mask += ZERO * second_length + ONE
         return {
             "input_ids": input_ids,
             "token_type_ids": token_type_ids,
@@ -305,6 +315,7 @@ class TrainingDataset(IterableDataset):
     def _open_stream(self) -> InstanceStream:
         worker_info = get_worker_info()
         worker, num_workers = (worker_info.id, worker_info.num_workers) if worker_info else (0, 1)
+        encoder = SentenceEncoder(self.tokenizer)
         sources = [
             OpenDocuments(
                 DocumentStream(
@@ -314,7 +325,7 @@ class TrainingDataset(IterableDataset):
                     worker=worker,
                     num_workers=num_workers,
                 ),
-                self.tokenizer,
+                encoder,
                 batch_size=self.preprocessing_batch_size,
             )
             for number, source in enumerate(self.sources)
@@ -403,8 +414,9 @@ def make_training_dataset(
     batch_size: when given, each run of that many instances has similar lengths (a DataLoader with the same batch_size
         then pads little); up to 1024 of them are made ahead, before a growing maximum length is read.
 
-    An item holds input_ids, token_type_ids, special_tokens_mask (lists) and sentence_order_label: 0 in order, 1
-    swapped, -100 for a single sentence. Raises ValueError for missing, empty or unreadable sources and unfit arguments.
+    An item holds input_ids, token_type_ids, special_tokens_mask (each an array.array of ints, which works like a list)
+    and sentence_order_label: 0 in order, 1 swapped, -100 for a single sentence. Raises ValueError for missing, empty or
+    unreadable sources and unfit arguments.
     """
     sources = [DEFAULT_SOURCE] if sources is None else [sources] if isinstance(sources, str) else list(sources)
     if not sources:

@@ -60,18 +60,18 @@ def test_instance_is_what_the_tokenizer_makes_of_a_pair(tokenizer, corpus):
     dataset = make_training_dataset(tokenizer, sources=[corpus], shuffle_seed=0, max_sequence_length=64)
     for instance in take(dataset, 100):
         ids, types = instance["input_ids"], instance["token_type_ids"]
-        assert all(type(value) is int for value in ids + types + instance["special_tokens_mask"])
+        assert all(type(value) is int for value in [*ids, *types, *instance["special_tokens_mask"]])
         expected_mask = tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)
-        assert instance["special_tokens_mask"] == expected_mask
+        assert list(instance["special_tokens_mask"]) == expected_mask
         segments = [
             [token for token, kind in zip(ids, types, strict=True) if kind == segment and token not in (2, 3)]
             for segment in (0, 1)
         ]
         if instance["sentence_order_label"] == -100:
-            assert ids == [2, *segments[0], 3] and types == [0] * len(ids)
+            assert list(ids) == [2, *segments[0], 3] and list(types) == [0] * len(ids)
         else:
-            assert ids == [2, *segments[0], 3, *segments[1], 3]
-            assert types == [0] * (len(segments[0]) + 2) + [1] * (len(segments[1]) + 1)
+            assert list(ids) == [2, *segments[0], 3, *segments[1], 3]
+            assert list(types) == [0] * (len(segments[0]) + 2) + [1] * (len(segments[1]) + 1)
 
 
 @pytest.mark.parametrize("max_length", [8, 33, 128, 512])
@@ -174,11 +174,12 @@ import hashlib, itertools, json
 from src.models.tokenizer import load_tokenizer
 from tasks.mlm.data import make_training_dataset
 dataset = make_training_dataset(load_tokenizer({str(TOKENIZER_PATH)!r}), sources=[{corpus!r}], shuffle_seed=7)
-print(json.dumps(list(itertools.islice(dataset, 20))))
+print(json.dumps(list(itertools.islice(dataset, 20)), default=list))
 """
     command = [sys.executable, "-c", code]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY).stdout
-    assert json.loads(printed) == take(make_training_dataset(tokenizer, sources=[corpus], shuffle_seed=7), 20)
+    expected = take(make_training_dataset(tokenizer, sources=[corpus], shuffle_seed=7), 20)
+    assert json.loads(printed) == json.loads(json.dumps(expected, default=list))
 
 
 def test_trainers_with_different_seeds_begin_with_different_text(tokenizer, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Whole-word masking: form of a batch, whole words, budget, shares of replacements, seeds and workers."""
 
+import copy
 import itertools
 import random
 import re
@@ -11,8 +12,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from src.models.tokenizer import load_tokenizer
+from tasks.mlm import mask_kernel
 from tasks.mlm.data import make_training_dataset
-from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask, choose_words
+from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
 TOKENIZER_PATH = Path(__file__).resolve().parents[3] / "demo" / "tokenizer"
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
@@ -60,14 +62,30 @@ def words_of(tokenizer, ids) -> list[list[int]]:
     return words
 
 
-def choose_words_greedily(sizes, keys, rows, budgets) -> set[int]:
-    """The rule of `choose_words`, one word after the other."""
-    left, chosen = list(budgets), set()
-    for word in sorted(range(len(sizes)), key=lambda word: keys[word]):
-        if sizes[word] <= left[rows[word]]:
-            left[rows[word]] -= sizes[word]
-            chosen.add(word)
-    return chosen
+class SplitMix64:
+    """The draws of the compiled code, from Python's own integers."""
+
+    def __init__(self, seed: int):
+        self.state = seed
+
+    def draw_below(self, limit: int) -> int:
+        self.state = (self.state + 0x9E3779B97F4A7C15) % 2**64
+        bits = (self.state ^ self.state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB % 2**64
+        return ((bits ^ bits >> 31) >> 32) * limit >> 32
+
+
+def choose_greedily(words: list[list[int]], budget: int, draw_below) -> set[int]:
+    """The positions of the words that fit the budget, visited in an order shuffled by the given draws."""
+    words, visited, left = list(words), [], budget
+    while words and left:
+        words[0], words[other] = words[(other := draw_below(len(words)))], words[0]
+        visited.append(words.pop(0))
+        if len(visited[-1]) <= left:
+            left -= len(visited[-1])
+        else:
+            visited[-1] = ()
+    return set(itertools.chain.from_iterable(visited))
 
 
 def test_batch_holds_the_padded_instances(tokenizer, instances):
@@ -77,8 +95,8 @@ def test_batch_holds_the_padded_instances(tokenizer, instances):
     for row, instance in enumerate(instances[:32]):
         length = len(instance["input_ids"])
         padding = width - length
-        assert ids[row].tolist() == instance["input_ids"] + [PAD] * padding
-        assert batch["token_type_ids"][row].tolist() == instance["token_type_ids"] + [0] * padding
+        assert ids[row].tolist() == [*instance["input_ids"], *[PAD] * padding]
+        assert batch["token_type_ids"][row].tolist() == [*instance["token_type_ids"], *[0] * padding]
         assert batch["attention_mask"][row].tolist() == [1] * length + [0] * padding
         assert batch["sentence_order_label"][row] == instance["sentence_order_label"]
     assert all(values.dtype == torch.int64 for values in batch.values())
@@ -145,17 +163,25 @@ def test_a_piece_after_a_special_token_begins_a_word(tokenizer):
     assert chosen[0].nonzero().flatten().tolist() == [1, 3, 4, 5]
 
 
-def test_choice_equals_visiting_the_words_one_by_one():
-    generator = np.random.default_rng(0)
-    for _ in range(300):
-        num_rows = int(generator.integers(1, 6))
-        rows = np.sort(generator.integers(num_rows, size=int(generator.integers(0, 80)))).astype(np.int32)
-        sizes = generator.choice([1, 1, 2, 3, 5, 9], size=len(rows)).astype(np.int32)
-        keys = generator.permutation(2**12)[: len(rows)].astype(np.int32)
-        budgets = generator.integers(0, 20, size=num_rows).astype(np.int32)
-        chosen = choose_words(sizes, keys, rows=rows, budgets=budgets)
-        assert len(chosen) == len(set(chosen.tolist()))
-        assert set(chosen.tolist()) == choose_words_greedily(sizes, keys, rows, budgets)
+@pytest.mark.parametrize("probability", [0.05, 0.15, 0.6])
+def test_choice_equals_visiting_the_words_one_by_one(tokenizer, instances, probability):
+    collator = DataCollatorForWholeWordMask(tokenizer, probability)
+    num_filled = 0
+    for seed, instance in enumerate(instances):
+        ids = np.array(instance["input_ids"], dtype=np.int32)
+        labels = np.full_like(ids, -100)
+        state = np.array([seed], dtype=np.uint64)
+        mask_kernel.choose_tokens(ids, np.array([len(ids)], np.int32), collator.kinds, probability, state, labels)
+        words = [word for word in words_of(tokenizer, ids.tolist()) if UNKNOWN not in ids[word]]
+        num_known = int((ids > MASK).sum())
+        budget = max(1, round(probability * num_known))
+        expected = choose_greedily(words, budget, SplitMix64(seed).draw_below)
+        if not expected:
+            continue  # see test_every_row_predicts_something
+        assert set(np.flatnonzero(labels != -100).tolist()) == expected
+        assert (labels == np.where(labels == -100, -100, ids)).all()
+        num_filled += len(expected) == round(probability * num_known)
+    assert num_filled > 200
 
 
 def test_chosen_tokens_are_replaced_in_the_shares_80_10_10(tokenizer, instances):
@@ -222,9 +248,25 @@ def test_workers_mask_differently(tokenizer, instances, seed):
 
 
 def test_instances_are_left_unchanged(tokenizer, instances):
-    before = [dict(instance, input_ids=list(instance["input_ids"])) for instance in instances[:8]]
+    before = copy.deepcopy(instances[:8])
     DataCollatorForWholeWordMask(tokenizer, seed=0)(instances[:8])
     assert instances[:8] == before
+
+
+def test_lists_tensors_and_arrays_give_the_same_batch(tokenizer, instances):
+    def convert(kind):
+        names = ("input_ids", "token_type_ids", "special_tokens_mask")
+        return [each | {name: kind(each[name]) for name in names} for each in instances[:8]]
+
+    expected = DataCollatorForWholeWordMask(tokenizer, seed=0)(instances[:8])
+    for kind in (list, np.array, torch.tensor):
+        assert equal(DataCollatorForWholeWordMask(tokenizer, seed=0)(convert(kind)), expected)
+
+
+@pytest.mark.parametrize("token", [-1, 4000])
+def test_ids_of_another_vocabulary_are_an_error(tokenizer, token):
+    with pytest.raises(ValueError, match="for a vocabulary of 4000: made by another tokenizer"):
+        DataCollatorForWholeWordMask(tokenizer)([make_instance([CLS, token])])
 
 
 @pytest.mark.parametrize(
