@@ -8,6 +8,9 @@ demo: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest
 
+chaos: .venv/installed
+	.venv/bin/python -m benchmarks.swarm_faults
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -18,4 +21,4 @@ lint: .venv/installed
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test chaos lint

@@ -208,6 +208,7 @@ class HFTrainerArguments(TrainingArguments):
     seed: int = option(0, "Seed of the initial parameters: must be equal on all peers that start a run together.")
     max_steps: int = option(10**18, "Stop this trainer after so many local steps.")
     dataloader_num_workers: int = option(0, "Processes that prepare data beside the trainer.")
+    ddp_timeout: int = option(10**7, argparse.SUPPRESS)  # other ranks wait while rank 0 waits for the swarm
     logging_steps: float = option(10**9, argparse.SUPPRESS)
     logging_nan_inf_filter: bool = option(False, argparse.SUPPRESS)
     save_strategy: str = option("no", argparse.SUPPRESS)

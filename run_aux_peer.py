@@ -17,6 +17,7 @@ def main() -> int:
     from src.training.dht import visible_addresses
     from src.training.history import read_history
     from src.training.monitor import watch
+    from src.training.reconnect import KeepInTouch
     from src.training.terminal import TerminalView
 
     console.quiet_libraries()
@@ -34,6 +35,8 @@ def main() -> int:
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    if not peer.use_ipfs:
+        KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     for thread in threads:
         thread.start()
     if isinstance(progress, TerminalView):

@@ -3,6 +3,7 @@
 Without arguments this starts a one-peer swarm on the bundled demo model and text (the same as `@demo/trainer.args`).
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a s
 
 
 def main() -> int:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import shlex
     import threading
@@ -19,12 +21,15 @@ def main() -> int:
     from arguments import ArgumentParser, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
     from src.training import console
     from src.training.dht import visible_addresses
+    from src.training.reconnect import KeepInTouch
 
     console.quiet_libraries()
     argv = sys.argv[1:] or ["@demo/trainer.args"]
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     peer, collaboration, training = parser.parse(argv)
     progress, stop = console.Progress(), threading.Event()
+    if training.process_index > 0:
+        return 0 if peer.check else follow(peer, training, stop=stop)
     if not sys.argv[1:]:
         progress.say("no arguments: training the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
@@ -37,11 +42,71 @@ def main() -> int:
     install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
     joining = shlex.join(["python", "run_trainer.py", *console.joining_arguments(argv, visible_addresses(swarm.dht))])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
-    trainer.train()
+    if not peer.use_ipfs:
+        KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
+    code = train(trainer, progress)
     progress.say(f"stopped at epoch {swarm.optimizer.local_epoch}, leaving the swarm")
     swarm.leave()
     journal.close()
-    leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
+    leave_at_once(code)  # at an ordinary exit hivemind's futures complain that their event loop is closed
+
+
+def follow(peer, training, *, stop) -> int:
+    """Compute gradients for rank 0 of the same peer, when torchrun has started several processes of this script."""
+    from functools import partial
+
+    from transformers import PrinterCallback
+
+    from src.training.callback import sequence_length_at
+    from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
+    from src.training.sync import FollowerCallback, LocalWorkers
+    from tasks.mlm.task import build_data, build_model
+
+    workers = LocalWorkers(rank=training.process_index, size=training.world_size, device=training.device)
+    model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+    model.to(training.device)
+    peer_seed = workers.share_bytes() + bytes([workers.rank])  # each rank reads data of its own
+    dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
+    install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)
+    trainer = CollaborativeTrainer(
+        collaborative=None,
+        meter=meter,
+        scaler=scaler,
+        model=model,
+        args=training,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[
+            FollowerCallback(
+                workers,
+                model,
+                meter=meter,
+                scaler=scaler,
+                current_length=current_length,
+                length_at=partial(sequence_length_at, training=training),
+                stop=stop,
+            )
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    leave_at_once(train(trainer, progress=None))
+
+
+def train(trainer, progress) -> int:
+    """Train until the end or a stop. Returns an exit code: 1 if another process of this peer was lost."""
+    from src.training.sync import worker_was_lost
+
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        if not worker_was_lost(error):
+            raise
+        if progress is not None:
+            progress.say("another process of this peer has ended: stopping; start the peer again to go on")
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # writes the backup
+        return 1
+    return 0
 
 
 def check(peer, training, progress) -> int:
@@ -75,6 +140,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
     from src.training.probe import measure_bandwidth
+    from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
@@ -82,6 +148,13 @@ def build(peer, collaboration, training, *, progress, stop):
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     dht, public_key = start_dht(peer)
+    workers = LocalWorkers(size=training.world_size, device=training.device)
+    peer_seed = workers.share_bytes(dht.peer_id.to_bytes())
+    dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    if workers.size > 1:
+        # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.
+        collaboration.reuse_grad_buffers = False
+
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
@@ -110,6 +183,7 @@ def build(peer, collaboration, training, *, progress, stop):
         journal=journal,
         progress=progress,
         stop=stop,
+        workers=workers,
     )
     callback.resume()
     trainer = CollaborativeTrainer(

@@ -4,10 +4,13 @@ Names of these classes are part of the protocol (they name the remote calls): al
 """
 
 import asyncio
+import contextvars
+import itertools
 import logging
 import multiprocessing
 import time
 from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
@@ -26,6 +29,7 @@ from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record
 
 POLL_SECONDS = 0.02
+CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
 
 
 @dataclass(frozen=True)
@@ -78,24 +82,36 @@ class RoundReporting:
 
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
     ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
-    ``search_seconds``: how long the owner of a step is kept waiting for a group.
+    ``search_seconds``: how long the owner of a step is kept waiting for a group. ``vain_search``, which the averagers
+    of a peer share, is when that time was last up: nobody is waited for twice.
     Values that ``judge`` refuses are left out of the average.
     """
 
     round_kind = ""
     judge = Judge(max_weight=1.0)
 
-    def __init__(self, *args, phases_path: Path | None = None, search_seconds: float = float("inf"), **kwargs):
+    def __init__(
+        self,
+        *args,
+        phases_path: Path | None = None,
+        search_seconds: float = float("inf"),
+        vain_search: Synchronized | None = None,
+        **kwargs,
+    ):
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
         self._phases_path, self._search_seconds = phases_path, search_seconds
+        self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
+        self._step_numbers = itertools.count(1)
         self._num_active_steps = 0
         self._failures: _FailureCollector | None = None
         super().__init__(*args, **kwargs)
 
     def _enter(self, phase: str, **details) -> None:
         if self._phases_path is not None:
-            append_record(self._phases_path, "phase", kind=self.round_kind, phase=phase, **details)
+            append_record(
+                self._phases_path, "phase", kind=self.round_kind, step=CURRENT_STEP.get(), phase=phase, **details
+            )
 
     def finished_rounds(self) -> list[Round]:
         """Rounds that ended since the last call; to be called by the owner, often enough for the pipe not to fill."""
@@ -173,6 +189,7 @@ class RoundReporting:
     async def _step(self, *, step: StepControl, future_for_init: MPFuture) -> None:
         started = time.monotonic()
         self._num_active_steps += 1
+        CURRENT_STEP.set(next(self._step_numbers))
         self._enter("matchmaking")
         limit = asyncio.create_task(self._limit_search(step))
         try:
@@ -213,14 +230,16 @@ class RoundReporting:
         hivemind searches until averaging_timeout. When a swarm's last partner dies, its record outlives it for a while,
         and the survivor would stand still for that long at the end of each epoch.
         """
-        waiting_since = None
+        began, waiting_since = time.monotonic(), None
         while not step.done():
             await asyncio.sleep(POLL_SECONDS)
             if step._trigger is None or not step.triggered:
                 continue
             waiting_since = waiting_since or time.monotonic()
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
-            if searching and time.monotonic() - waiting_since > self._search_seconds:
+            patience = self._search_seconds if self._vain_search.value < began else 0.0
+            if searching and time.monotonic() - waiting_since > patience:
+                self._vain_search.value = time.monotonic()
                 step.cancel()
                 return True
         return False

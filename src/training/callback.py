@@ -1,6 +1,7 @@
 """What a trainer does beside computing gradients: step with the swarm, report, back up, stop."""
 
 import logging
+import re
 import threading
 import time
 from multiprocessing.sharedctypes import Synchronized
@@ -17,6 +18,7 @@ from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal
 from src.training.optimizer import Swarm
 from src.training.schedules import sequence_length
+from src.training.sync import LocalWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,9 @@ class CollaborativeCallback(TrainerCallback):
         journal: Journal,
         progress: Progress,
         stop: threading.Event,
+        workers: LocalWorkers | None = None,
     ):
+        self.workers = workers or LocalWorkers()
         self.dht, self.public_key, self.optimizer = swarm.dht, swarm.public_key, swarm.optimizer
         self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
         self.peer, self.training, self.meter, self.scaler = peer, training, meter, scaler
@@ -78,6 +82,16 @@ class CollaborativeCallback(TrainerCallback):
         self._follow_epoch()
         self._wait_for_peers()
         self.epoch_started = time.monotonic()
+        return self._lead_workers(control)
+
+    def _lead_workers(self, control):
+        """Let the other processes of this peer follow; stop when any of them, or the run's end, asks for it."""
+        done = self.optimizer.local_epoch >= self.training.total_steps or self.stop.is_set()
+        epoch, stop, checksums = self.workers.agree(self.parameters, epoch=self.optimizer.local_epoch, stop=done)
+        if checksums:
+            self.journal.write("local_workers", epoch=epoch, checksums=checksums)
+        control.should_training_stop = control.should_training_stop or stop
+        return control
 
     def _wait_for_peers(self) -> None:
         """Announce this trainer and wait until ``wait_for_peers`` of them are there, or the run has begun."""
@@ -102,6 +116,7 @@ class CollaborativeCallback(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Report the gradients in the model's buffers to hivemind, which may run a global step."""
+        self.workers.collect(self.meter)
         samples = self.meter.take_samples()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler is not None and gradients:
@@ -169,9 +184,7 @@ class CollaborativeCallback(TrainerCallback):
             self._finish_epoch()
         self.progress.update(self.optimizer)
         self._back_up_if_due()
-        if self.optimizer.local_epoch >= self.training.total_steps or self.stop.is_set():
-            control.should_training_stop = True
-        return control
+        return self._lead_workers(control)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Let delayed updates finish, then write the last backup."""
@@ -226,6 +239,7 @@ class CollaborativeCallback(TrainerCallback):
             samples_per_second=round(metrics.samples_per_second, 2),
             num_peers=self.optimizer.tracker.global_progress.num_peers,
             seconds=round(seconds, 3),
+            local_steps=len(self.waits),
             waited_seconds=round(sum(self.waits), 3),
             longest_wait=round(max(self.waits, default=0.0), 3),
             failed_rounds=sum(bool(r.error) for r in self.rounds),
@@ -244,14 +258,7 @@ class CollaborativeCallback(TrainerCallback):
         self._check_parameters()
 
     def _follow_epoch(self) -> None:
-        training = self.training
-        self.current_length.value = sequence_length(
-            self.optimizer.local_epoch,
-            max_sequence_length=training.max_sequence_length,
-            initial_sequence_length=training.initial_sequence_length,
-            sequence_length_warmup_steps=training.sequence_length_warmup_steps,
-            pad_to_multiple_of=training.pad_to_multiple_of,
-        )
+        self.current_length.value = sequence_length_at(self.optimizer.local_epoch, self.training)
 
     @torch.no_grad()
     def _check_parameters(self) -> None:
@@ -285,12 +292,50 @@ class CollaborativeCallback(TrainerCallback):
         self.last_backup_epoch = self.optimizer.local_epoch
 
 
+def sequence_length_at(epoch: int, training: HFTrainerArguments) -> int:
+    """The longest training sequence in an epoch, by the run's schedule."""
+    return sequence_length(
+        epoch,
+        max_sequence_length=training.max_sequence_length,
+        initial_sequence_length=training.initial_sequence_length,
+        sequence_length_warmup_steps=training.sequence_length_warmup_steps,
+        pad_to_multiple_of=training.pad_to_multiple_of,
+    )
+
+
 def describe_incomplete(averaging_round) -> str:
     """One line on what went wrong in a round of averaging."""
     if averaging_round.error:
         return f"averaging {averaging_round.kind} failed after {averaging_round.seconds:.0f} s: {averaging_round.error}"
+    reasons = dict.fromkeys(map(explain, averaging_round.reasons))  # several parts may fail for the same reason
     return (
         f"averaging {averaging_round.kind} was partial: {averaging_round.received:.1%} of the values came back from "
         f"{averaging_round.num_peers} peers, {averaging_round.num_lost} failed while sending"
-        + "".join(f"; {reason}" for reason in averaging_round.reasons[:3])
+        + "".join(f"; {reason}" for reason in list(reasons)[:3])
     )
+
+
+def explain(reason: str) -> str:
+    """What an error between this peer and another one means, and what its owner can do; unknown ones stay as they are.
+
+    ``reason`` is what `hivemind.averaging.allreduce` logs: "Caught ERROR when communicating to (or: with) PEER".
+    """
+    match = re.fullmatch(r"Caught (.*) when communicating (to|with) (\S+)", reason, flags=re.DOTALL)
+    if match is None:
+        return reason
+    error, direction, peer = match.groups()
+    name = f"peer ...{peer[-6:]}"
+    if "TimeoutError" in error:
+        what = "returned no averages" if direction == "to" else "sent nothing"
+        return f"{name} {what} in time: it is overloaded or stopped, or the network is slow (--next_chunk_timeout)"
+    if "BAD_GROUP_ID" in error:
+        return f"{name} had left the round: this peer came too late; if this happens often, shorten local steps"
+    if "CANCELLED" in error or "INTERNAL_ERROR" in error:
+        return f"{name} gave the round up"
+    if "parts, but we expected" in error:
+        return f"{name} ended in the middle of the round"
+    if any(
+        known in error for known in ("ControlFailure", "P2PHandlerError", "P2PDaemonError", "Connection", "Incomplete")
+    ):
+        return f"lost the connection to {name}; it ended, or the network failed"
+    return reason

@@ -30,14 +30,16 @@ class NoOptimizer(torch.optim.Optimizer):
 
 
 class ReportedSchedule(LRScheduler):
-    """Shows Trainer the learning rate of the real optimizer; it never changes one."""
+    """Shows Trainer the learning rate of the real optimizer, if this process has it; it never changes one."""
 
-    def __init__(self, optimizer: NoOptimizer, collaborative: LeanOptimizer):
+    def __init__(self, optimizer: NoOptimizer, collaborative: LeanOptimizer | None):
         self.collaborative = collaborative
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
-        rate = self.collaborative.state_averager.optimizer.param_groups[0]["lr"]
+        rate = 0.0
+        if self.collaborative is not None:
+            rate = self.collaborative.state_averager.optimizer.param_groups[0]["lr"]
         return [rate for _ in self.optimizer.param_groups]
 
     def state_dict(self) -> dict:
@@ -88,9 +90,12 @@ class LossMeter:
 
 
 class CollaborativeTrainer(Trainer):
-    """Computes gradients; everything that concerns the swarm happens in `CollaborativeCallback`."""
+    """Computes gradients; everything that concerns the swarm happens in `CollaborativeCallback`.
 
-    def __init__(self, *, collaborative: LeanOptimizer, meter: LossMeter, scaler: LossScaler | None, **kwargs):
+    ``collaborative`` is None in a process that only follows another one, see `src.training.sync`.
+    """
+
+    def __init__(self, *, collaborative: LeanOptimizer | None, meter: LossMeter, scaler: LossScaler | None, **kwargs):
         self.meter, self.scaler = meter, scaler
         optimizer = NoOptimizer(kwargs["model"].parameters())
         super().__init__(optimizers=(optimizer, ReportedSchedule(optimizer, collaborative)), **kwargs)
@@ -124,7 +129,9 @@ class CollaborativeTrainer(Trainer):
         else:
             self.meter.dropped += batch_size
             logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, loss.item())
-            loss = torch.zeros((), device=loss.device, requires_grad=True)
+            if self.args.world_size == 1:
+                loss = torch.zeros((), device=loss.device, requires_grad=True)
+            # else all ranks must take part in the backward pass; its gradients are not finite on any, and are dropped
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model) -> None:

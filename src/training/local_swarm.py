@@ -6,22 +6,47 @@ Used by the demo, the benchmarks and the tests; peers on different machines are 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+from src.training.supervisor import end_with_parent
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class LocalPeer:
-    """One running script; its output goes to ``lines`` and, behind the peer's name, to the terminal."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
-    def __init__(self, name: str, script: str, arguments: list[str], *, echo: bool = True, environment=None):
+
+class LocalPeer:
+    """One running script; its output goes to ``lines`` and, behind the peer's name, to the terminal.
+
+    ``prefix``: a command that runs the script, such as ``ip netns exec NAME``. ``own_session``: signals to this
+    program's group do not reach the peer, nor those that the kernel sends to a group with stopped processes in it; the
+    peer still ends with this program.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        script: str,
+        arguments: list[str],
+        *,
+        echo: bool = True,
+        environment: dict[str, str] | None = None,
+        prefix=(),
+        own_session: bool = False,
+    ):
         self.name, self.echo, self.lines = name, echo, []
         self.process = subprocess.Popen(
-            [sys.executable, script, *map(str, arguments)],
+            [*prefix, sys.executable, script, *map(str, arguments)],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -29,6 +54,8 @@ class LocalPeer:
             text=True,
             encoding="utf-8",
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
+            start_new_session=own_session,
+            preexec_fn=end_with_parent if own_session else None,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -1,6 +1,7 @@
 """The swarm's optimizer: parameter groups, 8-bit LAMB with its schedule, and hivemind around it."""
 
 import logging
+import multiprocessing
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.training.averagers import LeanGradientAverager, LeanStateAverager, Round, correct_step_cancellation
 from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.claims import BoundedProgressTracker
+from src.training.progress import LeanProgressTracker
 from src.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -84,17 +85,6 @@ class LeanOptimizer(hivemind.Optimizer):
         self._failed_downloads = 0  # in a row
         super().__init__(*args, **kwargs)
 
-    def _make_progress_tracker(self, target_batch_size: int, **kwargs) -> BoundedProgressTracker:
-        return BoundedProgressTracker(
-            dht=self.dht,
-            prefix=self.run_id,
-            target_batch_size=target_batch_size,
-            client_mode=self.client_mode,
-            status_loglevel=self.status_loglevel,
-            start=True,
-            **kwargs,
-        )
-
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
         return LeanStateAverager(
             dht=self.dht,
@@ -108,6 +98,17 @@ class LeanOptimizer(hivemind.Optimizer):
             next_chunk_timeout=self.next_chunk_timeout,
             client_mode=self.client_mode,
             auxiliary=self.auxiliary,
+            start=True,
+            **kwargs,
+        )
+
+    def _make_progress_tracker(self, target_batch_size: int, **kwargs) -> LeanProgressTracker:
+        return LeanProgressTracker(
+            dht=self.dht,
+            prefix=self.run_id,
+            target_batch_size=target_batch_size,
+            client_mode=self.client_mode,
+            status_loglevel=self.status_loglevel,
             start=True,
             **kwargs,
         )
@@ -197,15 +198,17 @@ def make_collaborative_optimizer(
     learning_rate = make_learning_rate(training)
     correct_step_cancellation()
     request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
+    vain_search = multiprocessing.Value("d", float("-inf"))
     averager_options = {
         "min_vector_size": peer.min_vector_size,
         "bandwidth": peer.bandwidth,
         "request_timeout": request_timeout,
         # hivemind would wait for a silent reducer twice as long as for a silent sender. A reducer answers when it has
         # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
-        "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
+        "sender_timeout": 0.5 * collaboration.next_chunk_timeout,
         "reducer_timeout": collaboration.next_chunk_timeout,
-        "search_seconds": collaboration.next_chunk_timeout + collaboration.matchmaking_time,
+        "search_seconds": max(collaboration.next_chunk_timeout, collaboration.matchmaking_time + 5.0),
+        "vain_search": vain_search,
         "phases_path": metrics_path,
     }
     # Blockwise, not uniform: with one scale for a whole tensor, the small gradients of rare words drown in the error
@@ -242,7 +245,7 @@ def make_collaborative_optimizer(
             "min_refresh_period": min(0.5, refresh / 4),
             "default_refresh_period": min(3.0, refresh),
             "max_refresh_period": refresh,
-            "metadata_expiration": 30.0,  # a dead peer counts as a partner until its record expires
+            "vain_search": vain_search,
         },
         client_mode=peer.client_mode,
         auxiliary=auxiliary,

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 SECOND_INTERRUPT_SECONDS = 0.2  # `timeout -s INT` sends a signal twice within milliseconds, nobody types that fast
+TORCHRUN_SECONDS = 3.0  # torchrun passes Ctrl+C, which the terminal has sent to all, on to its processes later
 POLL_SECONDS = 0.02
 CLEANER_SECONDS = 2.0
 GIVE_UP_SECONDS = 10.0  # a process that hangs inside the kernel cannot be killed by anyone
@@ -36,6 +37,11 @@ def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value})")
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when the one that started it ends, in whatever way."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def children_of(pid: int) -> list[int]:
@@ -156,6 +162,9 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
     # Blocked signals stay pending through fork and exec, until the supervisor asks for them: none is lost.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if under_torchrun:  # it would leave its processes behind when it is killed
+        end_with_parent()
     sys.stdout.flush()
     sys.stderr.flush()
     supervisor_pid = os.getpid()
@@ -163,14 +172,21 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
     if child_pid == 0:
         _run_child(main, supervisor_pid, mask, grace_seconds)
     interpreter = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: starts in 30 ms
-    arguments = [str(child_pid), str(grace_seconds), *sys.argv]  # the script's own ones only to be seen in `ps`
-    os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments])
+    second_interrupt = TORCHRUN_SECONDS if under_torchrun else SECOND_INTERRUPT_SECONDS
+    arguments = [
+        str(child_pid),
+        str(grace_seconds),
+        str(second_interrupt),
+        *sys.argv,
+    ]  # the script's own ones only to be seen in `ps`
+    # the script's own arguments only to be seen in `ps`
+    os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments, *sys.argv])
 
 
 def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[int], grace_seconds: float) -> NoReturn:
     os.setsid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent()
     if os.getppid() != supervisor_pid:  # killed before PDEATHSIG was set
         os._exit(1)
     _install_in_this_process_only(_end_at_once)
@@ -207,7 +223,7 @@ def _end_at_once(signal_number: int, frame: object) -> None:
     os._exit(128 + signal_number)
 
 
-def _supervise(child_pid: int, grace_seconds: float) -> int:
+def _supervise(child_pid: int, grace_seconds: float, second_interrupt_seconds: float) -> int:
     """Wait for the child to end, forward signals, kill all when its time is up; returns the exit code."""
     stop_signals = {signal.SIGTERM, signal.SIGINT}
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
@@ -227,7 +243,7 @@ def _supervise(child_pid: int, grace_seconds: float) -> int:
         if first_signal is None:
             first_signal, stopped_at, stop_at = received.si_signo, time.monotonic(), time.monotonic() + grace_seconds
             os.kill(child_pid, signal.SIGTERM)
-        elif received.si_signo == signal.SIGINT and time.monotonic() - stopped_at > SECOND_INTERRUPT_SECONDS:
+        elif received.si_signo == signal.SIGINT and time.monotonic() - stopped_at > second_interrupt_seconds:
             return 128 + signal.SIGINT
 
 
@@ -241,7 +257,7 @@ def _exit_code(status: int, first_signal: int | None) -> int:
 
 def _watch_until_nothing_is_left() -> int:
     try:
-        return _supervise(int(sys.argv[1]), float(sys.argv[2]))
+        return _supervise(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
     finally:
         kill_descendants()
         _kill_cleaners_that_stay()

@@ -443,6 +443,31 @@ def test_callback_says_whose_claims_were_not_believed(tmp_path):
     assert said_by(callback).strip() == "ignored what peer 12D3 sent: it claims epoch 7; at most 2 is possible"
 
 
+PEER = "QmXNjm5MtCwkQxkgxw4AVx3DVPZEmERqvsBixoj4ePPYKd"
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        (f"Caught TimeoutError() when communicating to {PEER}", "peer ...ePPYKd returned no averages in time"),
+        (f"Caught TimeoutError() when communicating with {PEER}", "sent nothing in time"),
+        (f"Caught AllreduceException('{PEER} sent BAD_GROUP_ID') when communicating to {PEER}", "shorten local steps"),
+        (f"Caught AllreduceException('peer {PEER} sent 0 parts, but we expected 1') when communicating to {PEER}",
+         "ended in the middle of the round"),
+        (f"Caught ControlFailure('Connect failed. msg=failed to dial') when communicating to {PEER}",
+         "lost the connection to peer ...ePPYKd"),
+        ("left out 2 of 2 parts of 12D3: not finite", "left out 2 of 2 parts of 12D3: not finite"),
+        (f"Caught ValueError('new') when communicating to {PEER}", "ValueError('new')"),
+    ],
+)  # fmt: skip
+def test_callback_explains_a_partial_round_once_in_words(tmp_path, reason, expected):
+    callback = make_callback(tmp_path)
+    callback.optimizer.rounds = [Round("gradients", 1.5, num_peers=3, received=0.5, reasons=(reason, reason))]
+    local_step(callback)
+    assert said_by(callback).count(expected) == 1
+    assert journal_of(tmp_path, "round")[0]["reasons"] == [reason, reason], "the file has the error itself"
+
+
 def test_callback_writes_nothing_to_the_terminal_between_epochs_when_output_is_a_file(tmp_path):
     callback = make_callback(tmp_path)
     callback.progress.stream = io.StringIO()

@@ -316,6 +316,34 @@ def test_supervisor_works_in_a_terminal(program):
     started.assert_nothing_left()
 
 
+def test_interrupt_that_torchrun_passes_on_is_no_second_one(program):
+    started = program(STOPS_CLEANLY.replace("time.sleep(0.1)", "time.sleep(1.5)"))
+    started.environment["TORCHELASTIC_RUN_ID"] = "none"
+    started.launch("ready", *FAMILY)
+    started.process.send_signal(signal.SIGINT)
+    time.sleep(0.6)
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.wait(8) == 5
+    started.assert_nothing_left()
+
+
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_program_ends_when_the_torchrun_that_started_it_is_killed(program, under_torchrun):
+    started = program(STOPS_CLEANLY)
+    if under_torchrun:
+        started.environment["TORCHELASTIC_RUN_ID"] = "none"
+    parent = [sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])", *started.command]
+    started.process = subprocess.Popen(parent, env=started.environment, start_new_session=True)
+    started.wait_for("ready", *FAMILY)
+    started.process.kill()
+    if under_torchrun:
+        started.assert_nothing_left(seconds=5)
+        assert started.noted("clean")
+    else:  # a program that was started in the background of a shell goes on when the shell ends
+        time.sleep(1.0)
+        assert not ended(started.pid("child"))
+
+
 def test_supervisor_stays_small_whatever_the_script_has_loaded(program):
     started = program("    time.sleep(0.5)\n    note('status', open(f'/proc/{os.getppid()}/status').read())")
     started.script.write_text("ballast = b'x' * 100_000_000\n" + started.script.read_text())

@@ -1,0 +1,722 @@
+"""Does a swarm survive what happens to swarms? Seeded faults against trainers on this machine, and what they cost.
+
+    python -m benchmarks.swarm_faults                 # 20 minutes, three trainers, at least 30 faults
+    python -m benchmarks.swarm_faults --short         # 3 minutes, the schedule that the tests run
+
+Trainers and an auxiliary peer train a tiny model on the demo texts. Peers are killed while computing, in matchmaking,
+inside a round and while serving state, frozen, cut off, restarted, started twice at once, and so on. The report (JSON,
+a table in Markdown, a picture of the time line) says what each fault cost, and whether the promises below were kept.
+Ends with code 0 if they were, 1 if not.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from arguments import HFTrainerArguments, PeerArguments
+from benchmarks.fault_swarm import FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
+from src.training.backup import read_backup
+from src.training.console import quiet_libraries
+from src.training.optimizer import make_lamb, make_learning_rate, parameter_groups
+from src.training.swarm_report import compare_parameters
+from tasks.mlm.data import make_training_dataset
+from tasks.mlm.evaluate import evaluate, held_out_batches
+from tasks.mlm.task import build_model
+from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CORPUS, HELD_OUT = str(REPOSITORY / "demo" / "corpus" / "*.txt"), str(REPOSITORY / "demo" / "heldout.txt")
+MODEL = {
+    "model_type": "lean_albert",
+    "vocab_size": 4000,
+    "embedding_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "share_large_matrices": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 128,
+}
+LENGTH, MICRO_BATCH = 64, 4
+EPOCH_SECONDS = 4.0  # of an epoch that nothing disturbs
+NEXT_CHUNK_TIMEOUT, MATCHMAKING_TIME, BACKUP_EVERY = 8.0, 1.5, 3
+FROZEN_SECONDS = CUT_SECONDS = 20.0
+SLOW_SECONDS = 20.0
+
+# What is promised
+MAX_STALL = NEXT_CHUNK_TIMEOUT + 5.0
+MAX_SPREAD = 1e-2
+MAX_LOSS_RATIO = 1.03
+MAX_EXIT_SECONDS, MAX_EXIT_IN_ROUND = 10.0, 30.0
+
+
+@dataclasses.dataclass
+class Fault:
+    """What was done to whom, when, and what it cost; times in seconds since the swarm began."""
+
+    name: str
+    victims: str = ""
+    detail: str = ""
+    at: float = 0.0
+    until: float = 0.0
+    recovery_seconds: float | None = None
+    stall_seconds: float = 0.0
+    survived: bool = True
+    skipped: bool = False
+
+
+class Faults:
+    """Each method hurts the swarm in one way, repairs what a person would repair, and waits until all train in step.
+
+    A method returns what it did in words. It calls `mark` at the moment of the fault.
+    """
+
+    def __init__(self, swarm: FaultySwarm, generator: random.Random):
+        self.swarm, self.random = swarm, generator
+        self.marked = 0.0
+        self.victims: list[FaultyPeer] = []
+
+    def mark(self, *victims: FaultyPeer) -> None:
+        self.marked, self.victims = time.time(), list(victims)
+
+    def choose(self, number: int = 1) -> list[FaultyPeer]:
+        return self.random.sample(self.swarm.training(), number)
+
+    def _others(self, *peers: FaultyPeer) -> list[FaultyPeer]:
+        return [peer for peer in self.swarm.training() if peer not in peers]
+
+    def _restart(self, *peers: FaultyPeer) -> None:
+        self.swarm.start(*peers)
+        self.swarm.wait_until_up(*peers)
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
+
+    def _kill_when(self, victim: FaultyPeer, condition, what: str) -> str:
+        self.swarm.freeze_when(victim, condition, f"{victim.name} is {what}")
+        self.mark(victim)
+        how = self.swarm.kill(victim, self.random)
+        time.sleep(self.random.uniform(0, 5))
+        self._restart(victim)
+        return f"killed ({how}) while {what}, started again"
+
+    def kill_while_computing(self) -> str:
+        (victim,) = self.choose()
+        idle = lambda: victim.phase("gradients") == victim.phase("parameters") == "idle"  # noqa: E731
+        return self._kill_when(victim, idle, "computing")
+
+    def kill_in_matchmaking(self) -> str:
+        (victim,) = self.choose()
+        return self._kill_when(victim, lambda: victim.phase("gradients") == "matchmaking", "in matchmaking")
+
+    def kill_inside_a_round(self) -> str:
+        (victim,) = self.choose()
+        kind = self.random.choice(["gradients", "gradients", "parameters"])
+        return self._kill_when(victim, lambda: victim.phase(kind) == "averaging", f"averaging {kind}")
+
+    def kill_while_serving_state(self) -> str:
+        """The donor of a joining peer dies in mid-download: both must come back."""
+        (joiner,) = self.choose()
+        self.swarm.leave(joiner)
+        donors = self._others(joiner)
+        moment = time.time()
+        self.swarm.start(joiner)
+        donor = None
+
+        def caught() -> bool:
+            nonlocal donor
+            for peer in donors:
+                if peer.since(moment, "phase", phase="serving") and peer.serving():
+                    peer.signal_all(signal.SIGSTOP, but_supervisor=True)
+                    donor = peer
+                    return True
+            return bool(joiner.since(moment, "state_download"))
+
+        families = {peer.name: peer.family() for peer in donors}
+        for peer in donors:
+            peer.family = lambda peer=peer: families[peer.name]
+        try:
+            self.swarm.wait_until(caught, "somebody serves state", seconds=90, poll=0.002)
+        finally:
+            for peer in donors:
+                del peer.family
+        if donor is None:
+            self.mark(joiner)
+            self.swarm.wait_until_in_step(*self.swarm.training(), since=moment)
+            return "missed: the download was over before the donor could be caught"
+        self.mark(donor)
+        in_the_middle = donor.serving()
+        self.swarm.kill(donor, self.random)
+        self.swarm.wait_until_up(joiner)
+        self._restart(donor)
+        return f"{donor.name} killed {'while' if in_the_middle else 'just after'} it handed its state to {joiner.name}"
+
+    def freeze(self) -> str:
+        (victim,) = self.choose()
+        self.mark(victim)
+        victim.signal_all(signal.SIGSTOP)
+        try:
+            self.swarm.wait_until(lambda: time.time() > self.marked + FROZEN_SECONDS, "frozen", seconds=60)
+        finally:
+            victim.signal_all(signal.SIGCONT)
+        thawed = time.time()
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=thawed)
+        return f"all its processes stopped for {FROZEN_SECONDS:.0f} s"
+
+    def late_join(self) -> str:
+        newcomer = self.swarm.add_trainer()
+        self.mark(newcomer)
+        epoch = self.swarm.epoch()
+        self._restart(newcomer)
+        first = min(record["epoch"] for record in newcomer.since(0, "epoch"))
+        if first < epoch:
+            raise NotSurvived(f"{newcomer.name} began at epoch {first} when the swarm had finished {epoch}")
+        (leaver,) = self.random.sample(self._others(newcomer), 1)
+        seconds = self.swarm.leave(leaver)
+        return f"joined at epoch {first}; {leaver.name} left for it, in {seconds:.1f} s"
+
+    def leave_and_rejoin(self) -> str:
+        (victim,) = self.choose()
+        self.mark(victim)
+        number = self.random.choice([signal.SIGTERM, signal.SIGINT])
+        seconds = self.swarm.leave(victim, number=number)
+        self._restart(victim)
+        return f"left in {seconds:.1f} s after {signal.Signals(number).name}, came back under the same identity"
+
+    def stop_inside_a_round(self) -> str:
+        """Ctrl+C in a terminal, which goes to all processes of a group, while the trainer averages."""
+        (victim,) = self.choose()
+        self.swarm.wait_until(lambda: victim.phase("gradients") == "averaging", "a round", seconds=60, poll=0.002)
+        self.mark(victim)
+        seconds = self.swarm.leave(victim, number=signal.SIGINT, group=True)
+        self._restart(victim)
+        return f"left in {seconds:.1f} s after Ctrl+C inside a round, started again"
+
+    def interrupt_twice(self) -> str:
+        (victim,) = self.choose()
+        victim.family()
+        self.mark(victim)
+        os.killpg(victim.running.process.pid, signal.SIGINT)
+        time.sleep(0.5)
+        again = time.time()
+        if victim.alive:
+            os.killpg(victim.running.process.pid, signal.SIGINT)
+        self.swarm.expect_end(victim, seconds=5)
+        seconds = time.time() - again
+        self._restart(victim)
+        return f"gone {seconds:.1f} s after the second Ctrl+C, started again"
+
+    def restart_the_auxiliary_peer(self) -> str:
+        auxiliary = self.swarm.auxiliary
+        auxiliary.family()
+        self.mark(auxiliary)
+        self.swarm.kill(auxiliary, self.random)
+        time.sleep(self.random.uniform(0, 5))
+        self.swarm.start(auxiliary)
+        self.swarm.wait_until_up(auxiliary)
+        started = time.time()
+        count = len(self.swarm.training())
+        self.swarm.wait_until(
+            lambda: any(r["alive_peers"] >= count for r in auxiliary.since(started, "swarm_epoch")),
+            f"the auxiliary peer sees {count} trainers again", seconds=120,
+        )  # fmt: skip
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
+        return "killed, started again with its old command, which names no other peer"
+
+    def cold_restart(self) -> str:
+        victims = self.swarm.training()
+        epoch = self.swarm.epoch()
+        self.mark(*victims)
+        for peer in [*victims, self.swarm.auxiliary]:
+            peer.family()
+        for peer in [*victims, self.swarm.auxiliary]:
+            peer.signal_all(signal.SIGKILL)
+        for peer in [*victims, self.swarm.auxiliary]:
+            self.swarm.expect_end(peer, seconds=10)
+        self.swarm.start(self.swarm.auxiliary)
+        self.swarm.wait_until_up(self.swarm.auxiliary)
+        self._restart(*victims)
+        resumed = max(
+            int(match.group(1)) for peer in victims if (match := peer.said(r"resumed from .* at epoch (\d+)"))
+        )
+        if epoch - resumed > BACKUP_EVERY:
+            raise NotSurvived(f"lost {epoch - resumed} epochs, more than the {BACKUP_EVERY} between two backups")
+        return f"everybody killed at epoch {epoch}, resumed from disk at epoch {resumed}"
+
+    def start_two_at_once(self) -> str:
+        victims = self.choose(2)
+        self.swarm.leave(*victims)
+        epoch = self.swarm.epoch()
+        self.mark(*victims)
+        self._restart(*victims)
+        for peer in victims:
+            first = min(record["epoch"] for record in peer.since(self.marked, "epoch"))
+            if self._others(*victims) and first < epoch:
+                raise NotSurvived(f"{peer.name} began a swarm of its own at epoch {first}, the run was at {epoch}")
+        return f"both left and started in the same second, at epoch {epoch}"
+
+    def full_disk(self) -> str:
+        (victim,) = self.choose()
+        size = victim.backup.stat().st_size
+        self.mark(victim)
+        with file_size_limit(victim, size // 2):
+            said = self.swarm.wait_until(
+                lambda: victim.said("backup failed, the previous one is kept: .*") or not victim.alive,
+                "a backup fails", seconds=60,
+            )  # fmt: skip
+        if not victim.alive:
+            raise NotSurvived(f"{victim.name} ended: {victim.running.output()[-2000:]}")
+        read_backup(victim.backup)
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        return said.group(0)[:70] if said is not True else ""
+
+    def truncated_backup(self) -> str:
+        """Its owner does what the refusal says: move the file away and start again."""
+        (victim,) = self.choose()
+        self.swarm.leave(victim)
+        self.mark(victim)
+        os.truncate(victim.backup, victim.backup.stat().st_size * 2 // 3)
+        self.swarm.start(victim)
+        code = self.swarm.expect_end(victim, seconds=60)
+        if code != 2 or "is truncated or not a backup; move it away" not in victim.running.output():
+            raise NotSurvived(f"expected a refusal, got code {code}: {victim.running.output()}")
+        victim.backup.rename(victim.backup.with_suffix(".broken"))
+        self._restart(victim)
+        return "refused in one line, started again without the file"
+
+    # -- with a network namespace
+
+    def slow_link(self) -> str:
+        victim = self.swarm.trainers[0]
+        self.mark(victim)
+        with self.swarm.link.slow("4mbit", "100ms"):
+            self.swarm.wait_until(lambda: time.time() > self.marked + SLOW_SECONDS, "slow", seconds=60)
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        return f"4 Mbit/s for {SLOW_SECONDS:.0f} s"
+
+    def cut_link(self) -> str:
+        victim = self.swarm.trainers[0]
+        self.mark(victim)
+        with self.swarm.link.cut():
+            self.swarm.wait_until(lambda: time.time() > self.marked + CUT_SECONDS, "cut", seconds=60)
+        joined = time.time()
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=joined)
+        return f"no network for {CUT_SECONDS:.0f} s"
+
+
+OF_THE_NETWORK = ["slow_link", "cut_link"]
+EVERY = [
+    "kill_while_computing", "kill_in_matchmaking", "kill_inside_a_round", "kill_while_serving_state", "freeze",
+    "late_join", "leave_and_rejoin", "stop_inside_a_round", "interrupt_twice", "restart_the_auxiliary_peer",
+    "cold_restart", "start_two_at_once", "full_disk", "truncated_backup",
+]  # fmt: skip
+SHORT = ["kill_inside_a_round", "freeze", "cold_restart"]
+LONG = [*EVERY, *OF_THE_NETWORK]
+
+
+def schedule(generator: random.Random, names: list[str]):
+    """Every fault once in random order, then again in another one, without end."""
+    while True:
+        yield from generator.sample(names, len(names))
+
+
+def main() -> int:
+    options = parse_arguments()
+    quiet_libraries()
+    torch.set_num_threads(1)
+    folder = options.work_dir / time.strftime("run-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    model_options = ["--model_config_path", str(folder / "config.json")]
+    target = calibrate(folder, trainers=options.trainers)
+    shared = [
+        *("--run_id", "faults", "--target_batch_size", str(target), *model_options),
+        *("--learning_rate", "5e-3", "--min_8bit_size", "65536", "--warmup_steps", "10", "--num_zero_lr_steps", "0"),
+        *("--total_steps", "100000", "--average_state_every", "2", "--min_vector_size", "1000"),
+        *("--matchmaking_time", str(MATCHMAKING_TIME), "--next_chunk_timeout", str(NEXT_CHUNK_TIMEOUT)),
+        *("--averaging_timeout", "30"),
+    ]
+    trainer = [
+        *("--dataset_sources", CORPUS, "--per_device_train_batch_size", str(MICRO_BATCH)),
+        *("--max_sequence_length", str(LENGTH), "--initial_sequence_length", str(LENGTH)),
+        *("--sequence_length_warmup_steps", "0", "--pad_to_multiple_of", "8"),
+        *("--backup_every_epochs", str(BACKUP_EVERY)),
+    ]
+    auxiliary = ["--assist_in_averaging", "--assist_refresh", "0.25", "--refresh_period", "1"]
+    print(f"files go to {folder}; an epoch has {target} samples; seed {options.seed}", flush=True)
+    deadline = time.monotonic() + options.seconds + 420
+    link, no_link = None, "not part of the short schedule"
+    if not options.short:
+        try:
+            link = NetworkLink().__enter__()
+        except OSError as error:
+            no_link = str(error)
+    try:
+        with FaultySwarm(folder, shared=shared, trainer=trainer, auxiliary=auxiliary, trainers=options.trainers,
+                         deadline=deadline, link=link) as swarm:  # fmt: skip
+            began = time.time()
+            results, faults = run(swarm, options, no_link=no_link, began=began)
+    finally:
+        if link is not None:
+            link.__exit__()
+    results["settings"].update(target_batch_size=target)
+    results["loss"] = compare_with_undisturbed(folder, swarm, results)
+    judge(results)
+    write_report(options.results, results, faults, swarm, began)
+    return 0 if all(promise["kept"] for promise in results["promises"]) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, help="how long faults go on (default: 1200; with --short: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of faults, their victims and moments")
+    parser.add_argument("--trainers", type=int, help="how many (default: 3; with --short: 2)")
+    parser.add_argument("--short", action="store_true", help="only: " + ", ".join(SHORT))
+    parser.add_argument("--faults", nargs="+", choices=LONG, help="only these, in this order, once")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/swarm_faults"), help="the peers' files")
+    parser.add_argument(
+        "--results", type=Path, default=REPOSITORY / "benchmarks" / "swarm_faults.json", help="PNG and MD beside it"
+    )
+    options = parser.parse_args()
+    options.seconds = options.seconds or (100.0 if options.short else 1200.0)
+    options.trainers = options.trainers or (2 if options.short else 3)
+    if options.trainers < 2:
+        parser.error("--trainers: a swarm has at least two")
+    return options
+
+
+def calibrate(folder: Path, *, trainers: int) -> int:
+    """A target batch size with which an epoch of so many trainers takes a few seconds on this machine."""
+    model, tokenizer = tiny_model(folder)
+    batches = training_batches(tokenizer)
+    model(**next(batches)).loss.backward()
+    began, count = time.monotonic(), 0
+    while time.monotonic() < began + 2:
+        model(**next(batches)).loss.backward()
+        count += 1
+    rate = count * MICRO_BATCH / (time.monotonic() - began)
+    # the auxiliary peer, p2p daemons and averagers want their share of the cores, too
+    return max(64, round(rate * EPOCH_SECONDS * 0.6 * min(trainers, os.cpu_count() or 1) / MICRO_BATCH) * MICRO_BATCH)
+
+
+def tiny_model(folder: Path):
+    return build_model(PeerArguments(run_id="faults", model_config_path=str(folder / "config.json")), seed=0)
+
+
+def training_batches(tokenizer):
+    dataset = make_training_dataset(
+        tokenizer, sources=[CORPUS], shuffle_seed=1, max_sequence_length=LENGTH, batch_size=MICRO_BATCH
+    )
+    collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=8, seed=1)
+    return iter(DataLoader(dataset, batch_size=MICRO_BATCH, collate_fn=collator))
+
+
+def run(swarm: FaultySwarm, options, *, no_link: str, began: float) -> tuple[dict, list[Fault]]:
+    """Start the swarm, let the faults happen, end it in order; returns what can be said without further computing."""
+    faults: list[Fault] = []
+    methods = Faults(swarm, random.Random(options.seed))
+    swarm.start(swarm.auxiliary)
+    swarm.wait_until_up(swarm.auxiliary)
+    swarm.start(*swarm.trainers)  # all in the same second: they must not found two swarms
+    swarm.wait_until_up(*swarm.trainers)
+    swarm.wait_until_in_step(*swarm.trainers, since=began)
+    print(f"{len(swarm.trainers)} trainers are in step after {time.time() - began:.0f} s", flush=True)
+    end = time.time() + options.seconds
+    names = schedule(random.Random(options.seed), LONG)
+    if options.short or options.faults:
+        names = iter(options.faults or SHORT)
+    try:
+        for name in names:
+            if time.time() > end:
+                break
+            if name in OF_THE_NETWORK and swarm.link is None:
+                if not any(fault.name == name for fault in faults):
+                    faults.append(Fault(name, detail=f"skipped: {no_link}", skipped=True))
+                continue
+            faults.append(one_fault(swarm, methods, name, began))
+            print(describe(faults[-1]), flush=True)
+            if not faults[-1].survived:
+                break
+        if all(fault.survived for fault in faults):
+            leave_in_step(swarm)
+    except NotSurvived as reason:
+        faults.append(Fault("end", detail=str(reason), survived=False))
+    swarm.check_for_orphans(wait=True)
+    return summarise(swarm, options, faults, began), faults
+
+
+def one_fault(swarm: FaultySwarm, methods: Faults, name: str, began: float) -> Fault:
+    """Let a fault happen and wait until everybody trains in step again."""
+    fault = Fault(name)
+    methods.mark()
+    before = {peer.name for peer in swarm.training()}
+    try:
+        fault.detail = getattr(methods, name)()
+    except NotSurvived as reason:
+        fault.survived, fault.detail = False, str(reason)
+    fault.at, fault.until = methods.marked - began, time.time() - began
+    fault.victims = ", ".join(peer.name for peer in methods.victims)
+    fault.recovery_seconds = round(fault.until - fault.at, 1)
+    survivors = [p for p in swarm.trainers if p.name in before and p not in methods.victims]
+    fault.stall_seconds = round(stall_of(survivors, methods.marked), 1)
+    return fault
+
+
+def stall_of(survivors: list[FaultyPeer], moment: float) -> float:
+    """The longest time for which the swarm kept one of the survivors from computing after a fault."""
+    return max((r["longest_wait"] for peer in survivors for r in peer.since(moment, "epoch")), default=0.0)
+
+
+def leave_in_step(swarm: FaultySwarm) -> None:
+    """Once all have averaged parameters, end all trainers at once, then the auxiliary peer."""
+    trainers = swarm.training()
+    moment = time.time()
+    swarm.wait_until(
+        lambda: all(peer.since(moment, "round", kind="parameters", complete=True) for peer in trainers)
+        and len({peer.epoch() for peer in trainers}) == 1
+        and all(peer.phase("gradients") == peer.phase("parameters") == "idle" for peer in trainers),
+        "parameters are averaged once more", seconds=120, poll=0.02,
+    )  # fmt: skip
+    swarm.leave(*trainers)
+    swarm.leave(swarm.auxiliary)
+
+
+def summarise(swarm: FaultySwarm, options, faults: list[Fault], began: float) -> dict:
+    """Figures of the whole run from the peers' metrics files."""
+    rounds = [r for peer in swarm.trainers for r in peer.since(0, "round")]
+    epochs = [r for peer in swarm.trainers for r in peer.since(0, "epoch")]
+    downloads = [r for peer in swarm.trainers for r in peer.since(0, "state_download")]
+    last_life = [peer for peer in swarm.trainers if peer.backup.exists()]
+    newest = max((read_backup(peer.backup)["epoch"] for peer in last_life), default=0)
+    survivors = [peer for peer in last_life if read_backup(peer.backup)["epoch"] == newest]
+    spread = max((compare_parameters(survivors[0].backup, p.backup).relative for p in survivors[1:]), default=None)
+    happened = [fault for fault in faults if not fault.skipped]
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "date": time.strftime("%Y-%m-%d"),
+        "seconds": round(time.time() - began),
+        "settings": {"seed": options.seed, "trainers": options.trainers, "matchmaking_time": MATCHMAKING_TIME,
+                     "next_chunk_timeout": NEXT_CHUNK_TIMEOUT, "backup_every_epochs": BACKUP_EVERY},
+        "epochs": swarm.epoch(),
+        "rounds": {
+            kind: {
+                "attempted": sum(r["kind"] == kind for r in rounds),
+                "completed": sum(r["kind"] == kind and r["complete"] for r in rounds),
+                "partial": sum(r["kind"] == kind and not r["complete"] and not r["error"] for r in rounds),
+                "failed": sum(r["kind"] == kind and bool(r["error"]) for r in rounds),
+            }
+            for kind in ("gradients", "parameters")
+        },
+        "samples": {
+            "contributed": sum(r["samples"] for r in epochs),
+            "lost": sum(r["dropped_samples"] for r in epochs),
+            "lost_with_killed_peers_estimate": round(lost_with_killed(swarm)),
+        },
+        "state_downloads": len(downloads),
+        "epoch_errors": [error for peer in swarm.trainers for error in epoch_errors(peer, happened, began)]
+        + skipped_epochs(swarm),
+        "spread": spread,
+        "survivors": [peer.name for peer in survivors],
+        "orphans": swarm.orphans,
+        "exits": swarm.exits,
+        "faults": [dataclasses.asdict(fault) for fault in faults],
+    }  # fmt: skip
+
+
+def lost_with_killed(swarm: FaultySwarm) -> float:
+    """Samples that killed peers had computed since their last epoch, from their rate."""
+    lost = 0.0
+    for peer in swarm.trainers:
+        for start, end in peer.lives:
+            records = [r for r in peer.since(start, "epoch") if r["time"] < end]
+            if records and end < float("inf"):
+                last = records[-1]
+                lost += min(end - last["time"], last["seconds"]) * last["samples"] / max(last["seconds"], 0.1)
+    return lost
+
+
+def epoch_errors(peer: FaultyPeer, faults: list[Fault], began: float) -> list[str]:
+    """Epochs that a trainer has counted twice or skipped. A restart of all from disk may repeat some."""
+    restarts = [began + fault.at for fault in faults if fault.name == "cold_restart"]
+    errors, last = [], None
+    excused = [r["time"] for r in peer.since(0, "state_download")] + [r["time"] for r in peer.since(0, "start")]
+    for record in peer.since(0, "epoch"):
+        if last is not None and not any(last["time"] < restart < record["time"] for restart in restarts):
+            step = record["epoch"] - last["epoch"]
+            joined_anew = any(last["time"] <= moment <= record["time"] for moment in excused)
+            if step <= 0:
+                errors.append(f"{peer.name} counted epoch {record['epoch']} after epoch {last['epoch']}")
+            elif step > 1 and not joined_anew:
+                errors.append(f"{peer.name} went from epoch {last['epoch']} to {record['epoch']}")
+        last = record
+    return errors
+
+
+def skipped_epochs(swarm: FaultySwarm) -> list[str]:
+    finished = {record["epoch"] for peer in swarm.trainers for record in peer.since(0, "epoch")}
+    return [f"nobody finished epoch {epoch}" for epoch in range(1, swarm.epoch() + 1) if epoch not in finished]
+
+
+def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict) -> dict | None:
+    """Held-out loss of the last survivor against one process that nothing happened to, with as many samples."""
+    survivors = [peer for peer in swarm.trainers if peer.name in results["survivors"]]
+    if not survivors:
+        return None
+    final = {r["epoch"]: 0 for peer in swarm.trainers for r in peer.since(0, "epoch")}
+    for peer in swarm.trainers:
+        latest = {r["epoch"]: r["samples"] for r in peer.since(0, "epoch")}  # a repeated epoch counts once
+        for epoch, samples in latest.items():
+            final[epoch] += samples
+    model, tokenizer = tiny_model(folder)
+    batches = held_out_batches(tokenizer, [HELD_OUT], num_instances=512, max_sequence_length=LENGTH)
+    untrained = evaluate(model, batches).loss
+    train_undisturbed(folder, model, tokenizer, [final[epoch] for epoch in sorted(final)])
+    undisturbed = evaluate(model, batches)
+    model.load_state_dict(read_backup(survivors[0].backup)["model"])
+    swarm_loss = evaluate(model, batches).loss
+    return {
+        "untrained": untrained,
+        "unigram_entropy": undisturbed.unigram_entropy,
+        "undisturbed": undisturbed.loss,
+        "swarm": swarm_loss,
+        "ratio": swarm_loss / undisturbed.loss,
+        "samples": sum(final.values()),
+    }
+
+
+def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int]) -> None:
+    training = HFTrainerArguments(output_dir=str(folder), learning_rate=5e-3, warmup_steps=10, num_zero_lr_steps=0,
+                                  total_steps=100_000, min_8bit_size=65536, use_cpu=True)  # fmt: skip
+    optimizer = make_lamb(parameter_groups(model, training.weight_decay), training)
+    factor, batches = make_learning_rate(training), training_batches(tokenizer)
+    for epoch, samples in enumerate(samples_by_epoch):
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate * factor(epoch)
+        micro_batches = max(1, round(samples / MICRO_BATCH))
+        for _ in range(micro_batches):
+            (model(**next(batches)).loss / micro_batches).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def judge(results: dict) -> None:
+    """Add each promise with what was measured and whether it was kept."""
+    faults = [fault for fault in results["faults"] if not fault["skipped"]]
+    stall = max((fault["stall_seconds"] for fault in faults), default=0.0)
+    not_survived = [fault["name"] for fault in faults if not fault["survived"]]
+    spread, loss = results["spread"], results["loss"]
+    slowest = {
+        inside: max((exit["seconds"] for exit in results["exits"] if exit["inside_a_round"] is inside), default=0.0)
+        for inside in (False, True)
+    }
+    results["promises"] = [
+        {"promise": name, "limit": limit, "measured": measured, "kept": bool(kept)}
+        for name, limit, measured, kept in (
+            ("faults survived", len(faults), len(faults) - len(not_survived), faults and not not_survived),
+            ("longest stall of a survivor, s", MAX_STALL, stall, stall <= MAX_STALL),
+            ("epochs counted twice or skipped", 0, len(results["epoch_errors"]), not results["epoch_errors"]),
+            ("relative spread of parameters at the end", MAX_SPREAD, spread,
+             spread is not None and spread <= MAX_SPREAD),
+            ("loss against an undisturbed run", MAX_LOSS_RATIO, loss and loss["ratio"],
+             loss is not None and loss["ratio"] <= MAX_LOSS_RATIO),
+            ("processes left 10 s after an end", 0, len(results["orphans"]), not results["orphans"]),
+            ("seconds to leave when asked to", MAX_EXIT_SECONDS, slowest[False], slowest[False] <= MAX_EXIT_SECONDS),
+            ("seconds to leave inside a round", MAX_EXIT_IN_ROUND, slowest[True], slowest[True] <= MAX_EXIT_IN_ROUND),
+        )
+    ]  # fmt: skip
+
+
+def describe(fault: Fault) -> str:
+    if fault.skipped:
+        return f"{fault.name}: {fault.detail}"
+    verdict = "" if fault.survived else "NOT SURVIVED: "
+    return (
+        f"{fault.at:6.0f} s  {fault.name} ({fault.victims}): {verdict}{fault.detail}; others stalled "
+        f"{fault.stall_seconds:.1f} s, all in step after {fault.recovery_seconds:.0f} s"
+    )
+
+
+def number(value) -> str:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_report(path: Path, results: dict, faults: list[Fault], swarm: FaultySwarm, began: float) -> None:
+    """The figures as JSON, a table in Markdown, and the picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    table = markdown(results)
+    path.with_suffix(".md").write_text(table, encoding="utf-8")
+    draw(path.with_suffix(".png"), faults, swarm, began)
+    print("\n" + table + f"\nwritten to {path}, {path.with_suffix('.md').name}, {path.with_suffix('.png').name}")
+
+
+def markdown(results: dict) -> str:
+    lines = ["| promise | limit | measured | kept |", "| --- | --- | --- | --- |"]
+    for promise in results["promises"]:
+        kept = "yes" if promise["kept"] else "**no**"
+        lines.append(f"| {promise['promise']} | {number(promise['limit'])} | {number(promise['measured'])} | {kept} |")
+    rounds, samples = results["rounds"], results["samples"]
+    lines += ["", f"{results['seconds']} s, {results['epochs']} epochs, seed {results['settings']['seed']}, "
+              f"{results['machine']}.", ""]  # fmt: skip
+    for kind, counts in rounds.items():
+        lines.append(f"Rounds of {kind}: {counts['attempted']} attempted, {counts['completed']} completed, "
+                     f"{counts['partial']} partial, {counts['failed']} failed.")  # fmt: skip
+    lines.append(
+        f"Samples: {samples['contributed']} contributed, {samples['lost']} given up by peers that fell behind, about "
+        f"{samples['lost_with_killed_peers_estimate']} lost with killed peers."
+    )
+    lines += ["", "| fault | times | longest stall of others, s | longest recovery, s | survived |",
+              "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for name in dict.fromkeys(fault["name"] for fault in results["faults"]):
+        same = [fault for fault in results["faults"] if fault["name"] == name]
+        if same[0]["skipped"]:
+            lines.append(f"| {name.replace('_', ' ')} | 0 | | | {same[0]['detail']} |")
+            continue
+        lines.append(
+            f"| {name.replace('_', ' ')} | {len(same)} | {max(f['stall_seconds'] for f in same):.1f} | "
+            f"{max(f['recovery_seconds'] or 0 for f in same):.0f} | "
+            f"{sum(f['survived'] for f in same)} of {len(same)} |"
+        )
+    return "\n".join([*lines, *(f"- {error}" for error in results["epoch_errors"]), ""])
+
+
+def draw(picture: Path, faults: list[Fault], swarm: FaultySwarm, began: float) -> None:
+    """One row a peer: when it lived, its epochs, its waits; faults across all rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    now = time.time()
+    figure, axes = plt.subplots(figsize=(14, 1.5 + 0.8 * len(swarm.peers)), layout="constrained")
+    for row, peer in enumerate(swarm.peers):
+        for start, end in peer.lives:
+            axes.barh(row, min(end, now) - start, left=start - began, height=0.5, color="tab:blue", alpha=0.25)
+        epochs = [record["time"] - began for record in peer.since(0, "epoch")]
+        axes.vlines(epochs, row - 0.25, row + 0.25, color="tab:blue", linewidth=0.8)
+        for record in peer.since(0, "epoch"):
+            if record["longest_wait"] > 2.0:
+                end = record["time"] - began
+                axes.barh(row, record["longest_wait"], left=end - record["longest_wait"], height=0.25, color="tab:red")
+        incomplete = [r["time"] - began for r in peer.since(0, "round") if not r["complete"]]
+        axes.plot(incomplete, [row] * len(incomplete), "x", color="black", markersize=5)
+    for position, fault in enumerate(fault for fault in faults if not fault.skipped):
+        axes.axvline(fault.at, color="tab:orange", linewidth=1)
+        axes.text(fault.at, len(swarm.peers) - 0.4 + 0.35 * (position % 3), fault.name.replace("_", " "), fontsize=6)
+    axes.set_yticks(range(len(swarm.peers)), [peer.name for peer in swarm.peers])
+    axes.set_ylim(-0.6, len(swarm.peers) + 0.7)
+    axes.set_xlabel("seconds; thin lines: epochs, red: a trainer waited for the swarm (more than 2 s), "
+                    "x: rounds not complete, orange: faults")  # fmt: skip
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""A trainer that has fallen silent is no partner and brings no samples; one that is only slow still counts."""
+
+import multiprocessing
+import time
+
+import pytest
+from hivemind.p2p import PeerID
+from hivemind.utils import ValueWithExpiration, get_dht_time
+
+from src.training.progress import SILENT_SECONDS, LeanProgressTracker
+
+
+class SilentDHT:
+    """A DHT without any record; what is stored is forgotten."""
+
+    peer_id, client_mode = PeerID(b"own peer"), False
+
+    def get(self, *args, **kwargs):
+        return None
+
+    def store(self, *args, **kwargs):
+        return None
+
+    def add_validators(self, validators):
+        pass
+
+
+@pytest.fixture
+def tracker():
+    """A tracker without thread that has accumulated 10 of 100 samples in epoch 4."""
+    vain_search = multiprocessing.Value("d", float("-inf"))
+    tracker = LeanProgressTracker(SilentDHT(), "run", 100, start=False, vain_search=vain_search)
+    tracker._local_public_key = b"own"
+    tracker.report_local_progress(4, 10)
+    return tracker
+
+
+def report(peer: bytes, *, at: float, samples: int = 10, rate: float = 5.0) -> ValueWithExpiration:
+    value = {"peer_id": peer, "epoch": 4, "samples_accumulated": samples, "samples_per_second": rate, "time": at,
+             "client_mode": False}  # fmt: skip
+    return ValueWithExpiration(value, get_dht_time() + 30)
+
+
+def seen(tracker, *, own: float, other: float, now: float):
+    reports = {b"own": report(b"own", at=own), b"other": report(b"other", at=other, samples=40)}
+    return set(tracker._of_live_peers(reports, now))
+
+
+def test_trainer_that_does_not_renew_its_report_counts_no_longer(tracker):
+    assert seen(tracker, own=1000.0, other=1000.0, now=50.0) == {b"own", b"other"}
+    assert seen(tracker, own=1009.0, other=1000.0, now=50.0 + SILENT_SECONDS - 1) == {b"own", b"other"}
+    assert seen(tracker, own=1009.0, other=1000.0, now=50.0 + SILENT_SECONDS + 1) == {b"own"}, "this peer always counts"
+    assert seen(tracker, own=1009.0, other=1030.0, now=90.0) == {b"own", b"other"}
+
+
+def test_clock_of_another_peer_does_not_matter(tracker):
+    for wrong_by in (-3000.0, 3000.0):
+        for now in range(0, 200, 10):
+            assert b"other" in seen(tracker, own=now, other=now + wrong_by, now=float(now))
+
+
+def test_nobody_counts_after_a_vain_search_until_it_reports_again(tracker):
+    assert seen(tracker, own=1000.0, other=1000.0, now=50.0) == {b"own", b"other"}
+    tracker._vain_search.value = 52.0
+    assert seen(tracker, own=1003.0, other=1000.0, now=53.0) == {b"own"}
+    assert seen(tracker, own=1003.0, other=1003.5, now=54.0) == {b"own", b"other"}
+
+
+def test_silent_trainer_is_left_out_of_the_swarms_progress(tracker):
+    reports = {
+        b"own": report(b"own", at=get_dht_time()),
+        b"other": report(b"other", at=get_dht_time(), samples=40, rate=20.0),
+    }
+    both = tracker._parse_swarm_progress_data(reports)
+    assert (both.num_peers, both.samples_accumulated) == (2, 50)
+    tracker._vain_search.value = time.monotonic()
+    alone = tracker._parse_swarm_progress_data(reports)
+    assert (alone.num_peers, alone.samples_accumulated) == (1, 10)
+    assert alone.eta_next_epoch > both.eta_next_epoch + 5, "its rate is not counted on, either"
+    assert tracker._parse_swarm_progress_data(None).num_peers == 0
