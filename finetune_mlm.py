@@ -13,13 +13,15 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from tasks.finetuning.console import ArgumentParser, InputError, fail, quiet_libraries
+
 PROGRAM = "finetune_mlm.py"
 BASELINES = ("majority", "tfidf")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = ArgumentParser(
+        prog=PROGRAM, description=__doc__, usage="%(prog)s -t TASK [-c CHECKPOINT | -m MODEL] [-d DATA_DIR] [flags]"
     )
     what = parser.add_argument_group("what to fine-tune on what")
     what.add_argument("-t", "--task", required=True, help="RCB, TERRa, LiDiRus, DaNetQA, PARus, MuSeRC, RUSSE, "
@@ -56,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     # Heavy imports come after the command line has been understood, so that --help is quick.
     from tasks import evaluation
-    from tasks.finetuning.console import quiet_libraries
 
     quiet_libraries()
     baseline = options.model_name.lower() if (options.model_name or "").lower() in BASELINES else None
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         if baseline is None:
             pretrained, settings, ledger = prepare_training(options)
     except (ValueError, OSError) as error:
-        return fail(error)
+        return fail(PROGRAM, error)
     name = baseline or pretrained.name
     try:
         for benchmark in benchmarks:
@@ -82,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
                     report_to=options.report_to,
                 )
         return 0 if evaluation.pack(options.predictions_dir / name, options.data_dir) else 1
-    except (MemoryError, OSError) as error:
-        return fail(error)
+    except (InputError, MemoryError, OSError) as error:
+        return fail(PROGRAM, error)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on after the last finished epoch", file=sys.stderr)
         return 130
@@ -111,11 +112,6 @@ def prepare_training(options: argparse.Namespace):
     for note in pretrained.notes:
         print(note)
     return pretrained, settings, ledger
-
-
-def fail(error: Exception) -> int:
-    print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

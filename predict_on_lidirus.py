@@ -9,13 +9,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from tasks.finetuning.console import ArgumentParser, InputError, fail, quiet_libraries
+
 PROGRAM = "predict_on_lidirus.py"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("-m", "--model-name", help="directory of a TERRa run, or a model as it was given to "
                         "finetune_mlm.py: its best seed by dev (default: of the newest TERRa run)")  # fmt: skip
     parser.add_argument("-d", "--data-dir", type=Path, default=Path(), help="holds LiDiRus/LiDiRus.jsonl (default: .)")
@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     from tasks import evaluation
     from tasks.benchmarks import TASKS
-    from tasks.finetuning.console import quiet_libraries
     from tasks.finetuning.experiment import open_run
 
     quiet_libraries()
@@ -59,11 +58,13 @@ def main(argv: list[str] | None = None) -> int:
         directory = find_run(options.model_name, options.output_dir)
         run = open_run(directory, terra)
     except (ValueError, OSError) as error:
-        print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return fail(PROGRAM, error)
     print(f"TERRa run: {directory}")
-    path = evaluation.predict_with_run(lidirus, run, records, predictions_dir=options.predictions_dir)
-    return 0 if evaluation.pack(path.parent, options.data_dir) else 1
+    try:
+        path = evaluation.predict_with_run(lidirus, run, records, predictions_dir=options.predictions_dir)
+        return 0 if evaluation.pack(path.parent, options.data_dir) else 1
+    except (InputError, MemoryError, OSError) as error:
+        return fail(PROGRAM, error)
 
 
 if __name__ == "__main__":

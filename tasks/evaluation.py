@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tasks.benchmarks import TASKS, get_task, tasks_with_data
 from tasks.finetuning import report
 from tasks.finetuning.backbone import Pretrained, max_positions
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.baselines import tfidf_predictions
+from tasks.finetuning.console import InputError
 from tasks.finetuning.experiment import Experiment, Run, describe_row, open_run
 from tasks.finetuning.ledger import Ledger, best_row
 from tasks.finetuning.training import Settings, encode_data
@@ -48,7 +51,14 @@ def prepare(task_name: str, data_dir: Path) -> list[Benchmark]:
     if task_name.lower() != "all":
         tasks = [get_task(task_name)]
     else:
-        tasks = [task for task in tasks_with_data(data_dir) if _can_be_trained(task, data_dir)]
+        tasks = []
+        for task in tasks_with_data(data_dir):
+            if task.trained_on is None or get_task(task.trained_on).has_local_data(data_dir):
+                tasks.append(task)
+            else:
+                print(
+                    f"-t all leaves {task.name} out: its model learns from {task.trained_on}, which has no folder here"
+                )
         tasks.sort(key=lambda task: task.trained_on is not None)  # after the task whose model they use
         if not tasks:
             known = ", ".join(task.name for task in TASKS.values())
@@ -60,10 +70,6 @@ def prepare(task_name: str, data_dir: Path) -> list[Benchmark]:
     return [load_benchmark(task, data_dir) for task in tasks]
 
 
-def _can_be_trained(task: FinetuningTask, data_dir: Path) -> bool:
-    return task.trained_on is None or get_task(task.trained_on).has_local_data(data_dir)
-
-
 def load_benchmark(task: FinetuningTask, data_dir: Path) -> Benchmark:
     if task.trained_on is None:
         return Benchmark(task, task, task.load(data_dir))
@@ -73,10 +79,18 @@ def load_benchmark(task: FinetuningTask, data_dir: Path) -> Benchmark:
 
 
 def usable_length(pretrained: Pretrained, settings: Settings) -> Settings:
-    """The settings with max_length lowered to what the model can read; loads the weights once, so that any that do not
-    fit are found now."""
-    limits = [settings.max_length, pretrained.tokenizer.model_max_length, max_positions(pretrained.load())]
-    return dataclasses.replace(settings, max_length=int(min(limit for limit in limits if limit is not None)))
+    """The settings with max_length lowered, with a note, to what the model can read.
+
+    Loads the weights once, so that any that do not fit are found now.
+    """
+    limits = [pretrained.tokenizer.model_max_length, max_positions(pretrained.load())]
+    limit = int(min(limit for limit in limits if limit is not None))
+    if limit >= settings.max_length:
+        return settings
+    pretrained.notes.append(
+        f"--max-length {settings.max_length} is lowered to {limit}, the longest input of this model"
+    )
+    return dataclasses.replace(settings, max_length=limit)
 
 
 def finetune(
@@ -92,6 +106,7 @@ def finetune(
     """Runs the seeds that are missing, reports all, and writes the best one's predictions; returns their file."""
     task = benchmark.training_task
     experiment = Experiment(task, pretrained, benchmark.records, settings, ledger)
+    print(describe_work(benchmark, experiment, num_seeds=num_seeds))
     rows = run_missing_seeds(experiment, num_seeds=num_seeds, report_to=report_to)
     majority = benchmark.majority_scores()
     table = report.score_table(task, rows, majority, model=pretrained.name)
@@ -117,6 +132,19 @@ def finetune(
         predictions = run.predict(benchmark.task, test)
         print_test_scores(benchmark.task, f"{pretrained.name}, seed {best['seed']}", predictions, test, benchmark)
     return write_predictions(benchmark.task, predictions_dir / pretrained.name, test, predictions)
+
+
+def describe_work(benchmark: Benchmark, experiment: Experiment, *, num_seeds: int) -> str:
+    """The line that opens a task: what is about to be done, on what, and where it will be."""
+    numbers = {split: len(records) for split, records in benchmark.records.items()}
+    trained_on = "" if benchmark.task is benchmark.training_task else f" (trained on {benchmark.training_task.name})"
+    device = "GPU" if torch.cuda.is_available() else "CPU"
+    return (
+        f"{benchmark.task.name}{trained_on}: {numbers['train']} training, {numbers['validation']} dev and "
+        f"{numbers['test']} test records; {experiment.pretrained.name} on the {device} in "
+        f"{experiment.settings.precision}, {'1 seed' if num_seeds == 1 else f'{num_seeds} seeds'}, kept in "
+        f"{experiment.directory}"
+    )
 
 
 def run_missing_seeds(experiment: Experiment, *, num_seeds: int, report_to: str) -> list[dict]:
@@ -183,7 +211,10 @@ def pack(directory: Path, data_dir: Path) -> bool:
 
     False if a file there is wrong: then nothing is packed.
     """
-    checked = check_directory(directory, data_dir)
+    try:
+        checked = check_directory(directory, data_dir)
+    except ValueError as error:  # a damaged test file of another task whose predictions lie there too
+        raise InputError(str(error)) from error
     for message in checked.wrong.values():
         print(f"WRONG: {message}")
     if checked.wrong:

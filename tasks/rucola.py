@@ -42,10 +42,16 @@ class RuCoLA(FinetuningTask):
     in_russian_superglue = False
     download_url = "https://github.com/RussianNLP/RuCoLA/tree/main/data"
     submission_file = "RuCoLA.csv"
+    published_where = "arXiv 2210.12814, split not named; human accuracy: leaderboard of May 2023"
     published_scores = {
+        "human": {"accuracy": 0.84},
         "ruRoBERTa-large": {"accuracy": 0.7934, "mcc": 0.53},
         "RemBERT": {"accuracy": 0.7506, "mcc": 0.44},
         "ruBERT-base": {"accuracy": 0.743, "mcc": 0.42},
+        "ruGPT-3": {"mcc": 0.30},
+        "ruT5": {"mcc": 0.25},
+        "mBERT": {"mcc": 0.15},
+        "XLM-R": {"mcc": 0.13},
     }
 
     def load(self, data_dir=None, *, splits: Sequence[str] = SPLITS) -> dict[str, list[dict]]:
@@ -95,7 +101,7 @@ class RuCoLA(FinetuningTask):
 
     def check_submission(self, path: Path, records: Sequence[Mapping] | None = None) -> None:
         found = []
-        for where, row in sources.read_csv(path, SUBMISSION_COLUMNS):
+        for where, row in sources.read_csv(path, SUBMISSION_COLUMNS, ends_in_line_break=False):
             if row["acceptable"] not in ("0", "1"):
                 raise ValueError(f"{where}: acceptable is {row['acceptable']!r}, expected 0 or 1")
             found.append((where, integer(row["id"], "id", where)))

@@ -6,14 +6,15 @@ Every file that is there must be exactly as the leaderboard wants it; the first 
 line. Exit code 0: all files that are there are right (missing ones are listed); 1: some file is wrong; 2: wrong usage.
 """
 
-import argparse
 import sys
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.benchmarks import TASKS
+from tasks.finetuning.console import ArgumentParser, fail
 
+PROGRAM = "python -m tasks.submission"
 ARCHIVE = "submission.zip"
 FOLDER_IN_ARCHIVE = "submission"
 ARCHIVE_TIME = (2020, 1, 1, 0, 0, 0)  # equal predictions give equal archives
@@ -79,8 +80,11 @@ def _stale_archive(directory: Path) -> list[str]:
     path = directory / ARCHIVE
     if not path.is_file():
         return []
-    with zipfile.ZipFile(path) as archive:
-        packed = {name: archive.read(name) for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = {name: archive.read(name) for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        return [f"{ARCHIVE} is damaged; write it anew with --zip"]
     files = {f"{FOLDER_IN_ARCHIVE}/{file.name}": file.read_bytes() for file in _archived_files(directory)}
     if packed == files:
         return []
@@ -126,7 +130,7 @@ def print_report(report: SubmissionReport) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tasks.submission", description="Check and pack predictions.")
+    parser = ArgumentParser(prog=PROGRAM, description=__doc__)
     parser.add_argument("directory", type=Path, help="folder with TASK.jsonl and RuCoLA.csv, preds/MODEL")
     parser.add_argument("--data-dir", type=Path, help="compare ids with the test files there, not official numbers")
     parser.add_argument("--zip", action="store_true", help=f"write {ARCHIVE} if no file is wrong")
@@ -137,12 +141,10 @@ def main(arguments: list[str] | None = None) -> int:
             write_archive(options.directory)
             report = check_directory(options.directory, options.data_dir)
     except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
+        return fail(PROGRAM, error)
     print_report(report)
     if not report.right and not report.wrong:
-        print(f"{options.directory}: no predictions", file=sys.stderr)
-        return 2
+        return fail(PROGRAM, ValueError(f"{options.directory}: no predictions (TASK.jsonl, RuCoLA.csv) in it"))
     return 1 if report.wrong else 0
 
 

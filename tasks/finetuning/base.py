@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from tasks.finetuning import metrics, sources
 from tasks.finetuning.collator import PaddingCollator
+from tasks.finetuning.console import InputError
 from tasks.finetuning.encoding import EncodedSplit
 from tasks.finetuning.models import sequence_classifier
 from tasks.finetuning.submission_format import check_ids, check_label_entries, write_checked
@@ -41,6 +43,7 @@ class FinetuningTask:
     trained_on: str | None = None  # another task whose model answers this one, which has no training set
     majority_if_better: bool = False  # submit the majority class where it beats the model on validation
     published_scores: Mapping[str, Mapping[str, float]] = {}  # model -> official test scores, keys as in `score`
+    published_where: str = "test set, leaderboard of May 2023"
     in_russian_superglue: bool = True  # goes into submission.zip
 
     @property
@@ -127,9 +130,11 @@ class FinetuningTask:
 
     def encode_split(self, records: Sequence[Mapping], tokenizer, *, max_length: int, training: bool) -> EncodedSplit:
         if not tokenizer.is_fast:
-            raise ValueError(f"{self.name} needs a fast tokenizer (one with offsets), got {type(tokenizer).__name__}")
+            raise InputError(f"{self.name} needs a fast tokenizer (one with offsets), got {type(tokenizer).__name__}")
         encoded = EncodedSplit(training=training)
-        for index, record in enumerate(records):
+        # Tokenizing the long texts of MuSeRC or RuCoS takes minutes; a bar that is shown on a terminal alone.
+        bar = tqdm(records, desc=f"{self.name}: reading", unit="record", leave=False, disable=None, delay=2)
+        for index, record in enumerate(bar):
             rows = self.encode(record, tokenizer, max_length=max_length, training=training, report=encoded.report)
             encoded.rows.extend(rows)
             encoded.owners.extend([index] * len(rows))

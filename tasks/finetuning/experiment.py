@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from src.models import load_tokenizer
 from tasks.finetuning.backbone import Pretrained, build_encoder
 from tasks.finetuning.base import FinetuningTask
+from tasks.finetuning.console import InputError
 from tasks.finetuning.inference import load_weights, predict_logits
 from tasks.finetuning.ledger import Ledger, best_row, settings_key
 from tasks.finetuning.progress import best_index, shown_metrics
@@ -124,20 +125,20 @@ def read_run(directory: Path) -> dict:
     """The row of a finished run. Raises ValueError if the directory holds none."""
     path = directory / RUN_FILE
     if not path.is_file():
-        raise ValueError(f"{directory}: not the directory of a finished run (there is no {RUN_FILE} in it)")
+        raise InputError(f"{directory}: not the directory of a finished run (there is no {RUN_FILE} in it)")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
 def open_run(directory: Path, task: FinetuningTask) -> Run:
     """Loads a finished run of a task onto the GPU, if there is one. The architecture is read from the directory."""
     row = read_run(directory)
     if row["task"] != task.name:
-        raise ValueError(f"{directory}: a run of {row['task']}, not of {task.name}")
+        raise InputError(f"{directory}: a run of {row['task']}, not of {task.name}")
     if not (directory / WEIGHTS).is_file():
-        raise ValueError(
+        raise InputError(
             f"{directory / WEIGHTS}: no such file; weights are kept for the best seed only. Pass that one, or remove "
             "the line of this seed from runs.jsonl and run it again"
         )

@@ -1,12 +1,17 @@
 """The weights of a fine-tuned model on disk, and its logits for the rows of a split."""
 
 import contextlib
+import gc
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+
+from tasks.finetuning.console import InputError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -21,11 +26,22 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def load_weights(model: nn.Module, path: Path) -> None:
     """Raises ValueError where the file is missing or does not fit the model."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU or, as far as it says so, the CPU had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def free_memory() -> None:
+    """Gives memory back: a trainer and its callbacks hold one another, so the model would outlive its last name."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @torch.no_grad()
@@ -39,10 +55,12 @@ def predict_logits(
     while True:
         try:
             return _predict_logits(model, rows, collator, batch_size=batch_size, precision=precision)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if batch_size == 1:
                 raise MemoryError("out of memory even with one row; lower --max-length") from error
-        torch.cuda.empty_cache()
+        free_memory()
         batch_size = (batch_size + 1) // 2
 
 

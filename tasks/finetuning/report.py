@@ -36,14 +36,14 @@ def score_table(task: FinetuningTask, rows: Sequence[Mapping], majority: Mapping
     lines += summaries(rows, columns, task.main_metric)
     seeds = "1 seed" if len(rows) == 1 else f"{len(rows)} seeds"
     title = f"{task.name}, {model}: dev scores of {seeds}, best epoch of each by {task.main_metric}"
-    return _table(title, columns, [*lines, ("most frequent answer", majority)], published_lines(task, columns))
+    return _table(title, columns, [*lines, ("most frequent answer", majority)], task)
 
 
 def baseline_table(task: FinetuningTask, name: str, scores: Mapping[str, float], majority: Mapping[str, float]) -> str:
     """The scores of one set of predictions beside the same comparisons."""
     columns = columns_of(task, majority)
     lines = [(name, scores)] + ([("most frequent answer", majority)] if scores is not majority else [])
-    return _table(f"{task.name}: scores of {name}", columns, lines, published_lines(task, columns))
+    return _table(f"{task.name}: scores of {name}", columns, lines, task)
 
 
 def published_lines(task: FinetuningTask, columns: Sequence[str]) -> list[tuple[str, dict]]:
@@ -55,7 +55,8 @@ def published_lines(task: FinetuningTask, columns: Sequence[str]) -> list[tuple[
     return lines
 
 
-def _table(title: str, columns: Sequence[str], lines: list, published: list) -> str:
+def _table(title: str, columns: Sequence[str], lines: list, task: FinetuningTask) -> str:
+    published = published_lines(task, columns)
     names = [name for name, _ in (*lines, *published)]
     width = max(map(len, names), default=0) + 2
     cells = {name: max(8, len(name) + 2) for name in columns}
@@ -67,7 +68,7 @@ def _table(title: str, columns: Sequence[str], lines: list, published: list) -> 
     header = f"  {'':<{width}}" + "".join(f"{column:>{cells[column]}}" for column in columns)
     text = [title, header, *(format_line(*line) for line in lines)]
     if published:
-        text += ["  published, on the test set:", *(format_line(*line) for line in published)]
+        text += [f"  published ({task.published_where}):", *(format_line(*line) for line in published)]
     return "\n".join(line.rstrip() for line in text)
 
 

@@ -7,11 +7,8 @@ where the files lie, how a line becomes a dictionary, and what is wrong with a l
 import csv
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 RUSSIAN_SUPERGLUE_HUB = "RussianNLP/russian_super_glue"
 RUSSIAN_SUPERGLUE_REVISION = "refs/convert/parquet"
@@ -70,8 +67,11 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     return entries
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[str, dict]]:
-    """(place for error messages, row) of each data row; the header must be exactly the given columns."""
+def read_csv(path: Path, columns: tuple[str, ...], *, ends_in_line_break: bool = True) -> list[tuple[str, dict]]:
+    """(place for error messages, row) of each data row; the header must be exactly the given columns.
+
+    A last line without a line break is an error unless it is allowed: cut off inside a sentence, it would look whole.
+    """
     text = open_text(path)
     reader = csv.reader(text.splitlines(keepends=True), strict=True)
     rows = []
@@ -89,8 +89,10 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> list[tuple[str, dict]]:
         raise ValueError(f"{path}:{reader.line_num}: {error} (is the file cut off? download it again)") from error
     if not rows:
         raise ValueError(f"{path}: the file holds no records")
-    if not text.endswith("\n"):
-        logger.warning("%s: the last line has no line break; if the file was cut off, download it again", path)
+    if ends_in_line_break and not text.endswith("\n"):
+        raise ValueError(
+            f"{rows[-1][0]}: the file ends within this line; download it again (if it is whole, add a line break)"
+        )
     return rows
 
 

@@ -16,8 +16,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 from tasks.finetuning.base import FinetuningTask
+from tasks.finetuning.console import InputError
 from tasks.finetuning.encoding import EncodedSplit
-from tasks.finetuning.inference import load_weights, predict_logits, save_weights
+from tasks.finetuning.inference import free_memory, is_out_of_memory, load_weights, predict_logits, save_weights
 from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def encode_data(task: FinetuningTask, records: Mapping[str, Sequence[Mapping]], 
         for split in ("train", "validation")
     }
     if not encoded["train"].rows:
-        raise ValueError(f"{task.name}: no training record could be encoded")
+        raise InputError(f"{task.name}: no training record could be encoded")
     return TaskData(records, encoded, task.collator(tokenizer))
 
 
@@ -170,6 +171,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_total_limit=1,
         remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),  # bf16 is refused on a CPU unless it is asked for
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
@@ -200,10 +202,12 @@ def fit_seed(
         try:
             return _fit(model_factory, task, data, settings, seed=seed, directory=directory, report_to=report_to,
                         batch_size=batch_size, grad_acc_steps=grad_acc_steps)  # fmt: skip
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             if batch_size == 1:
                 raise MemoryError(f"{task.name}: out of memory even with one row; lower --max-length") from error
-        torch.cuda.empty_cache()
+        free_memory()
         batch_size, grad_acc_steps = (batch_size + 1) // 2, grad_acc_steps * 2
         tqdm.write(
             f"{task.name} seed {seed}: out of memory, starting it again with --batch-size {batch_size} "

@@ -21,6 +21,7 @@ class DaNetQA(FinetuningTask):
         "FRED-T5 1.7B": {"accuracy": 0.889},
         "RuLeanALBERT": {"accuracy": 0.76},
         "ruRoBERTa-large": {"accuracy": 0.82},
+        "XLM-R-large": {"accuracy": 0.757},
         "ruBERT-large": {"accuracy": 0.773},
         "ruBERT-base": {"accuracy": 0.712},
         "majority": {"accuracy": 0.642},

@@ -27,6 +27,7 @@ class LiDiRus(TERRa):
         "FRED-T5 1.7B": {"mcc": 0.497},
         "RuLeanALBERT": {"mcc": 0.403},
         "ruRoBERTa-large": {"mcc": 0.343},
+        "XLM-R-large": {"mcc": 0.369},
         "ruBERT-large": {"mcc": 0.235},
         "ruBERT-base": {"mcc": 0.224},
         "majority": {"mcc": 0.147},

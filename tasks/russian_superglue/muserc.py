@@ -36,6 +36,7 @@ class MuSeRC(FinetuningTask):
         "FRED-T5 1.7B": {"f1a": 0.916, "em": 0.773},
         "RuLeanALBERT": {"f1a": 0.874, "em": 0.654},
         "ruRoBERTa-large": {"f1a": 0.861, "em": 0.63},
+        "XLM-R-large": {"f1a": 0.809, "em": 0.501},
         "ruBERT-large": {"f1a": 0.778, "em": 0.436},
         "ruBERT-base": {"f1a": 0.742, "em": 0.399},
         "majority": {"f1a": 0.671, "em": 0.237},

@@ -28,6 +28,7 @@ class PARus(FinetuningTask):
         "FRED-T5 1.7B": {"accuracy": 0.842},
         "RuLeanALBERT": {"accuracy": 0.796},
         "ruRoBERTa-large": {"accuracy": 0.722},
+        "XLM-R-large": {"accuracy": 0.59},
         "ruBERT-large": {"accuracy": 0.656},
         "ruBERT-base": {"accuracy": 0.476},
         "majority": {"accuracy": 0.478},

@@ -19,6 +19,7 @@ class RCB(TERRa):
         "FRED-T5 1.7B": {"macro_f1": 0.497, "accuracy": 0.541},
         "RuLeanALBERT": {"macro_f1": 0.361, "accuracy": 0.413},
         "ruRoBERTa-large": {"macro_f1": 0.357, "accuracy": 0.518},
+        "XLM-R-large": {"macro_f1": 0.328, "accuracy": 0.457},
         "ruBERT-large": {"macro_f1": 0.356, "accuracy": 0.5},
         "ruBERT-base": {"macro_f1": 0.333, "accuracy": 0.509},
         "majority": {"macro_f1": 0.4, "accuracy": 0.438},

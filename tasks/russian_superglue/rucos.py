@@ -84,6 +84,7 @@ class RuCoS(FinetuningTask):
         "FRED-T5 1.7B": {"f1": 0.9, "em": 0.902},
         "RuLeanALBERT": {"f1": 0.9, "em": 0.902},
         "ruRoBERTa-large": {"f1": 0.87, "em": 0.867},
+        "XLM-R-large": {"f1": 0.89, "em": 0.886},
         "ruBERT-large": {"f1": 0.81, "em": 0.805},
         "ruBERT-base": {"f1": 0.74, "em": 0.716},
         "majority": {"f1": 0.26, "em": 0.257},
@@ -159,6 +160,11 @@ class RuCoS(FinetuningTask):
         report["record in several windows"] += len(in_window) > 1
         rows = []
         for window, places in enumerate(in_window):
+            right = {
+                number for number in places if record["answers"] is not None and self.is_answer(record, spans[number])
+            }
+            if training:
+                places = without_contradictions(places, right)
             if not places:
                 continue
             row = {
@@ -169,7 +175,7 @@ class RuCoS(FinetuningTask):
             row["entity_spans"] = [(int(tokens[0]), int(tokens[-1])) for tokens in places.values()]
             row["candidates"] = list(places)
             if record["answers"] is not None:
-                row["labels"] = [int(self.is_answer(record, spans[number])) for number in places]
+                row["labels"] = [int(number in right) for number in places]
             rows.append(row)
         return rows
 
@@ -232,6 +238,15 @@ class RuCoS(FinetuningTask):
             found.append((where, entry["idx"]))
         expected = range(self.num_test_records) if records is None else [record["idx"] for record in records]
         check_ids(path, found, expected=expected)
+
+
+def without_contradictions(places: Mapping[int, np.ndarray], right: set[int]) -> dict[int, np.ndarray]:
+    """The candidates of a window less the wrong ones that have exactly the tokens of a right one.
+
+    The answer "Пхеньян" is annotated within the entity "Пхеньяном" at times; the same tokens cannot be both.
+    """
+    tokens_of_right = {tuple(places[number]) for number in right}
+    return {n: tokens for n, tokens in places.items() if n in right or tuple(tokens) not in tokens_of_right}
 
 
 def place_candidates(encoding, spans: Sequence[Span]) -> list[dict[int, np.ndarray]]:

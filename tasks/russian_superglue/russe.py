@@ -29,6 +29,7 @@ class RUSSE(FinetuningTask):
         "FRED-T5 1.7B": {"accuracy": 0.823},
         "RuLeanALBERT": {"accuracy": 0.789},
         "ruRoBERTa-large": {"accuracy": 0.748},
+        "XLM-R-large": {"accuracy": 0.765},
         "ruBERT-large": {"accuracy": 0.707},
         "ruBERT-base": {"accuracy": 0.706},
         "majority": {"accuracy": 0.595},

@@ -46,6 +46,7 @@ class RWSD(FinetuningTask):
         "FRED-T5 1.7B": {"accuracy": 0.669},
         "RuLeanALBERT": {"accuracy": 0.669},
         "ruRoBERTa-large": {"accuracy": 0.669},
+        "XLM-R-large": {"accuracy": 0.669},
         "ruBERT-large": {"accuracy": 0.669},
         "ruBERT-base": {"accuracy": 0.669},
         "majority": {"accuracy": 0.669},

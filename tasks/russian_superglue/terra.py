@@ -20,6 +20,7 @@ class TERRa(FinetuningTask):
         "FRED-T5 1.7B": {"accuracy": 0.871},
         "RuLeanALBERT": {"accuracy": 0.812},
         "ruRoBERTa-large": {"accuracy": 0.801},
+        "XLM-R-large": {"accuracy": 0.798},
         "ruBERT-large": {"accuracy": 0.704},
         "ruBERT-base": {"accuracy": 0.703},
         "majority": {"accuracy": 0.549},

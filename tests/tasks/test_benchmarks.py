@@ -54,7 +54,7 @@ def test_official_numbers_of_test_records():
 def test_published_scores_give_the_published_totals():
     """The mean of the nine task scores is the published total, so no score was copied wrongly."""
     totals = {"human": 0.811, "FRED-T5 1.7B": 0.762, "RuLeanALBERT": 0.698, "ruRoBERTa-large": 0.684}
-    totals |= {"ruBERT-large": 0.620, "ruBERT-base": 0.578, "majority": 0.468, "TF-IDF": 0.434}
+    totals |= {"XLM-R-large": 0.654, "ruBERT-large": 0.620, "ruBERT-base": 0.578, "majority": 0.468, "TF-IDF": 0.434}
     tasks = [task for task in TASKS.values() if task.in_russian_superglue]
     assert len(tasks) == 9
     for model, total in totals.items():

@@ -113,6 +113,11 @@ def test_archive_that_differs_from_its_files_is_noticed_and_renewed(predictions,
     assert not any(ARCHIVE in note for note in check_directory(predictions, data_dir).notes)
 
 
+def test_damaged_archive_is_noticed(predictions, data_dir):
+    (predictions / ARCHIVE).write_bytes(b"PK")
+    assert any(f"{ARCHIVE} is damaged" in note for note in check_directory(predictions, data_dir).notes)
+
+
 def test_archive_is_not_written_from_wrong_files(predictions, data_dir):
     (predictions / "RCB.jsonl").write_text("{}\n")
     assert main([str(predictions), "--data-dir", str(data_dir), "--zip"]) == 1

@@ -82,11 +82,12 @@ def test_csv_errors_name_the_line(tmp_path, content, message):
         sources.read_csv(path, COLUMNS)
 
 
-def test_csv_without_a_last_line_break_is_reported(tmp_path, caplog):
+def test_csv_that_ends_within_a_line_is_an_error_unless_allowed(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text("id,sentence\n0,a")
-    assert len(sources.read_csv(path, COLUMNS)) == 1
-    assert "the last line has no line break" in caplog.text
+    path.write_text("id,sentence\n0,a\n1,b")
+    with pytest.raises(ValueError, match=r"a\.csv:3: the file ends within this line; download it again"):
+        sources.read_csv(path, COLUMNS)
+    assert len(sources.read_csv(path, COLUMNS, ends_in_line_break=False)) == 2
 
 
 def test_field_tells_booleans_from_integers():
