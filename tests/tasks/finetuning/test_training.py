@@ -9,7 +9,7 @@ from tasks.benchmarks import TASKS
 from tasks.finetuning import training
 from tasks.finetuning.backbone import find_pretrained
 from tasks.finetuning.experiment import Experiment, open_run
-from tasks.finetuning.inference import predict_logits
+from tasks.finetuning.inference import is_out_of_memory, predict_logits
 from tasks.finetuning.ledger import Ledger
 from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
 from tasks.finetuning.training import Settings, choose_precision, encode_data, last_complete_checkpoint
@@ -176,6 +176,12 @@ def test_out_of_memory_with_one_row_is_an_error(experiment, monkeypatch):
     monkeypatch.setattr(training.SeedTrainer, "training_step", no_memory)
     with pytest.raises(MemoryError, match="RuCoLA: out of memory even with one row"):
         run_seeds(experiment(), 0)
+
+
+def test_out_of_memory_is_told_from_other_errors():
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_patience_counts_epochs_after_the_first_best_one():
