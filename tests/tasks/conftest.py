@@ -281,7 +281,16 @@ def demo_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_tokenizer, tmp_path_factory) -> Path:
     """A directory that from_pretrained opens: an untrained LeanALBERT of two layers, and its tokenizer."""
-    directory = tmp_path_factory.mktemp("pretrained") / "tiny"
+    return save_tiny_model(tmp_path_factory.mktemp("pretrained") / "tiny", tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint_of_words(demo_tokenizer, tmp_path_factory) -> Path:
+    """The same with a tokenizer that knows whole words: long real texts have a fifth of the tokens."""
+    return save_tiny_model(tmp_path_factory.mktemp("pretrained") / "words", demo_tokenizer)
+
+
+def save_tiny_model(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     torch.manual_seed(0)
     config = LeanAlbertConfig(
         hidden_size=32,
@@ -289,9 +298,9 @@ def tiny_checkpoint(tiny_tokenizer, tmp_path_factory) -> Path:
         num_attention_heads=2,
         embedding_size=16,
         num_hidden_layers=2,
-        vocab_size=len(tiny_tokenizer),
+        vocab_size=len(tokenizer),
         share_large_matrices=1,
     )
     LeanAlbertForPreTraining(config).save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return directory

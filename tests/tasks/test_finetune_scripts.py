@@ -51,11 +51,11 @@ def assert_all_answered(directory: Path, data_dir: Path) -> None:
 
 @pytest.mark.timeout(600)
 def test_every_task_goes_from_files_to_a_checked_submission_in_one_command(
-    workplace, data_dir, tiny_checkpoint, capsys
+    workplace, data_dir, tiny_checkpoint_of_words, capsys
 ):
-    """On all real records where they are there (two minutes of CPU time), else on the invented ones."""
+    """On all real records where they are there (a minute of CPU time), else on the invented ones."""
     data = SHARED / "data" if (SHARED / "data").is_dir() else data_dir
-    arguments = ["-t", "ALL", "-c", str(tiny_checkpoint), "-d", str(data), *QUICK, "--batch-size", "32"]
+    arguments = ["-t", "ALL", "-c", str(tiny_checkpoint_of_words), "-d", str(data), *QUICK, "--batch-size", "32"]
     assert finetune_mlm.main(arguments) == 0
     (directory,) = (workplace / "preds").iterdir()
     assert_all_answered(directory, data)
