@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_OPEN_DOCUMENTS = 64  # per source; instances are drawn from them at random
 MAX_DOCUMENT_SENTENCES = 256  # a longer document is treated as several, which bounds the memory of the open ones
 NUM_POOLED_INSTANCES = 1024  # sorted by length when the batch size is known
+NUM_CANDIDATES = 2  # runs of neighbours in the pool that are compared for each batch
 MIN_SEQUENCE_LENGTH = 8
 ORDERED, SWAPPED, NO_ORDER = 0, 1, -100
 ZERO, ONE = array("i", [0]), array("i", [1])
@@ -60,8 +61,9 @@ def cut_sentence(sentence: array, num_tokens: int, starts_word: Sequence[bool]) 
 def take_chunk(document: Sentences, max_tokens: int, starts_word: Sequence[bool]) -> Sentences:
     """Remove from a document (reversed: the next sentence is its last item) the sentences of one instance.
 
-    A sentence that does not fit stays for the next instance, unless it overflows by 1 % of the length, which truncation
-    will remove, or unless the chunk would stay less than half full: then it is cut and its rest stays.
+    A sentence that does not fit is cut between two words, and its rest begins the next instance: leaving the sentence
+    to it whole would waste half a sentence of padding. An overflow of up to 1 % of the length is left to truncation,
+    and room for as little is left empty, so that no instance begins with a word or two of a sentence.
     """
     chunk, num_tokens = [], 0
     while document and num_tokens < max_tokens:
@@ -71,7 +73,7 @@ def take_chunk(document: Sentences, max_tokens: int, starts_word: Sequence[bool]
             chunk.append(document.pop())
             num_tokens += len(sentence)
             continue
-        if num_tokens < max_tokens // 2:
+        if room > max_tokens // 100:
             cut = cut_sentence(sentence, room, starts_word)
             chunk.append(sentence[:cut])
             document[-1] = sentence[cut:]
@@ -89,6 +91,12 @@ class Instance:
 
     def __len__(self):
         return len(self.first) + len(self.second)
+
+
+def padding_share(instances: Sequence[Instance]) -> float:
+    """Of the positions of a batch, that of the padding."""
+    lengths = list(map(len, instances))
+    return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
 
 def make_instance(chunk: Sentences, max_tokens: int, generator: random.Random) -> Instance:
@@ -222,9 +230,10 @@ class InstanceStream:
         return instance
 
     def _next_of_similar_length(self) -> Instance | None:
-        """The next of a random batch of neighbours in a pool sorted by length.
+        """The next of a batch of neighbours in a pool sorted by length.
 
-        The pool begins with a few batches and grows while it is used, so the first batch does not wait for all of it.
+        The batch is the one with less padding of two random ones: rare lengths wait until there are more of them. The
+        pool begins with a few batches and grows while it is used, so the first batch does not wait for all of it.
         """
         if not self.batch:
             size = self.settings.batch_size
@@ -235,7 +244,8 @@ class InstanceStream:
                 if instance is None:
                     return None
                 bisect.insort(self.pool, instance, key=len)
-            start = size * self.generator.randrange(num_batches)
+            starts = [size * self.generator.randrange(num_batches) for _ in range(NUM_CANDIDATES)]
+            start = min(starts, key=lambda start: padding_share(self.pool[start : start + size]))
             self.batch = self.pool[start : start + size]
             del self.pool[start : start + size]
             self.generator.shuffle(self.batch)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import random
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -103,7 +105,7 @@ def test_document_of_one_sentence_is_kept_without_order(tokenizer, tmp_path):
     assert len(numbers_in(instances, tokenizer)) == 30
 
 
-@pytest.mark.parametrize("max_length", [16, 64, 512])
+@pytest.mark.parametrize("max_length", [16, 64, 256, 512, 2048])
 def test_every_token_of_the_text_comes_once_but_one_percent(tokenizer, tmp_path, monkeypatch, max_length):
     source = write_corpus(tmp_path / "a.txt", num_documents=64, num_sentences=40)
     monkeypatch.setattr(data, "NUM_OPEN_DOCUMENTS", 1)
@@ -204,7 +206,7 @@ def test_sources_are_mixed_by_weights(tokenizer, tmp_path):
     common = write_corpus(tmp_path / "common.txt", num_documents=5, num_sentences=3, kind="газета")
     unused = write_corpus(tmp_path / "unused.txt", kind="тетрадь")
     dataset = make_training_dataset(
-        tokenizer, sources=[rare, common, unused], weights=[1, 3, 0], shuffle_seed=0, max_sequence_length=40
+        tokenizer, sources=[rare, common, unused], weights=[1, 3, 0], shuffle_seed=0, max_sequence_length=512
     )
     instances = take(dataset, 1000)
     counts = [sum(bool(numbers_in([each], tokenizer, kind)) for each in instances) for kind in ("книга", "газета")]
@@ -282,12 +284,12 @@ def test_state_of_other_sources_is_refused(tokenizer, corpus):
         make_training_dataset(tokenizer).load_state_dict(state)
 
 
-def padding_share(dataset, *, batch_size, num_batches):
+def padding_share(dataset, *, batch_size, num_batches, multiple=1):
     real, positions = 0, 0
     iterator = iter(dataset)
     for _ in range(num_batches):
         lengths = [len(instance["input_ids"]) for instance in itertools.islice(iterator, batch_size)]
-        real, positions = real + sum(lengths), positions + max(lengths) * len(lengths)
+        real, positions = real + sum(lengths), positions + -(-max(lengths) // multiple) * multiple * len(lengths)
     return 1 - real / positions
 
 
@@ -309,10 +311,37 @@ def test_batches_of_similar_lengths_hold_the_same_text(tokenizer, corpus):
     assert len(found) == 30 and max(found.values()) < 1.5 * min(found.values())
 
 
-def test_real_text_pads_and_discards_little(tokenizer, shared_data_dir):
+def write_short_documents(path, num_documents: int) -> str:
+    """Documents like those of the web: log-normal lengths, the median 1,200 characters, the mean 1.6 times as long."""
+    generator, words = random.Random(0), [f"{word}{end}" for word in make_document(0, 60).split() for end in ("", "ом")]
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(num_documents):
+            num_sentences = max(1, round(generator.lognormvariate(math.log(1200 / 83), 1.0)))
+            for _ in range(num_sentences):
+                file.write(
+                    " ".join(generator.choices(words, k=generator.randint(5, 25))).capitalize().strip(".") + ". "
+                )
+            file.write("\n\n")
+    return str(path)
+
+
+@pytest.mark.parametrize("max_length, limit", [(256, 0.04), (512, 0.04), (2048, 0.10)])
+def test_short_documents_pad_and_discard_little(tokenizer, tmp_path, max_length, limit):
+    source = write_short_documents(tmp_path / "a.txt", 1500)
+    sizes = [len(text) for text in Path(source).read_text(encoding="utf-8").split("\n\n")]
+    assert 1100 < statistics.median(sizes) < 1300
+    dataset = make_training_dataset(
+        tokenizer, sources=[source], shuffle_seed=0, max_sequence_length=max_length, batch_size=32
+    )
+    assert padding_share(dataset, batch_size=32, num_batches=60) <= limit
+    assert dataset.discarded_share() <= 0.01
+
+
+@pytest.mark.parametrize("multiple", [1, 128])
+def test_real_text_pads_and_discards_little(tokenizer, shared_data_dir, multiple):
     source = str(shared_data_dir / "corpus_ru" / "valid.jsonl.gz")
     dataset = make_training_dataset(tokenizer, sources=[source], shuffle_seed=0, max_sequence_length=512, batch_size=16)
-    assert padding_share(dataset, batch_size=16, num_batches=40) <= 0.05
+    assert padding_share(dataset, batch_size=16, num_batches=40, multiple=multiple) <= 0.05
     assert 0 < dataset.discarded_share() <= 0.01
 
 
