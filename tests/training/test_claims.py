@@ -11,10 +11,10 @@ from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
+from src.training.claims import BoundedProgressTracker
 from src.training.dht import TrainerMetrics
 from src.training.monitor import MetricsMonitor
 from src.training.optimizer import LeanOptimizer
-from src.training.claims import BoundedProgressTracker
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 TARGET = 1000
