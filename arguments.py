@@ -98,6 +98,11 @@ class TrainerPeerArguments(PeerArguments):
     dataset_weights: list[float] | None = field(
         default=None, metadata={"help": "How often each source is drawn from, in the same order; equal by default."}
     )
+    pack_sequences: bool = option(
+        False,
+        "Fill each row with several texts that do not see each other: next to no padding, at any --pad_to_multiple_of. "
+        "per_device_train_batch_size then counts rows; samples are counted as before.",
+    )
     statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.")
     backup_every_epochs: int = option(10, "Write a backup of model and optimizer every so many epochs (and at exit).")
     state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")

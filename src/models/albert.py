@@ -281,6 +281,15 @@ class LeanAlbertForPreTrainingOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
+def separate_instances(instance_index):
+    """Of packed rows: attention mask [batch, query, key]; positions and first tokens (True), both [batch, length]."""
+    attention_mask = instance_index[:, :, None] == instance_index[:, None, :]
+    is_first = (instance_index != F.pad(instance_index, (1, 0))[:, :-1]) & (instance_index > 0)
+    columns = torch.arange(instance_index.shape[1], device=instance_index.device).expand_as(instance_index)
+    begins = torch.where(is_first, columns, 0).cummax(dim=1).values
+    return attention_mask, torch.where(instance_index > 0, columns - begins, 0), is_first
+
+
 class LeanAlbertForPreTraining(MaskedLMMixin, LeanAlbertPreTrainedModel):
     """Masked-LM and sentence-order heads over the encoder."""
 
@@ -299,15 +308,27 @@ class LeanAlbertForPreTraining(MaskedLMMixin, LeanAlbertPreTrainedModel):
         token_type_ids=None,
         labels=None,
         sentence_order_label=None,
+        instance_index=None,
         **kwargs,
     ):
         """labels: [batch, length], -100 where nothing is to be predicted; sentence_order_label: [batch], 1 = swapped,
-        -100 = the row has no order loss. Other arguments: see `LeanAlbertModel.forward`."""
+        -100 = the row has no order loss. Other arguments: see `LeanAlbertModel.forward`.
+
+        instance_index: [batch, length], for rows that hold several instances end to end: a number above zero for the
+        tokens of each, another one than its neighbours', and 0 for padding. Instances do not see each other, positions
+        begin anew in each, and sentence_order_label and sop_logits have one entry for each, row by row.
+        """
+        is_first = None
+        if instance_index is not None:
+            attention_mask, kwargs["position_ids"], is_first = separate_instances(instance_index)
         outputs = self.albert(input_ids, attention_mask, token_type_ids, **kwargs)
         prediction_logits, mlm_loss = masked_lm_loss(
             self.predictions, outputs.last_hidden_state, labels, sparse=self.config.sparse_prediction
         )
-        sop_logits = self.sop_classifier(outputs.pooler_output)
+        pooler_output = outputs.pooler_output
+        if is_first is not None:
+            pooler_output = torch.tanh(self.albert.pooler(outputs.last_hidden_state[is_first]))  # [instances, ...]
+        sop_logits = self.sop_classifier(pooler_output)
         sop_loss = None
         if sentence_order_label is not None:
             sop_loss = mean_cross_entropy(sop_logits, sentence_order_label.flatten())

@@ -117,7 +117,7 @@ class CollaborativeTrainer(Trainer):
         """The batch's loss; one that is not finite is counted and replaced by zero, so that nothing of it is sent."""
         outputs = model(**inputs)
         loss = outputs.loss
-        batch_size = len(inputs["input_ids"])
+        batch_size = len(inputs.get("sentence_order_label", inputs["input_ids"]))  # packed rows hold several instances
         if bool(torch.isfinite(loss)):
             self.meter.loss += loss.item()
             self.meter.mlm_loss += float(outputs.mlm_loss)

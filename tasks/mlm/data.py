@@ -28,6 +28,8 @@ NUM_OPEN_DOCUMENTS = 64  # per source; instances are drawn from them at random
 MAX_DOCUMENT_SENTENCES = 256  # a longer document is treated as several, which bounds the memory of the open ones
 NUM_POOLED_INSTANCES = 1024  # sorted by length when the batch size is known
 NUM_CANDIDATES = 2  # runs of neighbours in the pool that are compared for each batch
+NUM_FIRST_POOLED_INSTANCES = 256  # when rows are packed: enough to fill the first ones well
+NUM_SPECIAL_TOKENS = 3  # at most, in one instance
 MIN_SEQUENCE_LENGTH = 8
 ORDERED, SWAPPED, NO_ORDER = 0, 1, -100
 ZERO, ONE = array("i", [0]), array("i", [1])
@@ -203,6 +205,10 @@ class InstanceStream:
         self.num_tokens, self.num_discarded_tokens = 0, 0
 
     def __iter__(self) -> Iterator[dict]:
+        if self.settings.pack_sequences:
+            while (row := self._next_row()) is not None:
+                yield self.settings.assemble_row(row)
+            return
         next_instance = self._next_of_similar_length if (self.settings.batch_size or 1) > 1 else self._next_instance
         while (instance := next_instance()) is not None:
             yield self.settings.assemble(instance)
@@ -221,7 +227,7 @@ class InstanceStream:
             if not weights.any():
                 return None
             self.cumulative_weights = np.cumsum(weights).tolist()
-        max_tokens = self.settings.current_length() - 3
+        max_tokens = self.settings.current_length() - NUM_SPECIAL_TOKENS
         chunk = source.take_chunk(max_tokens, self.settings.starts_word, self.generator)
         instance = make_instance(chunk, max_tokens, self.generator)
         num_tokens = sum(map(len, chunk))
@@ -239,11 +245,8 @@ class InstanceStream:
             size = self.settings.batch_size
             max_batches = max(-(-NUM_POOLED_INSTANCES // size), 16)
             num_batches = min(max_batches, 8 + self.num_batches)
-            while len(self.pool) < num_batches * size:
-                instance = self._next_instance()
-                if instance is None:
-                    return None
-                bisect.insort(self.pool, instance, key=len)
+            if not self._fill_pool(num_batches * size):
+                return None
             starts = [size * self.generator.randrange(num_batches) for _ in range(NUM_CANDIDATES)]
             start = min(starts, key=lambda start: padding_share(self.pool[start : start + size]))
             self.batch = self.pool[start : start + size]
@@ -251,6 +254,31 @@ class InstanceStream:
             self.generator.shuffle(self.batch)
             self.num_batches += 1
         return self.batch.pop()
+
+    def _next_row(self) -> list[Instance] | None:
+        """Instances that fill the maximum length: a random one of the pool, then the longest that fits, while one does.
+
+        The rest of the pool serves later rows; it grows while it is used, as for batches of similar lengths.
+        """
+        if not self._fill_pool(min(NUM_POOLED_INSTANCES, NUM_FIRST_POOLED_INSTANCES + self.num_batches)):
+            return None
+        row = [self.pool.pop(self.generator.randrange(len(self.pool)))]
+        room = self.settings.current_length() - len(row[0]) - NUM_SPECIAL_TOKENS
+        while (index := bisect.bisect_right(self.pool, room - NUM_SPECIAL_TOKENS, key=len)) > 0:
+            row.append(self.pool.pop(index - 1))
+            room -= len(row[-1]) + NUM_SPECIAL_TOKENS
+        self.generator.shuffle(row)
+        self.num_batches += 1
+        return row
+
+    def _fill_pool(self, size: int) -> bool:
+        """Have so many instances in the pool; False when there is no text for this worker."""
+        while len(self.pool) < size:
+            instance = self._next_instance()
+            if instance is None:
+                return False
+            bisect.insort(self.pool, instance, key=len)
+        return True
 
     def state_dict(self) -> dict:
         kept = self.pool + self.batch
@@ -296,7 +324,7 @@ class TrainingDataset(IterableDataset):
         ]
         self.cls_token_id, self.sep_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         self.max_sequence_length = 512
-        self.batch_size = None
+        self.batch_size, self.pack_sequences = None, False
         self._stream: InstanceStream | None = None
         self._state: dict | None = None
 
@@ -320,6 +348,16 @@ class TrainingDataset(IterableDataset):
             "token_type_ids": token_type_ids,
             "special_tokens_mask": special_tokens_mask,
             "sentence_order_label": instance.order,
+        }
+
+    def assemble_row(self, instances: list[Instance]) -> dict:
+        """Instances end to end; the order labels and the lengths of all."""
+        items = list(map(self.assemble, instances))
+        names = ("input_ids", "token_type_ids", "special_tokens_mask")
+        return {
+            **{name: join([item[name] for item in items]) for name in names},
+            "instance_lengths": array("i", [len(item["input_ids"]) for item in items]),
+            "sentence_order_label": array("i", [instance.order for instance in instances]),
         }
 
     def _open_stream(self) -> InstanceStream:
@@ -409,6 +447,7 @@ def make_training_dataset(
     preprocessing_batch_size: int = 256,
     max_sequence_length=512,
     batch_size: int | None = None,
+    pack_sequences: bool = False,
 ) -> TrainingDataset:
     """Endless dataset of instances [CLS] A [SEP] B [SEP] for `DataCollatorForWholeWordMask`.
 
@@ -423,6 +462,10 @@ def make_training_dataset(
     max_sequence_length: tokens with specials; an int, or a multiprocessing.Value read at each instance, so it may grow.
     batch_size: when given, each run of that many instances has similar lengths (a DataLoader with the same batch_size
         then pads little); up to 1024 of them are made ahead, before a growing maximum length is read.
+
+    pack_sequences: an item is a row of several instances end to end that fill the maximum length, with their
+        instance_lengths and a sentence_order_label for each; the collator turns rows into input that keeps the
+        instances apart. batch_size then changes nothing.
 
     An item holds input_ids, token_type_ids, special_tokens_mask (each an array.array of ints, which works like a list)
     and sentence_order_label: 0 in order, 1 swapped, -100 for a single sentence. Raises ValueError for missing, empty or
@@ -450,6 +493,7 @@ def make_training_dataset(
         preprocessing_batch_size=preprocessing_batch_size,
     )
     dataset.max_sequence_length, dataset.batch_size = max_sequence_length, batch_size
+    dataset.pack_sequences = pack_sequences
     if dataset.current_length() < MIN_SEQUENCE_LENGTH:
         raise ValueError(f"max_sequence_length {dataset.current_length()} is below {MIN_SEQUENCE_LENGTH}")
     return dataset

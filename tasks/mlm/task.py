@@ -82,6 +82,7 @@ def build_data(
             shuffle_seed=seed,
             max_sequence_length=current_length,
             batch_size=training.per_device_train_batch_size,
+            pack_sequences=peer.pack_sequences,
         )
 
     next(iter(dataset()))

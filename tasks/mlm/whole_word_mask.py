@@ -1,5 +1,6 @@
 """Whole-word masking: batches of instances with words hidden for the model to predict (BERT, arXiv 1810.04805)."""
 
+import itertools
 import os
 from array import array
 from collections.abc import Iterable, Sequence
@@ -62,20 +63,30 @@ class DataCollatorForWholeWordMask:
         self._generator_owner: tuple | None = None
 
     def __call__(self, instances: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """int64 input_ids, attention_mask, token_type_ids, labels: [batch, length]; sentence_order_label: [batch]."""
+        """int64 input_ids, attention_mask, token_type_ids, labels: [batch, length]; sentence_order_label: [batch].
+
+        Packed rows also give instance_index, see `LeanAlbertForPreTraining.forward`, and their sentence_order_label is
+        [instances]. The masks are those that the same instances would get one by one.
+        """
         lengths = np.array([len(instance["input_ids"]) for instance in instances], dtype=np.int32)
         ids = lay_out(instance["input_ids"] for instance in instances)
         types = lay_out(instance["token_type_ids"] for instance in instances)
-        ends = np.cumsum(lengths, dtype=np.int32)
-        ids, labels = self._mask(ids, ends)
+        is_packed = "instance_lengths" in instances[0]
+        instance_lengths = lay_out(each["instance_lengths"] for each in instances) if is_packed else lengths
+        ids, labels = self._mask(ids, np.cumsum(instance_lengths, dtype=np.int32))
         fields = {
             "input_ids": (ids, self.pad_token_id),
             "attention_mask": (np.ones_like(ids), 0),
             "token_type_ids": (types, 0),
             "labels": (labels, IGNORED_LABEL),
         }
-        order_labels = torch.tensor([instance["sentence_order_label"] for instance in instances])
-        return {**self._pad(fields, ends, int(lengths.max())), "sentence_order_label": order_labels}
+        order_labels = [instance["sentence_order_label"] for instance in instances]
+        if is_packed:
+            numbers = np.arange(1, len(instance_lengths) + 1, dtype=np.int32)
+            fields["instance_index"] = (np.repeat(numbers, instance_lengths), 0)
+            order_labels = list(itertools.chain.from_iterable(order_labels))
+        batch = self._pad(fields, np.cumsum(lengths, dtype=np.int32), int(lengths.max()))
+        return {**batch, "sentence_order_label": torch.tensor(order_labels)}
 
     def _pad(self, fields: dict[str, tuple[np.ndarray, int]], ends: np.ndarray, longest: int) -> dict:
         """Name -> values of the rows laid end to end and what to fill up with; int64 [rows, width] of each."""

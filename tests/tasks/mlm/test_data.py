@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from src.models import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.models.tokenizer import load_tokenizer, raw_tokenizer
 from tasks.mlm import data
 from tasks.mlm.data import make_training_dataset, take_chunk, truncate_longest_first
@@ -237,9 +238,9 @@ def test_worker_without_documents_leaves_the_work_to_the_others(tokenizer, tmp_p
     assert len(list(itertools.islice(loader, 20))) == 20
 
 
-@pytest.mark.parametrize("batch_size", [None, 8])
+@pytest.mark.parametrize("flags", [{}, {"batch_size": 8}, {"pack_sequences": True}])
 @pytest.mark.parametrize("num_done", [0, 1, 133])
-def test_loaded_state_continues_with_the_same_instances(tokenizer, tmp_path, corpus, batch_size, num_done):
+def test_loaded_state_continues_with_the_same_instances(tokenizer, tmp_path, corpus, flags, num_done):
     length = multiprocessing.Value("i", 32)
     other = write_corpus(tmp_path / "other.txt", num_documents=9, num_sentences=300, kind="книга")
 
@@ -251,7 +252,7 @@ def test_loaded_state_continues_with_the_same_instances(tokenizer, tmp_path, cor
             shuffle_seed=seed,
             shuffle_buffer_size=7,
             max_sequence_length=length,
-            batch_size=batch_size,
+            **flags,
         )
 
     dataset = make(1)
@@ -414,3 +415,87 @@ def test_sentences_end_at_line_breaks_and_not_inside_speech():
         "заголовок",
         "конец",
     ]
+
+
+@pytest.mark.parametrize("position_embedding_type", ["rotary", "absolute"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_packed_rows_have_the_losses_of_their_instances(tokenizer, tmp_path, position_embedding_type, sparse):
+    source = write_corpus(tmp_path / "a.txt", num_sentences=3)
+    dataset = make_training_dataset(
+        tokenizer, sources=[source], shuffle_seed=0, max_sequence_length=256, pack_sequences=True
+    )
+    rows = list(itertools.islice(dataset, 4))
+    packed = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=64, seed=0)(rows)
+    unpacked = DataCollatorForWholeWordMask(tokenizer, seed=0)(unpack(rows))
+    config = LeanAlbertConfig(
+        **{"vocab_size": 4000, "embedding_size": 16, "hidden_size": 32, "intermediate_size": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.2},
+        position_embedding_type=position_embedding_type,
+    )
+    config.sparse_prediction = sparse
+    torch.manual_seed(0)
+    model = LeanAlbertForPreTraining(config).eval()
+    losses, gradients = [], []
+    for batch in (packed, unpacked):
+        model.zero_grad()
+        outputs = model(**batch)
+        outputs.loss.backward()
+        losses.append((outputs.mlm_loss, outputs.sop_loss))
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert 2 * len(packed["input_ids"]) < len(unpacked["input_ids"]) == len(packed["sentence_order_label"])
+    assert torch.equal(packed["sentence_order_label"], unpacked["sentence_order_label"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-5)
+
+
+def unpack(rows) -> list[dict]:
+    instances = []
+    for row in rows:
+        ends = list(itertools.accumulate(row["instance_lengths"], initial=0))
+        assert ends[-1] == len(row["input_ids"])
+        for label, (begin, end) in zip(row["sentence_order_label"], itertools.pairwise(ends), strict=True):
+            parts = {name: row[name][begin:end] for name in ("input_ids", "token_type_ids", "special_tokens_mask")}
+            instances.append(parts | {"sentence_order_label": label})
+    return instances
+
+
+def test_packed_rows_hold_every_token_once(tokenizer, corpus):
+    dataset = make_training_dataset(
+        tokenizer, sources=[corpus], shuffle_seed=0, max_sequence_length=64, pack_sequences=True
+    )
+    rows = take(dataset, 200)
+    num_tokens = sum(row["special_tokens_mask"].count(0) for row in rows) + sum(map(len, dataset._stream.pool))
+    assert num_tokens == dataset._stream.num_tokens - dataset._stream.num_discarded_tokens
+    assert max(len(row["input_ids"]) for row in rows) <= 64
+
+
+@pytest.mark.parametrize("max_length", [256, 512, 2048])
+def test_packed_rows_pad_next_to_nothing(tokenizer, tmp_path, max_length):
+    source = write_short_documents(tmp_path / "a.txt", 1500)
+    dataset = make_training_dataset(
+        tokenizer, sources=[source], shuffle_seed=0, max_sequence_length=max_length, pack_sequences=True
+    )
+    rows = take(dataset, 200)
+    assert 1 - sum(len(row["input_ids"]) for row in rows) / (len(rows) * max_length) <= 0.01
+    assert dataset.discarded_share() <= 0.01
+
+
+def test_packed_rows_grow_with_the_maximum_length(tokenizer, corpus):
+    length = multiprocessing.Value("i", 64)
+    dataset = make_training_dataset(
+        tokenizer, sources=[corpus], max_sequence_length=length, shuffle_seed=0, pack_sequences=True
+    )
+    iterator = iter(dataset)
+    assert all(55 < len(next(iterator)["input_ids"]) <= 64 for _ in range(20))
+    length.value = 128
+    assert all(110 < len(next(iterator)["input_ids"]) <= 128 for _ in range(20))
+
+
+def test_packed_rows_come_from_workers(tokenizer, corpus):
+    dataset = make_training_dataset(
+        tokenizer, sources=[corpus], shuffle_seed=0, max_sequence_length=128, pack_sequences=True
+    )
+    collator = DataCollatorForWholeWordMask(tokenizer, seed=0)
+    for batch in itertools.islice(DataLoader(dataset, batch_size=2, collate_fn=collator, num_workers=2), 6):
+        assert len(batch["sentence_order_label"]) == batch["instance_index"].max() >= 2
+        assert torch.equal(batch["instance_index"] > 0, batch["attention_mask"] > 0)
