@@ -109,6 +109,7 @@ def plot_scores(task: FinetuningTask, rows: Sequence[Mapping], majority: Mapping
         )
     axes.axhline(majority[metric], color="grey", linestyle="--", linewidth=1, label="most frequent answer")
     axes.set(title=f"{task.name}, {rows[0]['model']}", xlabel="epoch", ylabel=f"dev {metric}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
