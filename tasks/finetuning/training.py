@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from tasks.finetuning.base import FinetuningTask
@@ -72,11 +73,7 @@ def choose_precision(wanted: str) -> str:
 
 
 def check_reporting(report_to: str) -> None:
-    if report_to == "tensorboard":
-        found = find_spec("tensorboard") or find_spec("tensorboardX")
-    else:
-        found = report_to == "none" or find_spec(report_to)
-    if not found:
+    if report_to != "none" and not find_spec(report_to):
         raise ValueError(f"--report-to {report_to}: pip install {report_to} first, or pass none")
 
 
@@ -176,7 +173,7 @@ def training_arguments(
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         disable_tqdm=True,
-        report_to=report_to,
+        report_to="none" if report_to == "tensorboard" else report_to,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would multiply the batch by the number of visible GPUs
     return arguments
@@ -227,6 +224,13 @@ def _read_batch(directory: Path, settings: Settings) -> tuple[int, int]:
     return batch_size, grad_acc_steps
 
 
+def tensorboard_callback(directory: Path) -> TensorBoardCallback:
+    """Trainer's own would write among the checkpoints, which go when the seed is finished."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(directory)))
+
+
 def _fit(model_factory, task, data, settings, *, seed, directory, report_to, batch_size, grad_acc_steps) -> list[dict]:
     arguments = training_arguments(
         settings, directory, seed=seed, batch_size=batch_size, grad_acc_steps=grad_acc_steps, report_to=report_to
@@ -239,6 +243,9 @@ def _fit(model_factory, task, data, settings, *, seed, directory, report_to, bat
         if done or out_of_patience(history, task.main_metric, settings.early_stopping_patience):
             return history
         tqdm.write(f"{task.name} seed {seed}: goes on after epoch {history[-1]['epoch']:g}")
+    callbacks = [EpochLines(task, seed=seed, patience=settings.early_stopping_patience)]
+    if report_to == "tensorboard":
+        callbacks.append(tensorboard_callback(directory / "tensorboard"))
     set_seed(seed)
     trainer = SeedTrainer(
         model=model_factory(),
@@ -247,7 +254,7 @@ def _fit(model_factory, task, data, settings, *, seed, directory, report_to, bat
         data=data,
         precision=settings.precision,
         best_path=directory / WEIGHTS,
-        callbacks=[EpochLines(task, seed=seed, patience=settings.early_stopping_patience)],
+        callbacks=callbacks,
     )
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)

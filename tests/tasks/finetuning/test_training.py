@@ -184,6 +184,15 @@ def test_out_of_memory_is_told_from_other_errors():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+def test_tensorboard_curves_outlive_the_checkpoints(experiment):
+    pytest.importorskip("tensorboard")
+    subject = experiment(num_epochs=1)
+    data = encode_data(TASK, subject.records, subject.pretrained.tokenizer, max_length=32)
+    row = subject.run_seed(0, data, report_to="tensorboard")
+    directory = subject.ledger.path.parent / row["directory"]
+    assert list(directory.glob("tensorboard/events*")) and not (directory / "checkpoints").exists()
+
+
 def test_patience_counts_epochs_after_the_first_best_one():
     history = [{"mcc": value} for value in (0.1, 0.3, 0.2, 0.3)]
     assert [out_of_patience(history[:n], "mcc", 2) for n in range(5)] == [False, False, False, False, True]
