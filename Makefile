@@ -11,6 +11,10 @@ test: lint
 chaos: .venv/installed
 	.venv/bin/python -m benchmarks.swarm_faults
 
+bench: .venv/installed requirements-bench.txt
+	.venv/bin/python -m pip install --quiet -r requirements-bench.txt
+	.venv/bin/python -m benchmarks.run_all
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -21,4 +25,4 @@ lint: .venv/installed
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test chaos lint
+.PHONY: demo test bench chaos lint

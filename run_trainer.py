@@ -19,13 +19,16 @@ def main() -> int:
     import threading
 
     from arguments import ArgumentParser, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+
+    parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parser.parse(sys.argv[1:])  # prints and exits: no need to load hivemind for it
     from src.training import console
     from src.training.dht import visible_addresses
     from src.training.reconnect import KeepInTouch
 
     console.quiet_libraries()
     argv = sys.argv[1:] or ["@demo/trainer.args"]
-    parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     peer, collaboration, training = parser.parse(argv)
     progress, stop = console.Progress(), threading.Event()
     if training.process_index > 0:

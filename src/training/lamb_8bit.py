@@ -119,7 +119,7 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         bias_correction: bool = True,
         min_8bit_size: int = 65536,
         reuse_grad_buffers: bool = False,
-        update_chunk_size: int = 2**18,
+        update_chunk_size: int = 2**17,
         max_grad_norm: float | None = None,
         kernel: str = "bitsandbytes",
     ):

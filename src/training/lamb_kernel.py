@@ -103,7 +103,13 @@ def update_blocks(arrays, scalars, squares, first_block, last_block):
     table1, table2 = np.empty(256, np.float32), np.empty(256, np.float32)
     for block in range(first_block, last_block):
         start, stop = block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, grad.size)
-        c1, c2, g, p, u = codes1[start:stop], codes2[start:stop], grad[start:stop], param[start:stop], update[start:stop]
+        c1, c2, g, p, u = (
+            codes1[start:stop],
+            codes2[start:stop],
+            grad[start:stop],
+            param[start:stop],
+            update[start:stop],
+        )
         m, v = moments1[: stop - start], moments2[: stop - start]
         for code in range(256):
             table1[code] = book1[code] * absmax1[block] * beta1

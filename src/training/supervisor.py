@@ -44,6 +44,11 @@ def end_with_parent() -> None:
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def adopt_orphans() -> None:
+    """From now on, processes whose parent has ended become children of this one if it started their parent."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
 def children_of(pid: int) -> list[int]:
     """Process ids of the direct children of a process, ended but unreaped ones included."""
     children = []
