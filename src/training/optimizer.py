@@ -113,12 +113,19 @@ class LeanOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
+    # While the round of the last epoch still looks for a group, the search for the next one must not begin. The two
+    # would take each other's places in groups, and those with the later one, for which nothing is ready before the
+    # epoch's end, would keep all their members waiting: partial rounds that begin with one search that takes long.
+
     def _maybe_schedule_gradient_averaging(self) -> None:
-        if self.tracker.global_progress.num_peers > 1:
+        last = self.scheduled_grads
+        under_way = last is not None and last.triggered and not last.done()
+        if self.tracker.global_progress.num_peers > 1 and not under_way:
             super()._maybe_schedule_gradient_averaging()
 
     def _maybe_schedule_state_averaging(self) -> None:
-        if self.tracker.global_progress.num_peers > 1:
+        under_way = not all(update.done() for update in self.state_averager.pending_updates)
+        if self.tracker.global_progress.num_peers > 1 and not under_way:
             super()._maybe_schedule_state_averaging()
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:

@@ -223,6 +223,7 @@ def bare_optimizer(num_peers: int) -> tuple[LeanOptimizer, list]:
             matchmaking_kwargs={"min_matchmaking_time": 1.0},
             local_epoch=0,
             averaging_in_progress=False,
+            pending_updates=set(),
             delay_before_averaging=SimpleNamespace(ema_seconds_per_sample=0.0),
         )
 
@@ -245,6 +246,20 @@ def test_optimizer_looks_for_a_group_only_when_there_is_a_partner(num_peers, exp
     optimizer._maybe_schedule_gradient_averaging()
     optimizer._maybe_schedule_state_averaging()
     assert scheduled == expected
+
+
+def test_optimizer_does_not_look_for_the_next_group_while_the_last_round_is_under_way():
+    optimizer, scheduled = bare_optimizer(num_peers=2)
+    update = Future()
+    optimizer.state_averager.pending_updates = {update}
+    optimizer.scheduled_grads = SimpleNamespace(triggered=True, done=lambda: update.done())
+    optimizer._maybe_schedule_gradient_averaging()
+    optimizer._maybe_schedule_state_averaging()
+    assert scheduled == []
+    update.set_result(None)
+    optimizer._maybe_schedule_gradient_averaging()
+    optimizer._maybe_schedule_state_averaging()
+    assert scheduled == ["gradients", "parameters"]
 
 
 def test_auxiliary_optimizer_delays_nothing_and_shares_no_state(start_optimizer):
