@@ -14,7 +14,7 @@ from src.training.local_swarm import LocalSwarm, free_port
 from src.training.sync import LocalWorkers
 from tests.training.test_swarm import ONE_THREAD, TRAINER, ending_all, family, still_alive, swarm_arguments
 
-EPOCHS, BATCH, RANKS = 6, 4, 2
+BATCH, RANKS = 4, 2
 
 
 def test_one_process_exchanges_nothing():
@@ -84,17 +84,15 @@ def program_of(peer, *, rank: int) -> psutil.Process:
     return program
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
-    flags = [*swarm_arguments(tmp_path, target_batch_size=256, total_steps=10_000), *TRAINER.split()]
+    flags = [*swarm_arguments(tmp_path, target_batch_size=768, total_steps=10_000), *TRAINER.split()]
     run = tmp_path / "outputs" / "test"
     with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
         ranks = swarm.start("ranks", "-m", torchrun(*flags))
         single = swarm.start("single", "run_trainer.py", flags)
         for peer in (ranks, single):
-            peer.wait_for_line(r"epoch \d+/.*averaged with 2 peers", timeout=120)
-            peer.wait_for_line(rf"epoch {EPOCHS}/", timeout=120)
+            peer.wait_for_line(r"(?s)(averaged with 2 peers.*){3}", timeout=150)
         processes.update(family(ranks))
         single.stop()
         # a dying rank ends the others
@@ -108,7 +106,7 @@ def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
 
     of_ranks, of_single = (read_journal(run / name / "metrics.jsonl") for name in ("trainer", "trainer-2"))
     epochs = [record for record in of_ranks if record["event"] == "epoch"]
-    assert len(epochs) >= EPOCHS
+    assert len(epochs) >= 3
     for record in epochs:
         assert record["samples"] == record["local_steps"] * BATCH * RANKS, "the samples of both ranks"
         assert math.isfinite(record["loss"]) and 4 < record["mlm_loss"] < 9
@@ -122,4 +120,4 @@ def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
         if record["event"] == "local_workers":
             assert len(record["checksums"]) == RANKS and len(set(record["checksums"])) == 1, record
     assert len({tuple(checksums) for checksums in checked.values()}) == len(checked), "they do change"
-    assert read_backup(run / "trainer" / "backup.pth")["epoch"] >= EPOCHS
+    assert read_backup(run / "trainer" / "backup.pth")["epoch"] == epochs[-1]["epoch"]
