@@ -47,7 +47,8 @@ MODEL = {
     "intermediate_size": 128,
 }
 LENGTH, MICRO_BATCH = 64, 4
-EPOCH_SECONDS = 4.0  # of an epoch that nothing disturbs
+LEARNING_RATE, WARMUP = 7e-3, 4
+EPOCH_SECONDS = 3.5  # of an epoch that nothing disturbs
 NEXT_CHUNK_TIMEOUT, MATCHMAKING_TIME, BACKUP_EVERY = 8.0, 1.5, 3
 FROZEN_SECONDS = CUT_SECONDS = 20.0
 SLOW_SECONDS = 20.0
@@ -338,7 +339,8 @@ def main() -> int:
     target = calibrate(folder, trainers=options.trainers)
     shared = [
         *("--run_id", "faults", "--target_batch_size", str(target), *model_options),
-        *("--learning_rate", "5e-3", "--min_8bit_size", "65536", "--warmup_steps", "10", "--num_zero_lr_steps", "0"),
+        *("--learning_rate", str(LEARNING_RATE), "--warmup_steps", str(WARMUP), "--num_zero_lr_steps", "0"),
+        *("--min_8bit_size", "65536"),
         *("--total_steps", "100000", "--average_state_every", "2", "--min_vector_size", "1000"),
         *("--matchmaking_time", str(MATCHMAKING_TIME), "--next_chunk_timeout", str(NEXT_CHUNK_TIMEOUT)),
         *("--averaging_timeout", "30"),
@@ -592,7 +594,7 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict) ->
 
 
 def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int]) -> None:
-    training = HFTrainerArguments(output_dir=str(folder), learning_rate=5e-3, warmup_steps=10, num_zero_lr_steps=0,
+    training = HFTrainerArguments(output_dir=str(folder), learning_rate=LEARNING_RATE, warmup_steps=WARMUP, num_zero_lr_steps=0,
                                   total_steps=100_000, min_8bit_size=65536, use_cpu=True)  # fmt: skip
     optimizer = make_lamb(parameter_groups(model, training.weight_decay), training)
     factor, batches = make_learning_rate(training), training_batches(tokenizer)
