@@ -594,8 +594,15 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict) ->
 
 
 def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int]) -> None:
-    training = HFTrainerArguments(output_dir=str(folder), learning_rate=LEARNING_RATE, warmup_steps=WARMUP, num_zero_lr_steps=0,
-                                  total_steps=100_000, min_8bit_size=65536, use_cpu=True)  # fmt: skip
+    training = HFTrainerArguments(
+        output_dir=str(folder),
+        learning_rate=LEARNING_RATE,
+        warmup_steps=WARMUP,
+        num_zero_lr_steps=0,
+        total_steps=100_000,
+        min_8bit_size=65536,
+        use_cpu=True,
+    )
     optimizer = make_lamb(parameter_groups(model, training.weight_decay), training)
     factor, batches = make_learning_rate(training), training_batches(tokenizer)
     for epoch, samples in enumerate(samples_by_epoch):
