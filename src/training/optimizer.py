@@ -113,19 +113,22 @@ class LeanOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
-    # While the round of the last epoch still looks for a group, the search for the next one must not begin. The two
-    # would take each other's places in groups, and those with the later one, for which nothing is ready before the
-    # epoch's end, would keep all their members waiting: partial rounds that begin with one search that takes long.
+    # While a round of the last epoch is under way, the search for the next one must not begin: nothing is ready for the
+    # next round before this one is over and the epoch has ended, but whoever is in its group already waits. Two peers
+    # that are a round apart would wait for each other, one in a group for gradients, the other in one for parameters;
+    # and two searches of one averager take each other's places. All of them then give up after next_chunk_timeout.
+
+    def _round_under_way(self) -> bool:
+        last = self.scheduled_grads
+        averaging_gradients = last is not None and last.triggered and not last.done()
+        return averaging_gradients or not all(update.done() for update in self.state_averager.pending_updates)
 
     def _maybe_schedule_gradient_averaging(self) -> None:
-        last = self.scheduled_grads
-        under_way = last is not None and last.triggered and not last.done()
-        if self.tracker.global_progress.num_peers > 1 and not under_way:
+        if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
             super()._maybe_schedule_gradient_averaging()
 
     def _maybe_schedule_state_averaging(self) -> None:
-        under_way = not all(update.done() for update in self.state_averager.pending_updates)
-        if self.tracker.global_progress.num_peers > 1 and not under_way:
+        if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
             super()._maybe_schedule_state_averaging()
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:

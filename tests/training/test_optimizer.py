@@ -248,15 +248,17 @@ def test_optimizer_looks_for_a_group_only_when_there_is_a_partner(num_peers, exp
     assert scheduled == expected
 
 
-def test_optimizer_does_not_look_for_the_next_group_while_the_last_round_is_under_way():
+@pytest.mark.parametrize("under_way", ["gradients", "update"])
+def test_optimizer_does_not_look_for_the_next_group_while_the_last_round_is_under_way(under_way):
     optimizer, scheduled = bare_optimizer(num_peers=2)
-    update = Future()
+    gradients, update = Future(), Future()
     optimizer.state_averager.pending_updates = {update}
-    optimizer.scheduled_grads = SimpleNamespace(triggered=True, done=lambda: update.done())
+    optimizer.scheduled_grads = SimpleNamespace(triggered=True, done=gradients.done)
+    (update if under_way == "gradients" else gradients).set_result(None)
     optimizer._maybe_schedule_gradient_averaging()
     optimizer._maybe_schedule_state_averaging()
     assert scheduled == []
-    update.set_result(None)
+    (gradients if under_way == "gradients" else update).set_result(None)
     optimizer._maybe_schedule_gradient_averaging()
     optimizer._maybe_schedule_state_averaging()
     assert scheduled == ["gradients", "parameters"]
