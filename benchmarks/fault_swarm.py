@@ -62,8 +62,15 @@ class FaultyPeer:
         """Start the program; it joins those of ``initial_peers`` that can be reached, or begins the run without any."""
         joining = ["--initial_peers", *initial_peers] if initial_peers else []
         prefix = ["ip", "netns", "exec", self.namespace] if self.namespace else []
-        self.running = LocalPeer(self.name, self.script, [*self.arguments, *joining], echo=False,
-                                 environment=environment, prefix=prefix)  # fmt: skip
+        self.running = LocalPeer(
+            self.name,
+            self.script,
+            [*self.arguments, *joining],
+            echo=False,
+            environment=environment,
+            prefix=prefix,
+            own_session=True,
+        )
         self.processes = set()
         self.lives.append([time.time(), float("inf")])
 

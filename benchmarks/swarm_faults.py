@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -463,6 +464,8 @@ def one_fault(swarm: FaultySwarm, methods: Faults, name: str, began: float) -> F
         fault.detail = getattr(methods, name)()
     except NotSurvived as reason:
         fault.survived, fault.detail = False, str(reason)
+    except Exception:  # of the harness itself; the report of what happened until then is still wanted
+        fault.survived, fault.detail = False, traceback.format_exc()
     fault.at, fault.until = methods.marked - began, time.time() - began
     fault.victims = ", ".join(peer.name for peer in methods.victims)
     fault.recovery_seconds = round(fault.until - fault.at, 1)
