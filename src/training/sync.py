@@ -27,6 +27,7 @@ class LocalWorkers:
     def __init__(self, *, rank: int = 0, size: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.size, self.device = rank, size, device
         self._versions: list[int] = []
+        self._epoch = -1
 
     @property
     def is_main(self) -> bool:
@@ -58,13 +59,14 @@ class LocalWorkers:
     def agree(self, parameters: list[torch.nn.Parameter], *, epoch: int, stop: bool) -> tuple[int, bool, list[float]]:
         """Rank 0's epoch, whether any rank wants to stop, and, if parameters had to follow, a checksum of each rank's.
 
-        Only rank 0 changes parameters, by operations in place that torch counts; the others' ``epoch`` is ignored.
+        They follow when rank 0 has changed them, by operations in place that torch counts, and with each epoch. The
+        others' ``epoch`` is ignored.
         """
         if self.size == 1:
             return epoch, stop, []
         versions = [parameter._version for parameter in parameters]
-        changed = self.is_main and versions != self._versions
-        self._versions = versions
+        changed = self.is_main and (versions, epoch) != (self._versions, self._epoch)
+        self._versions, self._epoch = versions, epoch
         epoch, changed, stop = self._sum([epoch if self.is_main else 0, changed, stop])
         return int(epoch), stop > 0, self._follow(parameters) if changed else []
 

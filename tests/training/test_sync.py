@@ -51,11 +51,12 @@ def exchange(workers):
     parameters = [torch.nn.Parameter(torch.full((3,), float(rank)))]
     seen = [workers.agree(parameters, epoch=5 * (1 - rank), stop=False)]
     values = [parameters[0].tolist()]
-    seen.append(workers.agree(parameters, epoch=6 * (1 - rank), stop=rank == 1))
+    seen.append(workers.agree(parameters, epoch=5 * (1 - rank), stop=rank == 1))
     with torch.no_grad():
         parameters[0].add_(4.0)  # what rank 1 does to its parameters does not count
-    seen.append(workers.agree(parameters, epoch=0, stop=False))
+    seen.append(workers.agree(parameters, epoch=5 * (1 - rank), stop=False))
     values.append(parameters[0].tolist())
+    seen.append(workers.agree(parameters, epoch=6 * (1 - rank), stop=False))
     seed = workers.share_bytes(b"\x00id\xff" if rank == 0 else b"")
     return vars(meter), seen, values, seed
 
@@ -65,8 +66,10 @@ def test_two_processes_agree_and_the_second_follows():
     assert (main_meter["loss"], main_meter["mini_steps"], main_meter["samples"]) == (4.0, 4, 24)
     assert (main_meter["dropped"], main_meter["unreported_samples"]) == (1, 16)
     assert set(meter.values()) == {0}
-    # parameters follow at first and after they have changed, and any rank may ask to stop
-    assert main_seen == seen == [(5, False, [0.0, 0.0]), (6, True, []), (0, False, [12.0, 12.0])]
+    # parameters follow at first, after they have changed and with each epoch, and any rank may ask to stop
+    assert main_seen == seen == [
+        (5, False, [0.0, 0.0]), (5, True, []), (5, False, [12.0, 12.0]), (6, False, [12.0, 12.0])
+    ]  # fmt: skip
     assert main_values == values == [[0.0] * 3, [4.0] * 3]
     assert main_seed == seed == b"\x00id\xff"
 
@@ -119,5 +122,5 @@ def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
     for record in of_ranks:
         if record["event"] == "local_workers":
             assert len(record["checksums"]) == RANKS and len(set(record["checksums"])) == 1, record
-    assert len({tuple(checksums) for checksums in checked.values()}) == len(checked), "they do change"
+    assert len({tuple(checksums) for checksums in checked.values()}) >= 3, "they do change"
     assert read_backup(run / "trainer" / "backup.pth")["epoch"] == epochs[-1]["epoch"]
