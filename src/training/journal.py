@@ -3,11 +3,14 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
@@ -45,9 +48,9 @@ class Journal:
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = path.open("a", encoding="utf-8")
-        if path.read_bytes()[-1:] not in (b"", b"\n"):  # a crash cut the last line off: begin a new one
-            self._file.write("\n")
+        self._file = path.open("ab", buffering=0)
+        self._torn = path.read_bytes()[-1:] not in (b"", b"\n")  # a crash or a full disk cut the last line off
+        self._has_failed = False
         self._lock = threading.Lock()
         self.listeners: list[Callable[[dict], None]] = []
         self._sinks = []
@@ -66,11 +69,20 @@ class Journal:
         record = {key: None if value != value or value in (float("inf"), -float("inf")) else value
                   for key, value in record.items()}  # fmt: skip
         with self._lock:  # several threads of an auxiliary peer write
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._append(json.dumps(record, ensure_ascii=False) + "\n")
             for listener in self.listeners:
                 listener(record)
         return record
+
+    def _append(self, line: str) -> None:
+        """In one write. A full disk costs records, not the run."""
+        data = (b"\n" if self._torn else b"") + line.encode()
+        try:
+            self._torn = self._file.write(data) != len(data)
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning("%s lacks records from now on: %s; make room, training goes on", self.path, error)
+            self._has_failed = True
 
     def close(self) -> None:
         self._file.close()

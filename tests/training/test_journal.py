@@ -91,6 +91,32 @@ for number in range(500):
         print("begun", flush=True)
 """
 
+FILL = """
+import logging, resource, sys
+from pathlib import Path
+from journal import Journal
+logging.basicConfig(format="%(message)s")
+journal = Journal(Path(sys.argv[1]))
+journal.write("first")
+hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+for number in range(5):
+    journal.write("lost", number=number, text="x" * 30)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+journal.write("last")
+journal.close()
+"""
+
+
+def test_full_disk_costs_records_but_not_the_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    done = subprocess.run([sys.executable, "-c", FILL, str(path)], env=MODULE_ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("lacks records from now on") == 1
+    events = [record["event"] for record in read_journal(path)]
+    assert events[0] == "first" and events[-1] == "last" and events.count("lost") < 2
+
+
 # -- folders ----------------------------------------------------------------------------------------------------------
 
 CLAIM = """
