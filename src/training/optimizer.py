@@ -215,7 +215,7 @@ def make_collaborative_optimizer(
         "request_timeout": request_timeout,
         # hivemind would wait for a silent reducer twice as long as for a silent sender. A reducer answers when it has
         # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
-        "sender_timeout": 0.5 * collaboration.next_chunk_timeout,
+        "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
         "reducer_timeout": collaboration.next_chunk_timeout,
         "search_seconds": max(collaboration.next_chunk_timeout, collaboration.matchmaking_time + 5.0),
         "vain_search": vain_search,

@@ -279,7 +279,7 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
         assert averager.allreduce_kwargs["min_vector_size"] == 1
         assert 0 < averager.matchmaking_kwargs["request_timeout"] < 1.5  # else peers wait for each other
         # all of a round that waits for a silent peer, as sender or as reducer, is over after --next_chunk_timeout
-        assert (averager.allreduce_kwargs["sender_timeout"], averager.allreduce_kwargs["reducer_timeout"]) == (2, 4)
+        assert (averager.allreduce_kwargs["sender_timeout"], averager.allreduce_kwargs["reducer_timeout"]) == (3, 4)
         assert averager._search_seconds == optimizer.matchmaking_time + 5
         assert averager._vain_search is optimizer.tracker._vain_search
     of_gradients = optimizer.grad_averager.allreduce_kwargs["compression"]
