@@ -17,6 +17,7 @@ from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
@@ -294,4 +295,34 @@ def correct_step_cancellation() -> None:
     StepControl.cancel = cancel
 
 
-__all__ = ["LeanGradientAverager", "LeanStateAverager", "Round", "correct_step_cancellation"]
+def end_searches_without_waiting() -> None:
+    """Let an averager begin its round at once when it has a group.
+
+    hivemind 1.1.12 first tells the DHT that the search is over and waits for the answers. When a node has died lately
+    that takes seconds, in which the other members of the group wait, and give up.
+    """
+    if hasattr(GroupKeyManager.declare_averager, "waiting"):
+        return  # done already
+    declare, in_the_background = GroupKeyManager.declare_averager, set()
+
+    async def declare_averager(
+        self: GroupKeyManager, group_key, peer_id, expiration_time, looking_for_group: bool = True
+    ) -> bool:
+        task = asyncio.ensure_future(declare(self, group_key, peer_id, expiration_time, looking_for_group))
+        if looking_for_group:
+            return await task
+        in_the_background.add(task)  # asyncio itself keeps no reference
+        task.add_done_callback(in_the_background.discard)
+        return True
+
+    declare_averager.waiting = declare
+    GroupKeyManager.declare_averager = declare_averager
+
+
+__all__ = [
+    "LeanGradientAverager",
+    "LeanStateAverager",
+    "Round",
+    "correct_step_cancellation",
+    "end_searches_without_waiting",
+]

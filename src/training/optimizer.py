@@ -13,7 +13,13 @@ from hivemind.compression import BlockwiseQuantization, Float16Compression, Size
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
-from src.training.averagers import LeanGradientAverager, LeanStateAverager, Round, correct_step_cancellation
+from src.training.averagers import (
+    LeanGradientAverager,
+    LeanStateAverager,
+    Round,
+    correct_step_cancellation,
+    end_searches_without_waiting,
+)
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.progress import LeanProgressTracker
 from src.training.schedules import learning_rate_factor
@@ -132,6 +138,9 @@ class LeanOptimizer(hivemind.Optimizer):
             super()._maybe_schedule_state_averaging()
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
+        # With a handle that was used for the last epoch's round, hivemind would skip this one's.
+        if self.scheduled_grads is not None and self.scheduled_grads.done():
+            self.scheduled_grads = None
         # Without a round hivemind leaves the sum over local steps in reused buffers that are not offloaded.
         began = super()._begin_averaging_gradients(grad_scaler)
         if not began and not self.offload_optimizer:
@@ -207,6 +216,7 @@ def make_collaborative_optimizer(
     """
     learning_rate = make_learning_rate(training)
     correct_step_cancellation()
+    end_searches_without_waiting()
     request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
     vain_search = multiprocessing.Value("d", float("-inf"))
     averager_options = {

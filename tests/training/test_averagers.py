@@ -12,6 +12,7 @@ import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
+from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.compression import (
     BlockwiseQuantization,
@@ -23,6 +24,7 @@ from hivemind.compression import (
 )
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
@@ -33,6 +35,7 @@ from src.training.averagers import (
     Round,
     RoundReporting,
     correct_step_cancellation,
+    end_searches_without_waiting,
 )
 from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
@@ -319,6 +322,33 @@ def test_round_report_ends_the_activity_also_after_a_failure():
     averager = ReportingFakeAverager(MatchmakingException("no leader"))
     report_of(averager)
     assert averager._num_active_steps == 0
+
+
+def test_end_of_a_search_is_told_in_the_background_and_its_beginning_is_not():
+    end_searches_without_waiting()
+    end_searches_without_waiting()  # harmless
+
+    class SlowDHT:
+        peer_id, told = None, []
+
+        async def store(self, **kwargs):
+            await asyncio.sleep(0.3)  # a node has died
+            self.told.append(kwargs["value"])
+            return True
+
+    async def scenario():
+        manager, began = GroupKeyManager(SlowDHT(), "run", "", None), time.monotonic()
+        assert await manager.declare_averager("run.0b", PeerID(b"own"), 100.0)
+        told_to_begin = time.monotonic() - began
+        assert await manager.declare_averager("run.0b", PeerID(b"own"), 100.0, looking_for_group=False)
+        told_to_end = time.monotonic() - began - told_to_begin
+        assert SlowDHT.told == [True]
+        await asyncio.sleep(0.5)
+        return told_to_begin, told_to_end
+
+    told_to_begin, told_to_end = asyncio.run(scenario())
+    assert SlowDHT.told == [True, False]
+    assert told_to_begin >= 0.3 > 0.1 > told_to_end
 
 
 class Group:

@@ -264,6 +264,16 @@ def test_optimizer_does_not_look_for_the_next_group_while_the_last_round_is_unde
     assert scheduled == ["gradients", "parameters"]
 
 
+def test_optimizer_averages_although_the_last_round_s_handle_was_not_replaced():
+    optimizer, _ = bare_optimizer(num_peers=2)
+    optimizer.scheduled_grads = SimpleNamespace(triggered=True, done=lambda: True)
+    steps = []
+    optimizer.grad_averager.step = lambda **kwargs: steps.append(kwargs) or "new round"
+    assert optimizer._begin_averaging_gradients(None)
+    assert [step["control"] for step in steps] == [None]
+    assert optimizer.scheduled_grads == "new round"
+
+
 def test_auxiliary_optimizer_delays_nothing_and_shares_no_state(start_optimizer):
     optimizer = start_optimizer(auxiliary=True)
     assert not optimizer.delay_optimizer_step and not optimizer.delay_grad_averaging
