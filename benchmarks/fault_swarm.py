@@ -189,6 +189,8 @@ class FaultySwarm:
             if peer.alive:
                 peer.signal_all(signal.SIGKILL)
                 peer.running.process.wait(30)
+                peer.output += peer.running.lines
+            (peer.folder / "output.txt").write_text("\n".join(peer.output), encoding="utf-8")
 
     def _enforce_deadline(self) -> None:
         """Whatever this program waits for in vain, it and its peers are gone a minute after the deadline."""
@@ -235,15 +237,16 @@ class FaultySwarm:
         return bool(epochs) and peer.epoch() >= self.epoch() - 1
 
     def wait_until_in_step(self, *peers: FaultyPeer, since: float, seconds: float = 120.0) -> None:
+        def dead() -> list[FaultyPeer]:
+            return [peer for peer in peers if not peer.alive]
+
         for peer in peers:
             self.wait_until(
-                lambda peer=peer: self.in_step(peer, since) or not peer.alive,
-                f"{peer.name} trains in step",
-                seconds=seconds,
+                lambda peer=peer: self.in_step(peer, since) or dead(), f"{peer.name} trains in step", seconds=seconds
             )
-            if not peer.alive:
-                code = peer.running.process.poll()
-                raise NotSurvived(f"{peer.name} ended with code {code}:\n{peer.running.output()[-2000:]}")
+        for peer in dead():
+            code = peer.running.process.poll()
+            raise NotSurvived(f"{peer.name} ended with code {code}:\n{peer.running.output()[-2000:]}")
 
     def epoch(self) -> int:
         """The newest epoch that any trainer has finished, of those that are up if there are any."""
