@@ -87,6 +87,7 @@ def program_of(peer, *, rank: int) -> psutil.Process:
     return program
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
     flags = [*swarm_arguments(tmp_path, target_batch_size=768, total_steps=10_000), *TRAINER.split()]
