@@ -55,7 +55,8 @@ def report(run: Path, *, seconds: float) -> None:
 masked words: loss {summary.first_loss:.3f} at first, {summary.last_loss:.3f} at the end
 {summary.rounds_with_partner} of {summary.rounds} rounds averaged gradients of both trainers, {summary.partial} partial
 parameters of the two trainers differ by {difference.relative:.1e} (relative), {difference.largest:.1e} at most
-learning curve: {curve}""")
+learning curve: {curve}
+report of the run, for a browser: {run / "aux" / "report.html"}""")
 
 
 def fill_masks(checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -196,6 +197,40 @@ def test_journal_explains_in_one_line_why_wandb_does_not_start(tmp_path, monkeyp
     ) as caught:
         Journal(tmp_path / "metrics.jsonl", wandb_project="project")
     assert "\n" not in str(caught.value)
+
+
+def test_journal_writes_the_same_figures_for_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(tmp_path / "metrics.jsonl", tensorboard_dir=str(tmp_path / "board"), run_name="name")
+    for epoch in (1, 2):
+        journal.write("swarm_epoch", epoch=epoch, loss=10.0 / epoch, note="text")
+        journal.write("peer", epoch=epoch, peer="3fa9c1d2", samples=8 * epoch)
+    journal.close()
+    board = EventAccumulator(str(tmp_path / "board" / "name")).Reload()
+    assert set(board.Tags()["scalars"]) == {"swarm_epoch/loss", "peer/3fa9c1d2/samples"}
+    assert [(event.step, event.value) for event in board.Scalars("swarm_epoch/loss")] == [(1, 10.0), (2, 5.0)]
+    assert [event.value for event in board.Scalars("peer/3fa9c1d2/samples")] == [8.0, 16.0]
+    assert len(read_journal(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_journal_says_which_package_tensorboard_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"^--tensorboard_dir needs a package: pip install tensorboard==[\d.]+$"):
+        Journal(tmp_path / "metrics.jsonl", tensorboard_dir=str(tmp_path / "board"))
+
+
+def test_journal_tells_listeners_what_it_writes_from_several_threads(tmp_path):
+    journal, heard = Journal(tmp_path / "metrics.jsonl"), []
+    journal.listeners.append(heard.append)
+    threads = [threading.Thread(target=lambda: [journal.write("note", text="x" * 200) for _ in range(200)])
+               for _ in range(4)]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read_journal(tmp_path / "metrics.jsonl") == heard
+    assert len(heard) == 800
 
 
 OFFLINE = """

@@ -94,6 +94,8 @@ def test_terminal_keeps_messages_and_leaves_the_cursor(monkeypatch):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     view = make_view()
     view.start(view.history, tracker())
+    written = view.console.file.getvalue()
+    assert written.rindex("\x1b[?25h") > written.rindex("\x1b[?25l"), "shown already now, in case of a sudden end"
     view.routine("an epoch's line, which the view shows otherwise")
     view.say("stored the state")
     view.close()
