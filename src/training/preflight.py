@@ -22,7 +22,8 @@ from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, me
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
 BYTES_PER_PARAMETER = 22  # parameter, gradient and its average, the optimizer's copy and its average, 8-bit moments
-BYTES_PER_PROCESS = 1.5e9  # libraries of the trainer and of hivemind's processes
+BYTES_PER_PROCESS = 1.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
+BYTES_PER_GPU_PARAMETER, BYTES_PER_GPU_PROCESS = 8, 0.5e9  # parameter and gradient
 BACKUP_BYTES_PER_PARAMETER = 7  # parameters and moments; a new backup is written before the old one goes
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -63,10 +64,8 @@ def check_disk(directory: Path, num_parameters: int) -> Check:
     return Check("disk", OK, found)
 
 
-def available_memory(device: torch.device) -> float:
-    """Bytes: what the device has free, or what this machine (or its container) can still give."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def available_memory() -> float:
+    """Bytes that this machine, or the container this program runs in, can still give."""
     available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
                      if line.startswith("MemAvailable"))  # fmt: skip
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
@@ -75,19 +74,26 @@ def available_memory(device: torch.device) -> float:
     return available
 
 
-def check_memory(num_parameters: int, device: torch.device) -> Check:
-    needed, available = BYTES_PER_PARAMETER * num_parameters + BYTES_PER_PROCESS, available_memory(device)
+def check_memory(num_parameters: int, device: torch.device) -> list[Check]:
+    """This machine's memory and, if there is one, the GPU's, which holds parameters and gradients only."""
+    checks = [_compare_memory("memory", BYTES_PER_PARAMETER * num_parameters + BYTES_PER_PROCESS, available_memory())]
+    if device.type == "cuda":
+        needed = BYTES_PER_GPU_PARAMETER * num_parameters + BYTES_PER_GPU_PROCESS
+        checks.append(_compare_memory("GPU memory", needed, torch.cuda.mem_get_info(device)[0]))
+    return checks
+
+
+def _compare_memory(name: str, needed: float, available: float) -> Check:
     found = (
-        f"about {needed / 1e9:.1f} GB for {num_parameters / 1e6:.1f} million parameters, gradients, optimizer and "
-        f"libraries, activations not counted; {available / 1e9:.1f} GB are free"
+        f"about {needed / 1e9:.1f} GB for parameters, gradients, optimizer and libraries, activations not counted; "
+        f"{available / 1e9:.1f} GB are free"
     )
     if available < needed:
-        return Check("memory", FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
+        return Check(name, FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
     if available < 1.3 * needed:
-        return Check("memory", WARNING, found,
-                     "little is left for activations: keep --per_device_train_batch_size small, "
-                     "--gradient_checkpointing on")  # fmt: skip
-    return Check("memory", OK, found)
+        return Check(name, WARNING, found, "little is left for activations: keep --per_device_train_batch_size small "
+                     "and --gradient_checkpointing on")  # fmt: skip
+    return Check(name, OK, found)
 
 
 def check_identity(identity_path: str | None) -> Check:
@@ -308,7 +314,8 @@ def run_checks(
     report(model_check)
     if built is not None:
         num_parameters = sum(parameter.numel() for parameter in built[0].parameters())
-        report(check_memory(num_parameters, device))
+        for check in check_memory(num_parameters, device):
+            report(check)
         report(check_disk(Path(output_dir), num_parameters))
     check_network(peer, report)  # before data are read: hivemind's processes come before other threads
     if built is not None and read_data is not None:

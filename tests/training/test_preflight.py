@@ -271,14 +271,22 @@ def test_check_of_disk(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("available", "state"), [(20e9, FAILED), (25e9, WARNING), (40e9, OK)])
 def test_check_of_memory(monkeypatch, available, state):
-    monkeypatch.setattr(preflight, "available_memory", lambda device: available)
-    check = preflight.check_memory(10**9, torch.device("cpu"))
+    monkeypatch.setattr(preflight, "available_memory", lambda: available)
+    (check,) = preflight.check_memory(10**9, torch.device("cpu"))
     assert check.state == state, "22 GB and 1.5 GB are needed"
     assert f"{available / 1e9:.1f} GB are free" in check.found
 
 
+@pytest.mark.parametrize(("free", "state"), [(8e9, FAILED), (10e9, WARNING), (12e9, OK)])
+def test_check_of_gpu_memory(monkeypatch, free, state):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
+    monkeypatch.setattr(preflight, "available_memory", lambda: 100e9)
+    memory, gpu_memory = preflight.check_memory(10**9, torch.device("cuda"))
+    assert (memory.state, gpu_memory.state) == (OK, state), "8 GB and 0.5 GB are needed"
+
+
 def test_check_knows_the_memory_of_this_machine():
-    assert 1e8 < preflight.available_memory(torch.device("cpu")) <= psutil.virtual_memory().total
+    assert 1e8 < preflight.available_memory() <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(("hard", "state"), [(1024, FAILED), (4096, OK), (-1, OK)])
