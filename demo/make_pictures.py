@@ -81,7 +81,7 @@ def train(directory: Path, epochs: int) -> str:
     auxiliary = TerminalPeer("run_aux_peer.py", ["@demo/aux.args", *held_out, *shared, *own])
     try:
         with LocalSwarm(environment=threads) as swarm:
-            swarm.initial_peers = [auxiliary.wait_for(r"--initial_peers (/ip4/127\S+)", 180).group(1)]
+            swarm.initial_peers = [auxiliary.wait_for(r"--initial_peers (/ip4/127\S+)", 600).group(1)]
             trainer = ["@demo/trainer.args", *shared, "--wait_for_peers", "2"]
             peers = [swarm.start(f"trainer {number}", "run_trainer.py", trainer) for number in (1, 2)]
             metrics = directory / "demo" / "aux" / "metrics.jsonl"
