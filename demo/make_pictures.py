@@ -1,8 +1,8 @@
 """Make docs/terminal.png and docs/report.png: a demo swarm's auxiliary peer in a terminal, and the report it leaves.
 
-    python demo/make_pictures.py
+    python demo/make_pictures.py [--metrics outputs/demo-.../demo/aux/metrics.jsonl]
 
-Trains for some minutes; needs Chromium (`apt-get install chromium`), which turns both into pictures.
+Trains for some minutes, or takes the file of a run that there is already. Needs Chromium (`apt-get install chromium`), which turns both into pictures.
 """
 
 import argparse
@@ -125,14 +125,25 @@ def screenshot(page: Path, picture: Path, width: int, height: int) -> None:
     raise RuntimeError(f"{picture} has {picture.stat().st_size} bytes; make it smaller")
 
 
-def draw_terminal(view: str, picture: Path) -> None:
+def view_of(metrics: Path):
+    """What `python -m src.training.terminal` showed when the last record was written."""
+    from src.training.history import read_history
+    from src.training.terminal import TerminalView
+
+    view = TerminalView()
+    view.history = read_history(metrics)
+    view.clock = lambda: view.history.last_time
+    return view.render()
+
+
+def draw_terminal(view, picture: Path, title: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere, force_terminal=True)
-        console.print(Text.from_ansi(view), soft_wrap=True)
-    image = console.export_svg(title="python run_aux_peer.py @demo/aux.args")
+        console.print(view, soft_wrap=isinstance(view, Text))
+    image = console.export_svg(title=title)
     width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', image).groups())
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "terminal.html"
@@ -143,13 +154,24 @@ def draw_terminal(view: str, picture: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output_dir", type=Path, default=REPOSITORY / "docs", help="where the pictures go (docs)")
+    parser.add_argument("--metrics", type=Path, help="an auxiliary peer's metrics.jsonl (default: train)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs to train (default: 40)")
     options = parser.parse_args()
+    from rich.text import Text
+
+    from src.training.report import write_report
+
     options.output_dir.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        view = last_view(train(Path(folder), options.epochs))
-        draw_terminal(view, options.output_dir / "terminal.png")
-        screenshot(Path(folder) / "demo" / "aux" / "report.html", options.output_dir / "report.png", 1000, 1130)
+        report = Path(folder) / "report.html"
+        if options.metrics is None:
+            view = Text.from_ansi(last_view(train(Path(folder), options.epochs)))
+            draw_terminal(view, options.output_dir / "terminal.png", "python run_aux_peer.py @demo/aux.args")
+        else:
+            view, title = view_of(options.metrics), "python -m src.training.terminal metrics.jsonl"
+            draw_terminal(view, options.output_dir / "terminal.png", title)
+        write_report(options.metrics or Path(folder) / "demo" / "aux" / "metrics.jsonl", report)
+        screenshot(report, options.output_dir / "report.png", 1000, 1130)
     print(f"made {options.output_dir / 'terminal.png'} and {options.output_dir / 'report.png'}")
     return 0
 
