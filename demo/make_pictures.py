@@ -2,7 +2,8 @@
 
     python demo/make_pictures.py [--metrics outputs/demo-.../demo/aux/metrics.jsonl]
 
-Trains for some minutes, or takes the file of a run that there is already. Needs Chromium (`apt-get install chromium`), which turns both into pictures.
+Trains for some minutes, or takes the file of a run that there is already. Needs Chromium (`apt-get install chromium`),
+which turns both into pictures.
 """
 
 import argparse
@@ -171,7 +172,7 @@ def main() -> int:
             view, title = view_of(options.metrics), "python -m src.training.terminal metrics.jsonl"
             draw_terminal(view, options.output_dir / "terminal.png", title)
         write_report(options.metrics or Path(folder) / "demo" / "aux" / "metrics.jsonl", report)
-        screenshot(report, options.output_dir / "report.png", 1000, 1130)
+        screenshot(report, options.output_dir / "report.png", 1100, 1010)
     print(f"made {options.output_dir / 'terminal.png'} and {options.output_dir / 'report.png'}")
     return 0
 

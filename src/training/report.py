@@ -28,7 +28,7 @@ body { margin: 0 auto; padding: 16px; max-width: 1080px; background: var(--page)
   font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.4rem; margin: 4px 0; } h2 { font-size: 1.05rem; margin: 0 0 8px; }
 p { margin: 4px 0; } .soft, small, footer { color: var(--soft); } small { font-size: .82em; font-weight: 400; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 10px; margin: 14px 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 10px; margin: 14px 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 10px; }
 .tile, figure, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0;
   padding: 10px 12px; min-width: 0; }
