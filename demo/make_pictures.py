@@ -97,9 +97,8 @@ def train(directory: Path, epochs: int) -> str:
 
 def last_view(terminal: str) -> str:
     """The view as it was left on the screen."""
-    start = terminal.rindex("╭─  run ")
-    start = terminal.rindex("\n", 0, start) + 1
-    return terminal[start : terminal.index("leaving the swarm", start)].rstrip()
+    start = terminal.rindex("╭", 0, terminal.rindex("  run "))  # before it stand colours and movements of the cursor
+    return "\x1b[34m" + terminal[start : terminal.index("leaving the swarm", start)].rstrip()
 
 
 def screenshot(page: Path, picture: Path, width: int, height: int) -> None:

@@ -90,7 +90,8 @@ class TerminalView(Progress):
             score = history.held_out[-1]
             lines.append(Text(f"held-out loss {score.loss:.3f}, {score.accuracy:.1%} of the words and "
                               f"{score.order_accuracy:.0%} of the orders right, epoch {score.epoch}"))  # fmt: skip
-        lines.append(Text(self._pace(last, now), style="dim"))
+        if last is not None:
+            lines.append(Text(self._pace(last, now), style="dim"))
         of = f" of {history.total_epochs}" if history.total_epochs else ""
         peers = f"{last.num_peers} trainers, {short_number(last.samples_per_second)} samples/s" if last else "waiting"
         title = Text(f" run {history.run_id}: {last.epoch if last else 0}{of} epochs, {peers} ")
@@ -115,8 +116,6 @@ class TerminalView(Progress):
 
     def _pace(self, last, now: float) -> str:
         history, seconds = self.history, self.history.epoch_seconds()
-        if last is None:
-            return ""
         parts = [f"last epoch ended {format_seconds(max(0.0, now - last.time))} ago"]
         if seconds is not None:
             parts.append(f"one takes {format_seconds(seconds)}")
