@@ -1,0 +1,241 @@
+"""What the README shows works: its commands are run where they need nothing, else read by the program they call.
+
+Nothing in a ```bash block may pass unnoticed: a command is run here (RUN), parsed by its program (every `python` of
+this repository), found in the Makefile (make), or named in ELSEWHERE with the reason. Python blocks are executed.
+"""
+
+import argparse
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import (
+    ArgumentParser,
+    AuxiliaryPeerArguments,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+)
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.models import export
+from tasks.mlm import inspect_data
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+README = REPOSITORY / "README.md"
+SHELL_LANGUAGES, OUTPUT_LANGUAGES = ("bash", "sh", "shell"), ("", "text", "json")
+PEERS = {"run_trainer.py": TrainerPeerArguments, "run_aux_peer.py": AuxiliaryPeerArguments}
+# Run in a folder that holds `stand_ins`; each takes the words behind the program's name and returns its exit code.
+RUN = {
+    "tasks.mlm.inspect_data": inspect_data.main,
+    "src.models.export": lambda words: export.main([*words, "--dry-run"] if "--push" in words else words),
+}
+# First words of commands that are neither run nor parsed here, and why.
+ELSEWHERE = {
+    "wget": "downloads", "curl": "downloads", "git": "downloads", "pip": "installs", "apt": "installs",
+    "sudo": "installs", "source": "activates the environment", "python -m pip": "installs", "tmux": "opens a terminal",
+    "python -m venv": "installs", "python -m pytest": "this is it", "ruff": "CI runs it", "mkdir": "of the shell",
+    "cd": "of the shell", "export": "of the shell, see STAND_INS", "for": "of the shell", "do": "of the shell",
+    "done": "of the shell", "hf": "talks to the hub", "nvidia-smi": "needs a GPU", "jupyter": "tests/test_notebooks.py",
+    "xdg-open": "opens a browser",
+}  # fmt: skip
+# Variables that a reader sets; a value for each, with which commands must parse.
+STAND_INS = {
+    "MY_IP": "203.0.113.9", "PORT": "31337", "BANDWIDTH": "100",
+    "INITIAL_PEERS": "/ip4/203.0.113.5/tcp/12345/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC",
+}  # fmt: skip
+NEEDS_NETWORK = re.compile(r"yandex/RuLeanALBERT[\"']|hf_hub_download|snapshot_download")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    line: int
+    text: str
+
+
+def read_blocks(text: str) -> list[Block]:
+    """The fenced blocks; those inside lists lose the list's indentation."""
+    blocks, start = [], None
+    for number, line in enumerate(text.splitlines(), 1):
+        fence = re.fullmatch(r"( *)```+ *(\w*)", line)
+        if fence and start is None:
+            start, indent, language, lines = number, len(fence[1]), fence[2], []
+        elif fence:
+            blocks.append(Block(language, start, "\n".join(lines)))
+            start = None
+        elif start is not None:
+            lines.append(line[indent:])
+    assert start is None, f"README.md, line {start}: the block is never closed"
+    return blocks
+
+
+def split_commands(text: str) -> list[list[str]]:
+    """The words of every command: lines joined at backslashes, comments dropped, cut at && || | ; and newlines."""
+    commands = []
+    for line in text.replace("\\\n", " ").splitlines():
+        line = re.sub(r"\$\([^)]*\)", "SUBSTITUTED", line)
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=";|&")
+        lexer.whitespace_split = True
+        command = []
+        for word in [*lexer, ";"]:
+            if set(word) <= set(";|&"):
+                commands += [command] if command else []
+                command = []
+            else:
+                command.append(word)
+    return commands
+
+
+def normalise(words: list[str]) -> list[str]:
+    """Without VARIABLE=value before the command; the environment's own python, pip and ruff by their plain names."""
+    while words and re.match(r"\w+=", words[0]):
+        words = words[1:]
+    if words and words[0] in ("python3", "python", ".venv/bin/python", "/usr/bin/env"):
+        words = ["python", *words[1:]]
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]] if words else []
+
+
+def substitute(word: str) -> str:
+    def value(match):
+        name = match[1] or match[2]
+        assert name in STAND_INS, f"README.md uses ${name}: add a value for it to STAND_INS"
+        return STAND_INS[name]
+
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, word)
+
+
+def is_elsewhere(words: list[str]) -> bool:
+    return any(words[: len(known.split())] == known.split() for known in ELSEWHERE)
+
+
+class Parsed(Exception):
+    """The program has understood its command line; it need not go on."""
+
+
+def parse_with_its_program(target: str, words: list[str], monkeypatch) -> None:
+    """Start a program or module of this repository, up to the moment when its command line has been parsed."""
+    if target in PEERS:
+        parser = ArgumentParser(PEERS[target], CollaborationArguments, HFTrainerArguments, prog=target)
+        parser.parse(words or ["@demo/trainer.args"])
+        return
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(parser, args=None, namespace=None):
+        original(parser, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [target, *words])
+    with pytest.raises(Parsed):
+        if target.endswith(".py"):
+            runpy.run_path(str(REPOSITORY / target), run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+
+
+BLOCKS = read_blocks(README.read_text(encoding="utf-8"))
+COMMANDS = [
+    (block.line, words)
+    for block in BLOCKS
+    if block.language in SHELL_LANGUAGES
+    for words in map(normalise, split_commands(block.text))
+    if words
+]
+TESTED = [command for command in COMMANDS if not is_elsewhere(command[1])]
+PYTHON_BLOCKS = [block for block in BLOCKS if block.language == "python"]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory) -> Path:
+    """A folder with small versions of what the README's commands start from."""
+    folder = tmp_path_factory.mktemp("readme")
+    shutil.copytree(REPOSITORY / "demo", folder / "demo")
+    shutil.copytree(REPOSITORY / "demo" / "corpus", folder / "texts")
+    for name in ("tokenizer", "my_tokenizer"):
+        shutil.copytree(REPOSITORY / "demo" / "tokenizer", folder / name)
+    config = LeanAlbertConfig(vocab_size=4000, embedding_size=16, hidden_size=32, num_hidden_layers=1,
+                              num_attention_heads=2, intermediate_size=32)  # fmt: skip
+    model = LeanAlbertForPreTraining(config)
+    model.config.save_pretrained(folder)
+    torch.save({"model": model.state_dict()}, folder / "state.pth")
+    for run in ("demo", "my-exp", "RUN_ID"):
+        checkpoint = folder / "outputs" / run / "aux" / "checkpoint"
+        model.save_pretrained(checkpoint)
+        shutil.copytree(folder / "tokenizer", checkpoint, dirs_exist_ok=True, ignore=lambda *_: ["config.json"])
+        (checkpoint.parent / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "mlm_loss": 8.0}\n')
+    assert export.main([str(folder / "outputs/demo/aux/checkpoint"), str(folder / "my-model")]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("line", "words"), TESTED, ids=[f"{line}: {' '.join(w)[:60]}" for line, w in TESTED])
+def test_readme_command_works(stand_ins, monkeypatch, capsys, line, words):
+    monkeypatch.chdir(stand_ins)
+    where = f"README.md, block at line {line}: {' '.join(words)!r}"
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
+        assert set(words[1:]) <= set(targets), f"{where}: the Makefile has only {targets}"
+        return
+    assert words[0] == "python" and len(words) > 1, f"{where}: say in ELSEWHERE why this is not tested, or test it"
+    target, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    arguments = [found for word in arguments for found in expand(substitute(word))]
+    if target in RUN:
+        assert RUN[target](arguments) == 0, f"{where}: {capsys.readouterr().err}"
+        return
+    source = target if target.endswith(".py") else f"{target.replace('.', '/')}.py"
+    assert (REPOSITORY / source).is_file(), f"{where}: there is no {source}"
+    try:
+        parse_with_its_program(target, arguments, monkeypatch)
+    except SystemExit:
+        pytest.fail(f"{where}: {capsys.readouterr().err}")
+
+
+def expand(word: str) -> list[str]:
+    """What the shell makes of a pattern. Quoted ones have lost their quotes, but the programs expand those alike."""
+    found = sorted(map(str, Path().glob(word))) if "*" in word and not word.startswith("/") else []
+    return found or [word]
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[f"line {block.line}" for block in PYTHON_BLOCKS])
+def test_readme_python_runs(stand_ins, monkeypatch, capsys, block):
+    monkeypatch.chdir(stand_ins)
+    code = compile(block.text, f"README.md, block at line {block.line}", "exec")
+    if NEEDS_NETWORK.search(block.text):
+        return  # it compiles; the download is not tried here
+    exec(code, {"__name__": "readme"})
+
+
+def test_readme_blocks_are_of_known_languages():
+    assert {block.language for block in BLOCKS} <= {*SHELL_LANGUAGES, *OUTPUT_LANGUAGES, "python"}
+    for block in BLOCKS:
+        if block.language in OUTPUT_LANGUAGES:
+            commands = [
+                line for line in block.text.splitlines() if re.match(r"(\.venv/bin/)?(python3?|make|pip) ", line)
+            ]
+            assert not commands, f"README.md, line {block.line}: call this block ```bash, so that it is tested"
+    assert len(TESTED) >= 8 and PYTHON_BLOCKS
+
+
+def test_readme_links_lead_to_files():
+    links = re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))
+    broken = [link for link in links if not re.match(r"https?://|mailto:", link) and not (REPOSITORY / link).exists()]
+    assert not broken
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("make demo    # a comment", [["make", "demo"]]),
+        ("OMP_NUM_THREADS=1 .venv/bin/python -m pytest", [["python", "-m", "pytest"]]),
+        ("python a \\\n --x 'b c' && ruff x | cat", [["python", "a", "--x", "b c"], ["ruff", "x"], ["cat"]]),
+        ("export A=$(curl -s http://x) B=/ip4/1", [["export", "A=SUBSTITUTED", "B=/ip4/1"]]),
+    ],
+)  # fmt: skip
+def test_readme_commands_are_split_as_a_shell_does(text, expected):
+    assert [normalise(words) for words in split_commands(text)] == expected
