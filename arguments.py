@@ -5,12 +5,16 @@ shell, ``#`` starts a comment); flags that come later win.
 """
 
 import argparse
+import math
+import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+
+from command_line import OneLineErrors
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
@@ -23,10 +27,18 @@ def option(default, help: str, **kwargs):
 
 
 def check_positive(arguments, *names: str) -> None:
-    """Raises ValueError for the first of these fields that is not above zero."""
+    """Raises ValueError for the first of these fields that is not a number above zero."""
     for name in names:
-        if not getattr(arguments, name) > 0:
+        if not 0 < getattr(arguments, name) < math.inf:
             raise ValueError(f"--{name} must be positive, not {getattr(arguments, name)}")
+
+
+def check_range(arguments, low: float, high: float, *names: str) -> None:
+    """Raises ValueError for the first of these fields that is not in [low, high)."""
+    for name in names:
+        if not low <= getattr(arguments, name) < high:
+            limit = f"must be in [{low}, {high})" if high < math.inf else "must not be negative"
+            raise ValueError(f"--{name} {getattr(arguments, name)}: {limit}")
 
 
 @dataclass
@@ -77,6 +89,7 @@ class PeerArguments:
             raise ValueError(f"--run_id {self.run_id!r}: only letters, digits, - and _ are allowed")
         if str(self.authorize).lower() not in ("false", "none", "no", "0"):
             raise ValueError(f"--authorize {self.authorize}: only open runs are supported; pass --authorize False")
+        check_positive(self, "min_vector_size")
         if self.bandwidth is not None and self.bandwidth != "auto":
             try:
                 self.bandwidth = float(self.bandwidth)
@@ -110,7 +123,7 @@ class TrainerPeerArguments(PeerArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "statistics_expiration", "backup_every_epochs")
+        check_positive(self, "statistics_expiration", "backup_every_epochs", "wait_for_peers")
 
 
 @dataclass
@@ -144,6 +157,8 @@ class AuxiliaryPeerArguments(PeerArguments):
         given = self.upload_interval is not None, self.repo_url is not None
         if any(given) and not (all(given) and self.store_checkpoints):
             raise ValueError("uploads need --store_checkpoints, --repo_url and --upload_interval together")
+        if self.repo_url is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_url):
+            raise ValueError(f"--repo_url {self.repo_url}: should be ORGANISATION/NAME, without the web address")
 
 
 @dataclass
@@ -231,7 +246,12 @@ class HFTrainerArguments(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # otherwise --bf16 is refused without a GPU
         super().__post_init__()
         check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-                       "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of")  # fmt: skip
+                       "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of", "adam_epsilon",
+                       "max_grad_norm", "clamp_value")  # fmt: skip
+        check_range(self, 0, 1, "adam_beta1", "adam_beta2")
+        check_range(self, 0, math.inf, "weight_decay", "num_zero_lr_steps", "sequence_length_warmup_steps",
+                    "min_8bit_size", "dataloader_num_workers")  # fmt: skip
+        check_range(self, 0, 2**32, "seed")  # what numpy takes
         if self.min_learning_rate is not None and not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"--min_learning_rate {self.min_learning_rate} must lie between 0 and --learning_rate "
@@ -266,36 +286,98 @@ def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, tra
     return settings
 
 
-class ArgumentParser(HfArgumentParser):
+# The order in which --help lists flags: what people look for together stands together.
+TOPICS = {
+    "who takes part, and how they reach each other": (
+        "run_id", "initial_peers", "host_maddrs", "announce_maddrs", "client_mode", "bandwidth", "identity_path",
+        "authorize", "use_ipfs", "wait_for_peers", "check",
+    ),
+    "model, tokenizer and text": (
+        "model_config_path", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir", "seed",
+        "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
+        "pack_sequences",
+    ),
+    "batches, memory and speed of this machine": (
+        "per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", "gradient_checkpointing",
+        "activation_memory", "offload_optimizer", "reuse_grad_buffers", "dataloader_num_workers", "max_steps",
+    ),
+    "optimizer and its schedule (equal for all peers)": (
+        "target_batch_size", "total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "num_zero_lr_steps",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "clamp_value", "min_8bit_size",
+    ),
+    "averaging (equal for all peers)": (
+        "matchmaking_time", "averaging_timeout", "next_chunk_timeout", "average_state_every", "min_vector_size",
+        "delay_optimizer_step", "delay_grad_averaging",
+    ),
+    "files, metrics and backups": (
+        "output_dir", "state_path", "backup_every_epochs", "wandb_project", "tensorboard_dir", "statistics_expiration",
+        "refresh_period", "report_interval",
+    ),
+    "what an auxiliary peer does for the others": (
+        "assist_in_averaging", "assist_refresh", "store_checkpoints", "save_checkpoint_epoch_interval", "local_path",
+        "eval_sources", "eval_batches", "repo_url", "upload_interval",
+    ),
+}  # fmt: skip
+
+
+class ArgumentParser(OneLineErrors, HfArgumentParser):
     """Parser over dataclasses with ``@FILE`` arguments; inherited transformers flags work but are not listed."""
 
     def __init__(self, *dataclass_types, **kwargs):
-        super().__init__(dataclass_types, fromfile_prefix_chars="@", allow_abbrev=False, **kwargs)
+        usage = "%(prog)s [@FILE] --run_id RUN_ID [flags]"
+        super().__init__(dataclass_types, allow_abbrev=False, usage=usage, **kwargs)
         inherited = set(TrainingArguments.__dataclass_fields__) - set(HFTrainerArguments.__annotations__)
         for action in self._actions:
             if action.dest.removeprefix("no_") in inherited:
                 action.help = argparse.SUPPRESS
+        self._list_by_topic()
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return find_demo_files(shlex.split(arg_line, comments=True))
+    def _list_by_topic(self) -> None:
+        """Move the flags of each topic from the one long list of argparse to a group of their own."""
+        topic_of = {name: topic for topic, names in TOPICS.items() for name in names}
+        groups = {topic: self.add_argument_group(topic) for topic in [*TOPICS, "more"]}
+        for action in list(self._optionals._group_actions):
+            if action.help != argparse.SUPPRESS and action.dest != "help":
+                # --no_X, which HfArgumentParser makes for each X that is on by default, has the destination of X
+                group = groups[topic_of.get(action.dest.removeprefix("no_"), "more")]
+                self._optionals._group_actions.remove(action)
+                group._group_actions.append(action)
+        for topic, names in TOPICS.items():
+            groups[topic]._group_actions.sort(key=lambda action, names=names: names.index(action.dest))
 
     def parse(self, argv: list[str]) -> tuple:
         """Dataclass instances in the order of the types; wrong flags and values end the program with code 2."""
+        words = self.read_files(argv)
         try:
             *instances, unknown = self.parse_args_into_dataclasses(
-                args=find_demo_files(argv), look_for_args_file=False, return_remaining_strings=True
+                args=words, look_for_args_file=False, return_remaining_strings=True
             )
         except ValueError as error:
             self.error(str(error).splitlines()[0])
         if unknown:
-            self.error(f"unknown arguments: {' '.join(unknown)}")
+            self.refuse_unknown(unknown)
         return tuple(instances)
 
-    def error(self, message: str):
-        """One line instead of argparse's sixty: the usage of all flags would hide it."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
-
-
-def find_demo_files(words: list[str]) -> list[str]:
-    """``@demo/...`` names a file of this repository, wherever the program is started."""
-    return [f"@{DEMO.parent / word[1:]}" if word.startswith("@demo/") else word for word in words]
+    def read_files(self, words: list[str], within: tuple[Path, ...] = ()) -> list[str]:
+        """The words with each ``@FILE`` replaced by what it holds."""
+        found = []
+        for word in words:
+            if not word.startswith("@"):
+                found.append(word)
+                continue
+            # @demo/... names a file of this repository, wherever the program is started
+            path = DEMO.parent / word[1:] if word.startswith("@demo/") else Path(word[1:])
+            if path in within:
+                self.error(f"{word}: this file of flags names itself")
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = getattr(error, "strerror", None) or "not UTF-8 text"
+                self.error(f"{word}: cannot read this file of flags ({reason})")
+            for number, line in enumerate(lines, 1):
+                try:
+                    inner = shlex.split(line, comments=True)
+                except ValueError as error:
+                    self.error(f"{word}, line {number}: {error}")
+                found += self.read_files(inner, (*within, path))
+        return found

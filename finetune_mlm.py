@@ -13,7 +13,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from tasks.finetuning.console import ArgumentParser, InputError, fail, quiet_libraries
+from command_line import ArgumentParser, refuse_files
+from tasks.finetuning.console import InputError, fail, quiet_libraries
 
 PROGRAM = "finetune_mlm.py"
 BASELINES = ("majority", "tfidf")
@@ -25,12 +26,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what = parser.add_argument_group("what to fine-tune on what")
     what.add_argument("-t", "--task", required=True, help="RCB, TERRa, LiDiRus, DaNetQA, PARus, MuSeRC, RUSSE, "
-                      "RWSD, RuCoS or RuCoLA in any case, or all: those with a folder in --data-dir")  # fmt: skip
+                      "RWSD, RuCoS or RuCoLA in any case, or all with a folder in --data-dir (required)")  # fmt: skip
     what.add_argument("-m", "--model-name", help="ruroberta-large, any masked model of the Hugging Face hub or a "
-                      "directory; tfidf or majority for a baseline")  # fmt: skip
+                      "directory; tfidf or majority for a baseline (default: --checkpoint)")  # fmt: skip
     what.add_argument("-c", "--checkpoint", help="state.pth, a trainer's backup.pth, or a directory that "
-                      "from_pretrained opens, such as outputs/RUN_ID/aux/checkpoint")  # fmt: skip
-    what.add_argument("--model-config", help="of state.pth or backup.pth (default: config.json beside it)")
+                      "from_pretrained opens (default: state.pth here, or the newest one under outputs/)")  # fmt: skip
+    what.add_argument(
+        "--model-config", help="configuration of state.pth or backup.pth (default: config.json beside it)"
+    )
     what.add_argument("--tokenizer", help="directory or hub id (default: the one that lies with the model)")
     what.add_argument("-d", "--data-dir", type=Path, default=Path(), help="holds TASK/train.jsonl ... or "
                       "RussianSuperGLUE/TASK/..., and RuCoLA/*.csv (default: .)")  # fmt: skip
@@ -38,19 +41,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--batch-size", type=int, default=32, help="rows on the device at once (default: 32)")
     how.add_argument("--grad-acc-steps", type=int, default=1, help="batches in one step (default: 1)")
     how.add_argument("--dropout", type=float, default=0.1, help="of the classifier (default: 0.1)")
-    how.add_argument("--weight-decay", type=float, default=0.01, help="(default: 0.01)")
+    how.add_argument(
+        "--weight-decay", type=float, default=0.01, help="of AdamW, not on biases and norms (default: 0.01)"
+    )
     how.add_argument("--num-seeds", type=int, default=1, help="seeds 0, 1, ... that should be finished (default: 1)")
-    how.add_argument("--num-epochs", type=int, default=40, help="(default: 40)")
-    how.add_argument("--learning-rate", type=float, default=1e-5, help="(default: 1e-5)")
+    how.add_argument("--num-epochs", type=int, default=40, help="passes over the training set (default: 40)")
+    how.add_argument("--learning-rate", type=float, default=1e-5, help="peak of the schedule (default: 1e-5)")
     how.add_argument("--max-length", type=int, default=512, help="tokens of an input (default: 512)")
-    how.add_argument("--early-stopping-patience", type=int, help="stop after so many epochs without a better dev score")
-    how.add_argument("--max-steps", type=int, help="stop after so many steps")
+    how.add_argument("--early-stopping-patience", type=int, help="stop after so many epochs without a better "
+                     "dev score (default: never)")  # fmt: skip
+    how.add_argument("--max-steps", type=int, help="stop after so many steps (default: never)")
     how.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                     help="auto: bf16 or fp16 on a GPU that has it, else fp32")  # fmt: skip
+                     help="auto: bf16 or fp16 on a GPU that has it, else fp32 (default: auto)")  # fmt: skip
     where = parser.add_argument_group("where results go")
     where.add_argument("--output-dir", type=Path, default=Path("runs"), help="ledger, runs, tables (default: runs)")
-    where.add_argument("--predictions-dir", type=Path, default=Path("preds"), help="submissions (default: preds)")
-    where.add_argument("--report-to", choices=("none", "wandb", "tensorboard"), default="none", help="(default: none)")
+    where.add_argument(
+        "--predictions-dir", type=Path, default=Path("preds"), help="where submissions go (default: preds)"
+    )
+    where.add_argument("--report-to", choices=("none", "wandb", "tensorboard"), default="none",
+                       help="where curves go besides (default: none)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -62,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     baseline = options.model_name.lower() if (options.model_name or "").lower() in BASELINES else None
     try:
+        refuse_files(output_dir=options.output_dir, predictions_dir=options.predictions_dir)
         benchmarks = evaluation.prepare(options.task, options.data_dir)
         if baseline is None:
             pretrained, settings, ledger = prepare_training(options)

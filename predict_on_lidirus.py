@@ -9,18 +9,23 @@ import argparse
 import sys
 from pathlib import Path
 
-from tasks.finetuning.console import ArgumentParser, InputError, fail, quiet_libraries
+from command_line import ArgumentParser, refuse_files
+from tasks.finetuning.console import InputError, fail, quiet_libraries
 
 PROGRAM = "predict_on_lidirus.py"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(prog=PROGRAM, description=__doc__)
-    parser.add_argument("-m", "--model-name", help="directory of a TERRa run, or a model as it was given to "
-                        "finetune_mlm.py: its best seed by dev (default: of the newest TERRa run)")  # fmt: skip
-    parser.add_argument("-d", "--data-dir", type=Path, default=Path(), help="holds LiDiRus/LiDiRus.jsonl (default: .)")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs"), help="where the ledger is (default: runs)")
-    parser.add_argument("--predictions-dir", type=Path, default=Path("preds"), help="(default: preds)")
+    what = parser.add_argument_group("which model answers what")
+    what.add_argument("-m", "--model-name", help="directory of a TERRa run, or a model as it was given to "
+                      "finetune_mlm.py: its best seed by dev (default: of the newest TERRa run)")  # fmt: skip
+    what.add_argument("-d", "--data-dir", type=Path, default=Path(), help="holds LiDiRus/LiDiRus.jsonl (default: .)")
+    where = parser.add_argument_group("where results are")
+    where.add_argument("--output-dir", type=Path, default=Path("runs"), help="where the ledger is (default: runs)")
+    where.add_argument(
+        "--predictions-dir", type=Path, default=Path("preds"), help="where submissions go (default: preds)"
+    )
     return parser.parse_args(argv)
 
 
@@ -54,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     lidirus, terra = TASKS["lidirus"], TASKS["terra"]
     try:
+        refuse_files(output_dir=options.output_dir, predictions_dir=options.predictions_dir)
         records = lidirus.load(options.data_dir)["test"]
         directory = find_run(options.model_name, options.output_dir)
         run = open_run(directory, terra)

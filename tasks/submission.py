@@ -11,8 +11,9 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command_line import ArgumentParser
 from tasks.benchmarks import TASKS
-from tasks.finetuning.console import ArgumentParser, fail
+from tasks.finetuning.console import fail
 
 PROGRAM = "python -m tasks.submission"
 ARCHIVE = "submission.zip"

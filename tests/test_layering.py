@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments"}
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments", "command_line"}
 ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
     *(f"src/training/{name}.py" for name in ("optimizer", "dht", "hf_trainer", "callback")),
@@ -16,8 +16,9 @@ ARGUMENTS_READERS = {
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 # path prefix -> modules (and all below them) that files there must not import
 FORBIDDEN = {
+    "command_line.py": {"torch", "transformers", "arguments", "src", "tasks"},
     "arguments.py": {"src", "tasks", "hivemind", "bitsandbytes", "datasets"},
-    "src/": {"tasks"},
+    "src/": {"tasks", "command_line"},
     "src/training/": set(),
     "src/models/": {"src.training", "arguments", "hivemind", "bitsandbytes", "datasets"},
     "tasks/finetuning/": {"src.training", "tasks.mlm"},

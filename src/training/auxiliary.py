@@ -45,6 +45,19 @@ class AveragingAssistant(threading.Thread):
                                **vars(averaging_round))  # fmt: skip
 
 
+# What the files of a checkpoint begin with, in whatever version of transformers it was written.
+CHECKPOINT_FILES = ("config", "model", "tokenizer", "special_tokens", "spiece", "added_tokens", "vocab", "merges")
+
+
+def refuse_foreign_directory(path: Path) -> None:
+    """Raises ValueError if something is at ``path`` that is not a checkpoint: it would be lost."""
+    if path.is_file():
+        raise ValueError(f"--local_path: {path} is a file; name a directory for checkpoints alone")
+    foreign = [entry.name for entry in path.glob("*") if not entry.name.startswith(CHECKPOINT_FILES)]
+    if foreign:
+        raise ValueError(f"--local_path: {path} holds {min(foreign)}; name a directory for checkpoints alone")
+
+
 class CheckpointStore:
     """Keeps the newest state of the swarm as a directory that ``from_pretrained`` opens.
 
@@ -52,6 +65,7 @@ class CheckpointStore:
     """
 
     def __init__(self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, swarm_lock, every_epochs: int):
+        refuse_foreign_directory(path)  # it will be replaced as a whole
         self.path, self.model, self.tokenizer, self.optimizer = path, model, tokenizer, optimizer
         self.swarm_lock, self.every_epochs, self.last_epoch = swarm_lock, every_epochs, 0
         self.lock = threading.Lock()

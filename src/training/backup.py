@@ -47,6 +47,8 @@ def save_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) ->
 
 def read_backup(path: Path) -> dict:
     """The content of a backup. Raises ValueError if the file is truncated or something else."""
+    if path.is_dir():
+        raise ValueError(f"--state_path: {path} is a directory; name the backup's file")
     with path.open("rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)

@@ -81,7 +81,10 @@ def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
     raise_open_file_limit()
     signature = RSASignatureValidator()
     if peer.identity_path is not None:
-        Path(peer.identity_path).expanduser().parent.mkdir(parents=True, exist_ok=True)
+        identity = Path(peer.identity_path).expanduser()
+        if identity.is_dir():
+            raise ValueError(f"--identity_path: {identity} is a directory; name a file in it, it is made if absent")
+        identity.parent.mkdir(parents=True, exist_ok=True)
     try:
         dht = hivemind.DHT(
             start=True,
@@ -115,6 +118,16 @@ def _check_address(flag: str, address: str, *, needs_peer_id: bool) -> None:
 def _explain(error: str, peer: PeerArguments) -> str:
     if "address already in use" in error:
         return f"--host_maddrs: {' '.join(peer.host_maddrs)} is taken by another program; choose another port"
+    if "cannot assign requested address" in error:
+        return (
+            f"--host_maddrs: {' '.join(peer.host_maddrs)} is not one of this machine; listen on /ip4/0.0.0.0/... "
+            "and name the address that others see in --announce_maddrs"
+        )
+    if peer.identity_path is not None and "cannot parse invalid wire-format" in error:
+        return (
+            f"--identity_path: {peer.identity_path} does not hold a private key; restore it from a copy, or move "
+            "it away: a new one is made, and this peer's address changes"
+        )
     if "failed to connect to bootstrap peers" in error:
         return (
             f"--initial_peers: cannot reach {' '.join(peer.initial_peers)}; check that this peer runs, that the "

@@ -20,8 +20,12 @@ def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
     """
     for number in range(1, 1000):
         directory = Path(output_dir).expanduser() / run_id / (role if number == 1 else f"{role}-{number}")
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+        except OSError as error:
+            reason = f"cannot write in {directory} ({error.strerror})"
+            raise ValueError(f"--output_dir: {reason}; choose another directory") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return directory

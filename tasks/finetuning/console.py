@@ -1,6 +1,5 @@
 """What the person at the terminal sees of the libraries: errors only; of this project: everything worth knowing."""
 
-import argparse
 import logging
 import os
 import sys
@@ -9,16 +8,6 @@ import warnings
 
 class InputError(ValueError):
     """Something wrong with what was passed in that only shows during the work; told in one line, as at the start."""
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """One line for a wrong command line, instead of the usage of all flags before it."""
-
-    def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def fail(program: str, error: Exception) -> int:

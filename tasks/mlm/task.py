@@ -1,5 +1,7 @@
 """Masked-language-model pretraining put together: model, tokenizer, data."""
 
+import dataclasses
+import difflib
 import hashlib
 import json
 import multiprocessing
@@ -13,6 +15,7 @@ from torch.utils.data import IterableDataset
 
 from arguments import HFTrainerArguments, PeerArguments, TrainerPeerArguments
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
+from src.models.config import LEGACY_OPTIONS
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
@@ -37,7 +40,9 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
     if not path.is_file():
         raise ValueError(f"--model_config_path: there is no file {path}; pass a model configuration (.json)")
     try:
-        config = LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        options = json.loads(path.read_text(encoding="utf-8"))
+        check_options(options)
+        config = LeanAlbertConfig.from_dict(options)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"--model_config_path: {path}: {error}") from error
     tokenizer = load_tokenizer(peer.tokenizer_path)
@@ -50,7 +55,28 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
     if activation_memory is not None:
         config.activation_memory = activation_memory
     torch.manual_seed(seed)
-    return LeanAlbertForPreTraining(config), tokenizer
+    try:
+        return LeanAlbertForPreTraining(config), tokenizer
+    except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model_config_path: {path}: there is not enough memory for this model ({reason})"
+        ) from error
+
+
+def check_options(options) -> None:
+    """Raises ValueError if a configuration is no JSON object, is of another model, or has an option nobody knows."""
+    if not isinstance(options, dict):
+        raise ValueError(f"expected a JSON object, found {type(options).__name__}")
+    model_type = options.get("model_type", LeanAlbertConfig.model_type)
+    if model_type != LeanAlbertConfig.model_type:
+        raise ValueError(f"model_type is {model_type!r}, should be {LeanAlbertConfig.model_type!r}")
+    known = set(LeanAlbertConfig().to_dict()) | {field.name for field in dataclasses.fields(LeanAlbertConfig)}
+    known |= {"architectures", "torch_dtype", "auto_map", *LEGACY_OPTIONS}
+    for name in options.keys() - known:
+        nearest = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ValueError(f"there is no option {name}{hint}")
 
 
 def check_sequence_length(model: LeanAlbertForPreTraining, max_sequence_length: int) -> None:

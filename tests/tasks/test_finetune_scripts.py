@@ -180,7 +180,7 @@ def test_bad_arguments_are_one_line(finetune, workplace, capsys, arguments, mess
     [
         (finetune_mlm, [], "the following arguments are required: -t/--task"),
         (finetune_mlm, ["-t", "rcb", "--batch-size", "x"], "argument --batch-size: invalid int value: 'x'"),
-        (predict_on_lidirus, ["--task", "rcb"], "unrecognized arguments: --task rcb"),
+        (predict_on_lidirus, ["--task", "rcb"], "unknown arguments: --task rcb"),
     ],
 )
 def test_wrong_command_line_is_one_line(capsys, script, arguments, message):
