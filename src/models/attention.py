@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .recompute import recomputed
-from .rotary import rotate_queries_and_keys
+from .rotary import split_and_rotate
 
 
 class LeanSelfAttention(nn.Module):
@@ -46,11 +46,10 @@ class LeanSelfAttention(nn.Module):
         attended to, broadcast to [batch, heads, query, key], or None. With `recompute_states` queries, keys and values
         are not kept for backward but computed again.
         """
-        states = self._project(hidden_states, rotary_angles)
+        query, key, value = self._project(hidden_states, rotary_angles)
         keeping = nullcontext()
         if recompute_states:
-            keeping = recomputed(states, lambda: self._project(hidden_states, rotary_angles))
-        query, key, value = states.permute(2, 0, 3, 1, 4).unbind(0)  # each [batch, heads, length, head_size]
+            keeping = recomputed(query, lambda: self._project(hidden_states, rotary_angles)[0])
         dropout_prob = self.attention_probs_dropout_prob if self.training else 0.0
         with keeping:
             attended = F.scaled_dot_product_attention(
@@ -66,12 +65,10 @@ class LeanSelfAttention(nn.Module):
         return hidden_states + F.dropout(outputs, self.hidden_dropout_prob, self.training)
 
     def _project(self, hidden_states, rotary_angles):
-        """Queries, keys and values after rotation, [batch, length, 3, heads, head_size]."""
+        """Queries, keys and values after rotation, each [batch, heads, length, head_size], views of one tensor."""
         norm = self.layer_norm
-        states = self.dense_qkv(hidden_states, self._normalise, norm.weight, norm.bias)
-        if rotary_angles is not None:
-            states = rotate_queries_and_keys(states, self.num_attention_heads, *rotary_angles)
-        return states.unflatten(-1, (3, self.num_attention_heads, -1))
+        projected = self.dense_qkv(hidden_states, self._normalise, norm.weight, norm.bias)
+        return split_and_rotate(projected, self.num_attention_heads, *(rotary_angles or ()))
 
     def _normalise(self, hidden_states, weight, bias):
         return F.layer_norm(hidden_states, self.layer_norm.normalized_shape, weight, bias, self.layer_norm.eps)

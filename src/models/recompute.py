@@ -53,8 +53,8 @@ class WhileRecomputing:
 
 @contextmanager
 def recomputed(tensor, function):
-    """Operations inside keep neither `tensor` nor views of it for backward: `function()`, which must return an equal
-    tensor, is called for them in backward (once for each operation, however many views of the tensor it keeps).
+    """Operations inside keep neither `tensor` nor other views of its memory for backward: `function()`, which must
+    return an equal view of equal memory, is called in backward (once for an operation, however many views it keeps).
 
     Works for every operation on every device, because it is autograd that asks what to keep; for instance for all
     kernels of scaled_dot_product_attention, whose results are kept while queries, keys and values are not.

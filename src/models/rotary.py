@@ -22,44 +22,56 @@ def rotate(states, cos, sin):
     return rotated.to(states.dtype)
 
 
-class RotateInPlace(torch.autograd.Function):
-    """Rotates queries and keys inside [batch, length, 3 * heads * head_size] and keeps only the angles.
+class SplitAndRotate(torch.autograd.Function):
+    """Queries, keys and values inside [batch, length, 3 * heads * head_size], the first two rotated in place.
 
-    Forward and backward take about half the CPU time of autograd over `rotate`, which writes every product and the
-    joined halves to tensors of their own. Queries, keys and values stay views of what the projection wrote.
+    Only the angles are kept. All three are views of what the projection wrote, and backward writes their gradients
+    once, where the projection reads them; autograd over `rotate` and views writes every product, the joined halves, the
+    joined three and their permutation to tensors of their own.
     """
 
     @staticmethod
     def forward(ctx, projected, num_heads, cos, sin):
-        ctx.num_heads = num_heads
         ctx.save_for_backward(cos, sin)
-        ctx.mark_dirty(projected)
-        return rotate_in_place(projected, num_heads, cos, sin)
+        states = projected.data.unflatten(-1, (3, num_heads, -1))  # [batch, length, 3, heads, head_size]
+        if cos is not None:
+            write_rotated(states[:, :, :2], states[:, :, :2], cos[:, :, None], sin[:, :, None])
+        return tuple(part.transpose(1, 2) for part in states.unbind(2))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_outputs):
+    def backward(ctx, *gradients):
         cos, sin = ctx.saved_tensors
-        return rotate_in_place(grad_outputs.clone(), ctx.num_heads, cos, -sin), None, None, None
+        batch, num_heads, length, head_size = gradients[0].shape
+        grad_states = gradients[0].new_empty(batch, length, 3, num_heads, head_size)
+        num_rotated = 0 if cos is None else 2
+        for part, gradient in enumerate(gradients):
+            if part < num_rotated:
+                write_rotated(gradient.transpose(1, 2), grad_states[:, :, part], cos, -sin)
+            else:
+                grad_states[:, :, part] = gradient.transpose(1, 2)
+        return grad_states.flatten(2), None, None, None
 
 
-def rotate_in_place(projected, num_heads, cos, sin):
-    queries_and_keys = projected.unflatten(-1, (3, num_heads, -1))[:, :, :2]  # [batch, length, 2, heads, head_size]
-    first, second = queries_and_keys.chunk(2, dim=-1)
+def write_rotated(source, target, cos, sin):
+    """target = rotate(source); both may be the same tensor."""
+    first, second = source.chunk(2, dim=-1)
     rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
     rotated_second = torch.addcmul(second * cos, first, sin)
-    first.copy_(rotated_first)
-    second.copy_(rotated_second)
-    return projected
+    target_first, target_second = target.chunk(2, dim=-1)
+    target_first.copy_(rotated_first)
+    target_second.copy_(rotated_second)
 
 
-def rotate_queries_and_keys(projected, num_heads, cos, sin):
-    """Rotates the first two thirds of [batch, length, 3 * heads * head_size]; may overwrite its input.
+def split_and_rotate(projected, num_heads, cos=None, sin=None):
+    """Queries, keys and values, each [batch, heads, length, head_size], from [batch, length, 3 * heads * head_size],
+    which may be overwritten. Without angles nothing is rotated.
 
     cos, sin: [batch or 1, length, 1, head_size / 2].
     """
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)  # [batch or 1, length, 1, 1, head_size / 2]
-    if torch.compiler.is_compiling():
-        states = projected.unflatten(-1, (3, num_heads, -1))
-        return torch.cat([rotate(states[:, :, :2], cos, sin), states[:, :, 2:]], dim=2).flatten(2)
-    return RotateInPlace.apply(projected, num_heads, cos, sin)
+    if not torch.compiler.is_compiling():
+        return SplitAndRotate.apply(projected, num_heads, cos, sin)
+    parts = projected.unflatten(-1, (3, num_heads, -1)).unbind(2)  # each [batch, length, heads, head_size]
+    if cos is not None:
+        parts = [rotate(parts[0], cos, sin), rotate(parts[1], cos, sin), parts[2]]
+    return tuple(part.transpose(1, 2) for part in parts)

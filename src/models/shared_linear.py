@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .products import linear_product
 from .recompute import get_autocast_options
 
 
@@ -19,7 +20,7 @@ class PreparedLinear(torch.autograd.Function):
     def forward(ctx, prepare, inputs, weight, bias, *parameters):
         PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
         # .data: linear makes a view of a 2-D product, and autograd forbids changing such a view in place (rotary does).
-        return F.linear(prepare(inputs, *parameters), weight, bias).data
+        return linear_product(prepare(inputs, *parameters), weight, bias).data
 
     @staticmethod
     def keep(ctx, prepare, inputs, weight, bias, *parameters):
@@ -51,7 +52,7 @@ class PreparedLinear(torch.autograd.Function):
 
         grad_sources = [None] * len(sources)
         if prepared.requires_grad:
-            grad_prepared = (grad_outputs @ weight.to(grad_outputs.dtype)).to(prepared.dtype)
+            grad_prepared = linear_product(grad_outputs, weight.to(grad_outputs.dtype).t()).to(prepared.dtype)
             needed = [index for index, source in enumerate(sources) if source.requires_grad]
             found = torch.autograd.grad(prepared, [sources[index] for index in needed], grad_prepared)
             for index, grad in zip(needed, found, strict=True):
@@ -70,16 +71,21 @@ class PreparedLinearWithoutResult(PreparedLinear):
         return inputs.new_empty(*inputs.shape[:-1], weight.shape[0], dtype=dtype)
 
 
+def identity(inputs):
+    return inputs
+
+
 def prepared_linear(prepare, inputs, weight, bias, *parameters, result_is_unused=False):
     """linear(prepare(inputs, *parameters), weight, bias) that does not keep its prepared input for backward.
 
     With `result_is_unused` (a checkpointed function that runs again) the result has the right shape and any values.
     torch.compile chooses by itself what to keep and what to compute again, so it sees the plain expression.
     """
-    if prepare is None:
-        return F.linear(inputs, weight, bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    prepare = prepare or identity
+    if torch.compiler.is_compiling():
         return F.linear(prepare(inputs, *parameters), weight, bias)
+    if not torch.is_grad_enabled():
+        return linear_product(prepare(inputs, *parameters), weight, bias)
     function = PreparedLinearWithoutResult if result_is_unused else PreparedLinear
     return function.apply(prepare, inputs, weight, bias, *parameters)
 

@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.autograd.graph import saved_tensors_hooks
 
 from src import LeanAlbertForPreTraining, LeanAlbertModel
@@ -256,6 +257,19 @@ def test_compiled_model_gives_equal_gradients(tiny_config, randomise, encoder_in
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name in gradients[0]:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("level", ["default", "lean"])
+def test_compiled_model_is_not_compiled_again_for_every_length(tiny_config, level):
+    model = LeanAlbertModel(tiny_config(num_hidden_layers=1, activation_memory=level), add_pooling_layer=False)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for length in range(64, 257, 32):
+        mask = torch.ones(2, length, dtype=torch.long)
+        mask[1, length // 2 :] = 0
+        compiled(torch.ones(2, length, dtype=torch.long), mask).last_hidden_state.sum().backward()
+    assert 1 <= counter.frame_count <= 2
 
 
 def test_hidden_states_are_input_every_layer_and_final_norm(tiny_config, encoder_inputs):
