@@ -7,8 +7,8 @@ import torch.nn.functional as F
 def linear_product(inputs, weight, bias=None):
     """inputs @ weight.T + bias for [..., in_features], [out_features, in_features] and [out_features] or None.
 
-    On CPU torch multiplies fp32 matrices by MKL, and oneDNN is 10 to 15 % faster on AVX-512 machines for the shapes of
-    a transformer (benchmarks/NOTES.md); torch has it, but offers it to its compiler only. Not differentiable there.
+    On CPU torch multiplies fp32 matrices by MKL, and oneDNN is faster on AVX-512 machines for the shapes of a
+    transformer; torch has it, but offers it to its compiler only. Not differentiable there.
     """
     if _suits_onednn(inputs, weight):
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
