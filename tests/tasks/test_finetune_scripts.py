@@ -306,7 +306,8 @@ def test_run_killed_inside_and_between_seeds_ends_with_the_same_table(tmp_path, 
         result = subprocess.run(command, cwd=cut, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
         assert result.returncode == -signal.SIGKILL, result.stderr.decode()
         assert len(ledger.rows()) == num_finished
-        assert ("goes on after epoch 1" in result.stdout.decode()) == (place == "between seeds")
+        assert ("seed 0: goes on after epoch 1" in result.stdout.decode()) == (place == "between seeds")
+        assert ("seed 0  epoch 1/3" in result.stdout.decode()) == (place == "inside a seed")
     assert finetune_mlm.main(arguments) == 0
     (table,), (expected,) = ([*place.glob("runs/*/RuCoLA/*/scores.txt")] for place in (cut, whole))
     assert table.read_text() == expected.read_text()
