@@ -19,6 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, help="default: outputs/demo-DATE-TIME")
     parser.add_argument("--total_steps", type=int, help="epochs to train (default: as in demo/swarm.args)")
+    parser.add_argument("--minutes", type=float, default=4.3, help="stop earlier if the machine is slow (default: 4.3)")
     options = parser.parse_args()
     from src.training.local_swarm import LocalSwarm
 
@@ -32,7 +33,7 @@ def main() -> int:
         swarm.start("aux", "run_aux_peer.py", ["@demo/aux.args", *held_out, *shared])
         trainer_arguments = ["@demo/trainer.args", *shared, "--wait_for_peers", "2"]
         trainers = [swarm.start(f"trainer {number}", "run_trainer.py", trainer_arguments) for number in (1, 2)]
-        codes = [trainer.process.wait() for trainer in trainers]
+        codes = wait_or_stop(trainers, deadline=started + 60 * options.minutes)
     if any(codes):
         print(f"a trainer ended with code {max(codes)}; its output stands above", file=sys.stderr)
         return 1
@@ -41,6 +42,18 @@ def main() -> int:
     fill_masks(run / "aux" / "checkpoint")
     print(NEXT_STEPS.format(checkpoint=run / "aux" / "checkpoint", trainer=run / "trainer"))
     return 0
+
+
+def wait_or_stop(trainers: list, *, deadline: float) -> list[int]:
+    """Exit codes of the trainers, which are asked to end when time is up."""
+    while any(trainer.process.poll() is None for trainer in trainers):
+        if time.monotonic() > deadline:
+            print("\ntime is up: the trainers leave before their last epoch\n", flush=True)
+            for trainer in trainers:
+                trainer.process.terminate()
+            return [trainer.process.wait() for trainer in trainers]
+        time.sleep(0.2)
+    return [trainer.process.returncode for trainer in trainers]
 
 
 def report(run: Path, *, seconds: float) -> None:
