@@ -18,6 +18,7 @@ from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.partition import AllreduceException, BannedException, TensorPartContainer
 from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2, runtime_pb2
+from hivemind.utils.asyncio import attach_event_on_finished
 
 logger = logging.getLogger(__name__)
 
@@ -221,11 +222,29 @@ class CheckedContainer(TensorPartContainer):
 
 
 class _CheckedStub:
-    def __init__(self, stub):
-        self.stub = stub
+    """Calls a reducer, checks its messages, and hangs up after ``num_parts`` of them.
+
+    The reducer lingers until then, see `RoundReporting.rpc_aggregate_part`. Hanging up waits until the end of the own
+    parts is sent: without it the reducer would take the call for a broken one.
+    """
+
+    def __init__(self, stub, num_parts: int):
+        self.stub, self.num_parts = stub, num_parts
 
     async def rpc_aggregate_part(self, inputs):
-        return checked_messages(await self.stub.rpc_aggregate_part(inputs))
+        sent_all = asyncio.Event()
+        stream = await self.stub.rpc_aggregate_part(attach_event_on_finished(inputs, sent_all))
+        return self._take_parts(stream, sent_all)
+
+    async def _take_parts(self, stream, sent_all: asyncio.Event) -> AsyncIterator[averaging_pb2.AveragingData]:
+        num_taken = 0
+        async for message in checked_messages(stream):
+            yield message
+            num_taken += 1
+            if num_taken == self.num_parts:
+                await sent_all.wait()
+                await stream.aclose()
+                return
 
 
 class JudgingAllReduce(AllReduceRunner):
@@ -286,7 +305,13 @@ class JudgingAllReduce(AllReduceRunner):
         )
 
     def _get_peer_stub(self, peer):
-        return _CheckedStub(super()._get_peer_stub(peer))
+        num_parts = self.tensor_part_container.num_parts_by_peer[self.ordered_peer_ids.index(peer)]
+        return _CheckedStub(super()._get_peer_stub(peer), num_parts)
+
+    async def _ban_sender(self, peer_id) -> None:
+        """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
+        if not self.tensor_part_reducer.finished.is_set():
+            await super()._ban_sender(peer_id)
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
