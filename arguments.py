@@ -70,7 +70,11 @@ class PeerArguments:
         None, "File with this peer's private key, made if absent: keeps its address the same after a restart."
     )
     use_ipfs: bool = option(False, "Find initial_peers (then peer ids only) through the public IPFS network.")
-    authorize: str | None = option("False", "Access control of the run; False: an open run, anybody may join.")
+    authorize: str | None = option(
+        "False",
+        "Token file for a private run, which its organiser has issued; the key it is for is read from identity_path, "
+        "by default the file NAME.key beside NAME.token. False: an open run, anybody may join.",
+    )
     model_config_path: str = option(str(DEMO / "config.json"), "Model configuration (.json file).")
     tokenizer_path: str = option(str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.")
     cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.")
@@ -87,8 +91,11 @@ class PeerArguments:
             raise ValueError("--run_id is missing: peers with the same run_id train together; choose any name")
         if not all(character.isalnum() or character in "-_" for character in self.run_id):
             raise ValueError(f"--run_id {self.run_id!r}: only letters, digits, - and _ are allowed")
-        if str(self.authorize).lower() not in ("false", "none", "no", "0"):
-            raise ValueError(f"--authorize {self.authorize}: only open runs are supported; pass --authorize False")
+        if self.token_file is not None:
+            if not Path(self.token_file).expanduser().is_file():
+                raise ValueError(f"--authorize {self.authorize}: there is no such token file (an open run: False)")
+            if self.identity_path is None:
+                self.identity_path = str(Path(self.token_file).with_suffix(".key"))
         check_positive(self, "min_vector_size")
         if self.bandwidth is not None and self.bandwidth != "auto":
             try:
@@ -98,6 +105,11 @@ class PeerArguments:
             check_positive(self, "bandwidth")
         if self.bandwidth == "auto" and not self.initial_peers:
             raise ValueError("--bandwidth auto needs --initial_peers to measure against; pass a number of Mbit/s")
+
+    @property
+    def token_file(self) -> str | None:
+        """The token of a private run; None for an open one."""
+        return None if str(self.authorize).lower() in ("false", "none", "no", "0") else self.authorize
 
 
 @dataclass

@@ -80,6 +80,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from huggingface_hub import HfApi
 
     from arguments import run_settings
+    from src.training.auth import load_identity
     from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
     from src.training.dht import start_dht
     from src.training.journal import Journal, claim_run_directory
@@ -91,7 +92,8 @@ def build(peer, collaboration, training, *, progress, stop):
 
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
-    dht, public_key = start_dht(peer)
+    identity = load_identity(peer)
+    dht, public_key = start_dht(peer, identity)
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
@@ -100,7 +102,8 @@ def build(peer, collaboration, training, *, progress, stop):
     )
     metrics_path = directory / "metrics.jsonl"
     swarm = Swarm(dht, public_key, make_collaborative_optimizer(
-        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True, metrics_path=metrics_path
+        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True,
+        metrics_path=metrics_path, identity=identity,
     ))  # fmt: skip
     journal = Journal(
         metrics_path,

@@ -138,6 +138,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from transformers import PrinterCallback
 
     from arguments import run_settings
+    from src.training.auth import load_identity
     from src.training.callback import CollaborativeCallback
     from src.training.dht import start_dht
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
@@ -151,21 +152,26 @@ def build(peer, collaboration, training, *, progress, stop):
     check_sequence_length(model, training.max_sequence_length)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
-    dht, public_key = start_dht(peer)
+    identity = load_identity(peer)
+    dht, public_key = start_dht(peer, identity)
+    if peer.bandwidth == "auto":
+        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
+        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
     workers = LocalWorkers(size=training.world_size, device=training.device)
     peer_seed = workers.share_bytes(dht.peer_id.to_bytes())
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=peer_seed)
     if workers.size > 1:
         # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.
         collaboration.reuse_grad_buffers = False
-
-    if peer.bandwidth == "auto":
-        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
-        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
-    dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=dht.peer_id.to_bytes())
     metrics_path = directory / "metrics.jsonl"
     optimizer = make_collaborative_optimizer(
-        model, dht, peer=peer, collaboration=collaboration, training=training, metrics_path=metrics_path
+        model,
+        dht,
+        peer=peer,
+        collaboration=collaboration,
+        training=training,
+        metrics_path=metrics_path,
+        identity=identity,
     )
     swarm = Swarm(dht, public_key, optimizer)
     journal = Journal(

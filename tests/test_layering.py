@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments", "command_line"}
 ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
-    *(f"src/training/{name}.py" for name in ("optimizer", "dht", "hf_trainer", "callback")),
+    *(f"src/training/{name}.py" for name in ("auth", "optimizer", "dht", "hf_trainer", "callback")),
 }
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 # path prefix -> modules (and all below them) that files there must not import

@@ -21,11 +21,12 @@ from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 
+from src.training.auth import GatedStub, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record
 
@@ -100,6 +101,7 @@ class RoundReporting:
         phases_path: Path | None = None,
         search_seconds: float = float("inf"),
         vain_search: Synchronized | None = None,
+        membership: Membership | None = None,
         **kwargs,
     ):
         # made before the process is forked, so that both sides hold an end
@@ -107,7 +109,8 @@ class RoundReporting:
         self._phases_path, self._search_seconds = phases_path, search_seconds
         self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
         self._step_numbers = itertools.count(1)
-        self._num_active_steps = 0
+        self._refusals_receiver, self._refusals_sender = multiprocessing.Pipe(duplex=False)
+        self._membership, self._num_active_steps = membership, 0
         self._failures: _FailureCollector | None = None
         super().__init__(*args, **kwargs)
 
@@ -123,6 +126,46 @@ class RoundReporting:
         while self._rounds_receiver.poll():
             rounds.append(self._rounds_receiver.recv())
         return rounds
+
+    def take_refusals(self) -> list[tuple[str, str]]:
+        """Peers that were not let in since the last call, and why."""
+        refusals = []
+        while self._refusals_receiver.poll():
+            refusals.append(self._refusals_receiver.recv())
+        return refusals
+
+    # -- only members of a private run may call, and are called
+
+    _gate: MemberGate | None = None  # of the averager's process, which has no other averager
+
+    def _run_internal(self) -> None:
+        if self._membership is not None:
+
+            def report(peer: PeerID, objection: str) -> None:
+                self._refusals_sender.send((str(peer), objection))
+
+            type(self)._gate = MemberGate(self._membership, self.dht, report)
+        super()._run_internal()
+
+    async def _admits(self, peer: PeerID) -> bool:
+        return self._gate is None or not await self._gate.objection(peer)
+
+    @classmethod
+    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
+        stub = super().get_stub(p2p, peer, namespace=namespace)
+        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        """Let another trainer join the group that this peer gathers."""
+        if not await self._admits(context.remote_id):
+            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        async for message in super().rpc_join_group(request, context):
+            yield message
+
+    # -- rounds
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
         # A trainer whom only auxiliary peers have found would get its own values back, count the round, and be one
@@ -179,6 +222,9 @@ class RoundReporting:
         hivemind 1.1.12 means to wait, too, but does it with an event that the end of the *previous* round sets. When
         that one ends after the search for this group has begun, early parts are refused and the round stays partial.
         """
+        if not await self._admits(context.remote_id):
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
         request = await anext(stream)
         give_up_at = time.monotonic() + (self.next_chunk_timeout or float("inf"))
         while (
@@ -253,6 +299,8 @@ class RoundReporting:
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
     ) -> AsyncIterator[averaging_pb2.DownloadData]:
         """Hand this peer's state to another one."""
+        if not await self._admits(context.remote_id):
+            return
         self._enter("serving", peer=str(context.remote_id))
         try:
             async for message in super().rpc_download_state(request, context):

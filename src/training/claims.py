@@ -140,7 +140,7 @@ class BoundedProgressTracker(ProgressTracker):
             update={
                 "samples_accumulated": min(record.samples_accumulated, self.target_batch_size),
                 "samples_per_second": min(record.samples_per_second, self.target_batch_size / fastest),
-                "time": min(max(record.time, get_dht_time() - self.metadata_expiration), get_dht_time()),
+                "time": max(record.time, get_dht_time() - self.metadata_expiration),
             }
         )
 

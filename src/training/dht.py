@@ -19,6 +19,7 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
+from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper
 from src.training.probe import offer_probe
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,18 @@ def raise_open_file_limit(wanted: int = 16_384) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
+def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hivemind.DHT, bytes]:
     """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and this peer's public key.
 
+    In a private run, only members get an answer from the node, and it publishes this peer's token from now on.
     Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
     """
     for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
         for address in getattr(peer, flag):
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
-    signature = RSASignatureValidator()
+    signature = RSASignatureValidator(identity.private_key if identity is not None else None)
+    membership = identity.membership if identity is not None else None
     if peer.identity_path is not None:
         identity = Path(peer.identity_path).expanduser()
         if identity.is_dir():
@@ -96,9 +99,14 @@ def start_dht(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
             use_relay=True,
             identity_path=peer.identity_path,
             record_validators=[SchemaValidator(MetricsSchema, prefix=peer.run_id), signature],
+            authorizer=None if membership is None else MemberAuthorizer(membership),
         )
     except (P2PDaemonError, ValidationError, RuntimeError) as error:
         raise ValueError(_explain(str(error), peer)) from error
+    if membership is not None:
+        keeper = MembershipKeeper(membership, dht, signature.local_public_key)
+        keeper.update()  # before anybody is asked to average with this peer
+        keeper.start()
     dht.run_coroutine(offer_probe)
     return dht, signature.local_public_key
 
@@ -149,6 +157,8 @@ def _explain(error: str, peer: PeerArguments) -> str:
             f"--initial_peers: {' '.join(peer.initial_peers)} can be reached, but does not answer; check its id, that "
             "it belongs to this run, and that it lets this peer in"
         )
+    if "is already taken by another peer" in error:
+        return f"--identity_path {peer.identity_path}: a running peer of this run has this identity; each needs its own"
     return f"cannot start the peer-to-peer daemon: {error.strip().splitlines()[-1]}"
 
 

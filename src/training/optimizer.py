@@ -13,6 +13,7 @@ from hivemind.compression import BlockwiseQuantization, Float16Compression, Size
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
+from src.training.auth import Identity
 from src.training.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
@@ -173,7 +174,10 @@ class LeanOptimizer(hivemind.Optimizer):
 
     def take_refusals(self) -> list[tuple[str, str]]:
         """Peers of which something was not believed since the last call, and why; each once for each reason."""
-        return list(self.tracker.take_refusals().items())
+        refusals = list(self.tracker.take_refusals().items())
+        for averager in (self.grad_averager, self.state_averager):
+            refusals += [refusal for refusal in averager.take_refusals() if refusal not in refusals]
+        return refusals
 
     def finished_downloads(self) -> list[StateDownload]:
         """States taken from peers since the last call."""
@@ -208,6 +212,7 @@ def make_collaborative_optimizer(
     training: HFTrainerArguments,
     auxiliary: bool = False,
     metrics_path: Path | None = None,
+    identity: Identity | None = None,
 ) -> LeanOptimizer:
     """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
 
@@ -215,6 +220,7 @@ def make_collaborative_optimizer(
     its own can be delayed; hivemind fails if asked to.
     """
     learning_rate = make_learning_rate(training)
+    membership = None if identity is None else identity.membership
     correct_step_cancellation()
     end_searches_without_waiting()
     request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
@@ -230,6 +236,7 @@ def make_collaborative_optimizer(
         "search_seconds": max(collaboration.next_chunk_timeout, collaboration.matchmaking_time + 5.0),
         "vain_search": vain_search,
         "phases_path": metrics_path,
+        "membership": membership,
     }
     # Blockwise, not uniform: with one scale for a whole tensor, the small gradients of rare words drown in the error
     # (24 % of a row's norm in the median against 4 %), which LAMB then blows up to full steps.
@@ -266,6 +273,8 @@ def make_collaborative_optimizer(
             "default_refresh_period": min(3.0, refresh),
             "max_refresh_period": refresh,
             "vain_search": vain_search,
+            "private_key": None if identity is None else identity.private_key,
+            "is_member": None if membership is None else lambda owner: not membership.is_revoked(owner),
         },
         client_mode=peer.client_mode,
         auxiliary=auxiliary,

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from hivemind.proto import crypto_pb2
 
+from src.training.auth import load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
 
@@ -245,6 +246,11 @@ def attempt(name: str, action: Callable[[], object], describe: Callable[[object]
     return Check(name, OK, describe(result)), result
 
 
+def join(peer):
+    """As the run would: in a private one with this peer's token."""
+    return start_dht(peer, load_identity(peer) if peer.token_file is not None else None)
+
+
 def check_network(peer, say: Callable[[Check], None]) -> None:
     """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would."""
     listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
@@ -256,7 +262,7 @@ def check_network(peer, say: Callable[[Check], None]) -> None:
         say(Check(check.name, WARNING, check.found, check.fix) if reached and check.state == FAILED else check)
     if any(check.state == FAILED for check in listening) or (peer.initial_peers and not reached):
         return
-    joining, started = attempt("peer-to-peer daemon", lambda: start_dht(peer), lambda _: "it starts")
+    joining, started = attempt("peer-to-peer daemon", lambda: join(peer), lambda _: "it starts")
     if started is None:
         if reached and "cannot reach" in joining.found:  # TCP answers, libp2p does not: it is the id
             for address in reached:

@@ -1,0 +1,465 @@
+"""Into a private run come those, and only those, to whom its organiser has issued a token."""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hivemind.compression import NoCompression
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.p2p import P2P, P2PHandlerError, PeerID, ServicerBase
+from hivemind.proto import averaging_pb2, dht_pb2
+from hivemind.utils import get_dht_time
+from hivemind.utils.asyncio import as_aiter
+from hivemind.utils.crypto import RSAPrivateKey
+
+from arguments import PeerArguments
+from src.training import access, auth
+from src.training.auth import (
+    GatedStub,
+    Membership,
+    MembershipKeeper,
+    create_key,
+    load_identity,
+    load_key,
+    peer_id_of,
+    public_key_of,
+    sign_revocations,
+    sign_token,
+    write_token_file,
+)
+from src.training.averagers import LeanGradientAverager, LeanStateAverager
+from src.training.dht import start_dht, visible_addresses
+
+RUN, LOOPBACK, HOUR = "private", "/ip4/127.0.0.1/tcp/0", 3600.0
+
+
+@pytest.fixture(scope="module")
+def office(tmp_path_factory):
+    """The organiser's directory with tokens and keys of three members."""
+    directory = tmp_path_factory.mktemp("access")
+    assert access.main(["--directory", str(directory), "init", RUN]) == 0
+    for name in ("anna", "boris", "vera"):
+        assert access.main(["--directory", str(directory), "issue", RUN, name]) == 0
+    return directory / RUN
+
+
+def membership_of(office, name: str) -> Membership:
+    return Membership(office / f"{name}.token", load_key(office / f"{name}.key"), RUN)
+
+
+def issue(folder, *, organiser=None, run_id=RUN, expires=HOUR, key=None, trusted=None) -> tuple:
+    """A key and a token file of any kind: by another organiser, expired, for another key ..."""
+    organiser, own = organiser or RSAPrivateKey(), RSAPrivateKey()
+    public_key = public_key_of(key or own)
+    token = sign_token(organiser, run_id=run_id, name="someone", public_key=public_key, expires=time.time() + expires)
+    path = folder / "someone.token"
+    write_token_file(path, token, (trusted or organiser).get_public_key())
+    return path, own
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_peer_id_is_the_one_that_libp2p_derives_from_the_key(tmp_path):
+    key = create_key(tmp_path / "some.key")
+    assert peer_id_of(public_key_of(key)) == PeerID.from_identity((tmp_path / "some.key").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"expires": -1.0}, "the token has expired"),
+        ({"run_id": "another"}, "the token is for the run another"),
+        ({"trusted": RSAPrivateKey()}, "the token is not signed by the run's organiser"),
+        ({"key": RSAPrivateKey()}, "the token is for another key than --identity_path"),
+    ],
+    ids=["expired", "of another run", "forged", "for another key"],
+)
+def test_bad_token_is_refused_at_the_start_with_the_reason(tmp_path, changes, problem):
+    path, key = issue(tmp_path, **changes)
+    with pytest.raises(ValueError, match=problem) as caught:
+        Membership(path, key, RUN)
+    assert str(caught.value).startswith(f"--authorize {path}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\x80\x04K\x00.", b'{"token": "AAAA", "organiser": "ssh-rsa"}'])
+def test_damaged_token_file_is_one_line(tmp_path, content):
+    path = tmp_path / "some.token"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not a token file, or damaged"):
+        Membership(path, RSAPrivateKey(), RUN)
+
+
+def test_changing_any_field_of_a_token_invalidates_it(office):
+    membership = membership_of(office, "anna")
+    assert membership.objection(membership.token) == ""
+    for field, value in (("username", f"{RUN}/eve"), ("expiration_time", "9e9"),
+                         ("public_key", public_key_of(RSAPrivateKey()))):  # fmt: skip
+        token = type(membership.token)()
+        token.CopyFrom(membership.token)
+        setattr(token, field, value)
+        assert membership.objection(token) == "is not signed by the run's organiser", field
+
+
+def test_revocations_are_believed_only_if_signed_for_this_run_and_newer(office):
+    organiser, membership = load_key(office / "organiser.key"), membership_of(office, "anna")
+    boris = membership_of(office, "boris").token
+    fingerprints = [auth.fingerprint(boris.public_key)]
+
+    def learn(key=organiser, run_id=RUN, serial=5, revoked=fingerprints) -> str:
+        membership.learn_revocations(sign_revocations(key, run_id=run_id, serial=serial, fingerprints=revoked))
+        return membership.objection(boris)
+
+    assert learn(key=RSAPrivateKey()) == "" and learn(run_id="another") == ""
+    assert learn() == "was revoked"
+    assert learn(serial=4, revoked=[]) == "was revoked", "an older list"
+    assert membership.is_revoked(b"[owner:" + boris.public_key + b"]")
+    assert learn(serial=6, revoked=[]) == ""
+    assert not membership.is_revoked(b"[owner:" + boris.public_key + b"]")
+
+
+def test_token_in_the_file_is_renewed_while_the_peer_runs(office, tmp_path):
+    organiser, key = load_key(office / "organiser.key"), RSAPrivateKey()
+    path = tmp_path / "olga.token"
+
+    def write(expires: float):
+        token = sign_token(organiser, run_id=RUN, name="olga", public_key=public_key_of(key), expires=expires)
+        write_token_file(path, token, organiser.get_public_key())
+
+    write(time.time() + 60)
+    membership = Membership(path, key, RUN)
+    write(time.time() + 9000)
+    membership.renew_token()
+    assert float(membership.token.expiration_time) > time.time() + 8000
+    path.write_text("damaged", encoding="utf-8")
+    membership.renew_token()
+    assert membership.objection(membership.token) == ""
+
+
+def test_member_records_of_bad_peers_are_ignored(office):
+    membership = membership_of(office, "anna")
+    boris = membership_of(office, "boris")
+    forged = sign_token(RSAPrivateKey(), run_id=RUN, name="eve", public_key=public_key_of(RSAPrivateKey()), expires=9e9)
+    records = {
+        b"1": boris.record(),
+        b"2": [forged.SerializeToString(), b""],
+        b"3": [b"\x00", b"\n"],
+        b"4": None,
+        b"5": [forged.SerializeToString(), b"AAAA\n[1, 2]"],
+    }
+    entries = {owner: SimpleNamespace(value=value) for owner, value in records.items()}
+    assert list(membership.read_records(entries)) == [peer_id_of(boris.token.public_key)]
+    assert membership.read_records([1, 2]) == {}
+
+
+# -- the organiser's tool ---------------------------------------------------------------------------------------------
+
+
+def run_access(capsys, *arguments) -> tuple[int, str]:
+    code = access.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out + captured.err
+
+
+def test_volunteer_gets_in_with_three_commands(tmp_path, capsys):
+    directory = ("--directory", tmp_path / "access")
+    assert run_access(capsys, *directory, "init", RUN)[0] == 0
+    code, public_key = run_access(capsys, "key", tmp_path / "ivan.key")
+    assert code == 0 and public_key.startswith("ssh-rsa ")
+    code, said = run_access(capsys, *directory, "issue", RUN, "ivan", public_key.strip() + " ivan@home", "--days", 2)
+    assert code == 0 and "use: --authorize" in said
+    token = tmp_path / "access" / RUN / "ivan.token"
+    token.rename(tmp_path / "ivan.token")  # as it arrives by mail, beside the key
+    peer = PeerArguments(run_id=RUN, authorize=str(tmp_path / "ivan.token"))
+    membership = load_identity(peer).membership
+    assert membership.token.username == f"{RUN}/ivan"
+    assert 1.9 < (float(membership.token.expiration_time) - time.time()) / access.DAY < 2.1
+
+
+def test_access_lists_and_revokes(office, tmp_path, capsys):
+    directory = ("--directory", tmp_path)
+    run_access(capsys, *directory, "init", RUN)
+    for name in ("anna", "boris"):
+        run_access(capsys, *directory, "issue", RUN, name)
+    code, said = run_access(capsys, *directory, "revoke", RUN, "boris")
+    assert code == 0 and "1 keys shut out" in said
+    states = {line.split()[0]: line.split()[1] for line in run_access(capsys, *directory, "list", RUN)[1].splitlines()}
+    assert states == {"name": "state", "anna": "valid", "boris": "revoked"}
+    run_access(capsys, *directory, "revoke", RUN, "anna")
+    with pytest.raises(ValueError, match="was revoked"):
+        Membership(tmp_path / RUN / "boris.token", load_key(tmp_path / RUN / "boris.key"), RUN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["issue", "unknown", "ivan"], "begin with: init unknown"),
+        (["issue", RUN, "../ivan"], "names a file"),
+        (["issue", RUN, "ivan", "ssh-rsa AAAA"], "is not a complete RSA public key"),
+        (["issue", RUN, "ivan", "nothing"], "neither a public key"),
+        (["issue", RUN, "ivan", "--days", "0"], "must be positive"),
+        (["revoke", RUN, "ivan"], "no token was issued to ivan; there are: anna, boris, vera"),
+        (["init", RUN], "exists; a key is never overwritten"),
+    ],
+)
+def test_access_refuses_in_one_line(office, capsys, arguments, problem):
+    code, said = run_access(capsys, "--directory", office.parent, *arguments)
+    assert code == 2 and problem in said and said.count("\n") == 1
+
+
+def test_key_files_are_read_by_their_owner_only(office):
+    for name in ("organiser.key", "anna.key"):
+        assert (office / name).stat().st_mode & 0o777 == 0o400
+
+
+# -- one identity, one process ----------------------------------------------------------------------------------------
+
+
+def hold_identity(path, ready, done):
+    load_identity(PeerArguments(run_id=RUN, identity_path=str(path)))
+    ready.set()
+    done.wait(30)
+
+
+def test_second_process_with_the_same_identity_is_refused(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    path = tmp_path / "new" / "peer.key"
+    holder = context.Process(target=hold_identity, args=(path, ready, done))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(ValueError, match="a running peer on this machine has this identity"):
+            load_identity(PeerArguments(run_id=RUN, identity_path=str(path)))
+    finally:
+        done.set()
+        holder.join(30)
+    load_identity(PeerArguments(run_id=RUN, identity_path=str(path)))
+
+
+def test_token_without_its_key_is_refused(office, tmp_path):
+    token = tmp_path / "anna.token"
+    token.write_bytes((office / "anna.token").read_bytes())
+    with pytest.raises(ValueError, match=r"anna\.key does not exist; it must be the key that the token was issued for"):
+        load_identity(PeerArguments(run_id=RUN, authorize=str(token)))
+
+
+def test_identity_that_is_no_key_is_refused(tmp_path):
+    (tmp_path / "peer.key").write_bytes(b"text")
+    with pytest.raises(ValueError, match="is no private key"):
+        load_identity(PeerArguments(run_id=RUN, identity_path=str(tmp_path / "peer.key")))
+
+
+# -- a private run on loopback ----------------------------------------------------------------------------------------
+
+
+class Member:
+    """A member's node and its two averagers, over a vector of ones times ``value``."""
+
+    def __init__(self, office, name: str, value: float, initial_peers=()):
+        token = str(office / f"{name}.token")
+        self.peer = PeerArguments(run_id=RUN, authorize=token, host_maddrs=[LOOPBACK], initial_peers=[*initial_peers])
+        self.identity = load_identity(self.peer)
+        self.membership = self.identity.membership
+        self.dht, self.owner = start_dht(self.peer, self.identity)
+        self.parameter = torch.nn.Parameter(torch.full((3000,), value))
+        self.parameter.grad = torch.full((3000,), value)
+        options = {"dht": self.dht, "membership": self.membership, "start": True, "compression": NoCompression(),
+                   "min_matchmaking_time": 2.0, "request_timeout": 1.0, "allreduce_timeout": 20.0,
+                   "next_chunk_timeout": 10.0, "min_vector_size": 1000}  # fmt: skip
+        self.state = LeanStateAverager(
+            params=[{"params": [self.parameter]}],
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            initialize_optimizer=False,
+            prefix=f"{RUN}_state_averager",
+            **options,
+        )
+        self.gradients = LeanGradientAverager(
+            [self.parameter], reuse_grad_buffers=True, prefix=f"{RUN}_grad_averager", **options
+        )
+        self.addresses = visible_addresses(self.dht)
+
+    def shutdown(self):
+        for part in (self.gradients, self.state, self.dht):
+            part.shutdown()
+
+
+@pytest.fixture(scope="module")
+def members(office):
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(auth, "REFRESH_SECONDS", 0.5)
+        anna = Member(office, "anna", 1.0)
+        stack.callback(anna.shutdown)
+        boris = Member(office, "boris", 1.2, anna.addresses)
+        stack.callback(boris.shutdown)
+        yield anna, boris
+
+
+async def attempt(call, *, seconds: float = 40.0):
+    """A call's answer (a list where it streams), or the kind of its failure."""
+    try:
+        answer = await asyncio.wait_for(call, seconds)
+        if hasattr(answer, "__aiter__"):
+            return await asyncio.wait_for(collect(answer), seconds)
+        return answer
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+async def collect(stream):
+    return [message async for message in stream]
+
+
+async def call_averagers(p2p, target: PeerID) -> dict:
+    """What each handler of both averagers answers."""
+    answers = {}
+    for averager_type, prefix in ((LeanStateAverager, "state"), (LeanGradientAverager, "grad")):
+        stub = averager_type.get_stub(p2p, target, namespace=f"{RUN}_{prefix}_averager")
+        join = averaging_pb2.JoinRequest(schema_hash=b"x", expiration=get_dht_time() + 5, group_key="x")
+        part = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=b"x")
+        answers[prefix, "join"] = await attempt(stub.rpc_join_group(join))
+        answers[prefix, "part"] = await attempt(stub.rpc_aggregate_part(as_aiter(part)))
+        answers[prefix, "state"] = await attempt(stub.rpc_download_state(averaging_pb2.DownloadRequest()))
+    return answers
+
+
+async def call_dht(p2p, target: PeerID, authorizer=None) -> dict:
+    """What each handler of the DHT answers; without an authorizer as plain hivemind would ask."""
+    stub = ServicerBase.get_stub.__func__(DHTProtocol, p2p, target)
+    node = dht_pb2.NodeInfo(node_id=DHTID.generate().to_bytes())
+    keys = [DHTID.generate(f"{RUN}_{name}").to_bytes() for name in ("members", "progress", "metrics")]
+    requests = {
+        "ping": dht_pb2.PingRequest(peer=node),
+        "find": dht_pb2.FindRequest(keys=keys, peer=node),
+        "store": dht_pb2.StoreRequest(
+            keys=keys[:1], subkeys=[b"\xc0"], values=[b"\x01"], expiration_time=[get_dht_time() + 99], in_cache=[False],
+            peer=node,
+        ),
+    }  # fmt: skip
+    for request in requests.values():
+        if authorizer is not None:
+            await authorizer.sign_request(request, None)
+    return {name: await attempt(getattr(stub, f"rpc_{name}")(request)) for name, request in requests.items()}
+
+
+def assert_refused(answers: dict) -> None:
+    for name, answer in answers.items():
+        if name[-1] in ("join", "part"):
+            assert not isinstance(answer, str), (name, answer)
+            assert [message.code for message in answer] == [averaging_pb2.PROTOCOL_VIOLATION], (name, answer)
+        elif name[-1] == "state":
+            assert answer == [], (name, "the state was handed out")
+        else:
+            assert isinstance(answer, str) and answer.startswith("P2PHandlerError"), (name, answer)
+
+
+def token_authorizer(office, kind: str):
+    """What a stranger of some kind would sign its requests with."""
+    key = RSAPrivateKey()
+    organiser = load_key(office / "organiser.key")
+    signer = RSAPrivateKey() if kind == "forged" else organiser
+    expires = time.time() + (-5 if kind == "expired" else HOUR)
+    token = sign_token(signer, run_id=RUN, name="eve", public_key=public_key_of(key), expires=expires)
+    if kind == "stolen":
+        token = membership_of(office, "vera").token
+    membership = SimpleNamespace(private_key=key, token=token, objection=lambda token: "")
+    return auth.MemberAuthorizer(membership)
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["stranger", "forged", "expired", "stolen"])
+def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, kind, tmp_path):
+    anna, _ = members
+
+    async def scenario():
+        p2p = await P2P.create(initial_peers=anna.addresses[:1], identity_path=str(tmp_path / "stranger.key"))
+        try:
+            authorizer = None if kind == "stranger" else token_authorizer(office, kind)
+            assert_refused(await call_dht(p2p, anna.dht.peer_id, authorizer))
+            if kind == "stranger":  # an averager sees of a caller only who it is
+                assert_refused(await call_averagers(p2p, anna.dht.peer_id))
+            return p2p.peer_id
+        finally:
+            await p2p.shutdown()
+
+    stranger = asyncio.run(scenario())
+    if kind == "stranger":
+        refusals = anna.state.take_refusals()
+        assert refusals == [(str(stranger), "has shown no valid token")], "said once"
+
+
+@pytest.mark.timeout(240)
+def test_members_reach_each_other_and_average(members):
+    anna, boris = members
+
+    async def scenario():
+        p2p = await boris.dht.replicate_p2p()
+        answers = await call_averagers(p2p, anna.dht.peer_id)
+        answers.update(await call_dht(p2p, anna.dht.peer_id, auth.MemberAuthorizer(boris.membership)))
+        return answers
+
+    answers = asyncio.run(scenario())
+    for prefix in ("state", "grad"):
+        assert [m.code for m in answers[prefix, "join"]] == [averaging_pb2.NOT_LOOKING_FOR_GROUP]
+        assert [m.code for m in answers[prefix, "part"]] == [averaging_pb2.BAD_GROUP_ID]
+    assert answers["state", "state"], "no state"
+    assert answers["ping"].peer.node_id and len(answers["find"].results) == 3
+    assert len(answers["store"].store_ok) == 1
+    for attempts_left in (2, 1, 0):
+        for member in members:
+            member.gradients.accumulate_grads_(1)
+        steps = [member.gradients.step(wait=False, timeout=15) for member in members]
+        try:
+            assert [len(step.result(40)) for step in steps] == [2, 2]
+            break
+        except Exception:
+            if not attempts_left:
+                raise
+    for member in members:
+        with member.gradients.get_tensors() as (averaged,):
+            torch.testing.assert_close(averaged, torch.full((3000,), 1.1))
+
+
+def test_nobody_but_a_member_is_called():
+    async def objection(peer):
+        return "" if peer == "member" else "has shown no valid token"
+
+    async def answer(request):
+        return request
+
+    def call(peer: str):
+        stub = GatedStub(SimpleNamespace(rpc_join_group=answer), peer, SimpleNamespace(objection=objection))
+        return asyncio.run(stub.rpc_join_group("hello"))
+
+    assert call("member") == "hello"
+    with pytest.raises(P2PHandlerError, match="did not call stranger: it has shown no valid token"):
+        call("stranger")
+
+
+@pytest.mark.timeout(240)
+def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
+    """The last test: Boris stays outside."""
+    anna, boris = members
+    assert access.main(["--directory", str(office.parent), "revoke", RUN, "boris"]) == 0
+    MembershipKeeper(anna.membership, anna.dht, anna.owner).update()
+
+    async def scenario():
+        p2p = await boris.dht.replicate_p2p()
+        give_up_at = time.monotonic() + 20
+        while (answers := await call_averagers(p2p, anna.dht.peer_id))["state", "state"]:
+            assert time.monotonic() < give_up_at
+            await asyncio.sleep(0.5)
+        answers.update(await call_dht(p2p, anna.dht.peer_id, auth.MemberAuthorizer(boris.membership)))
+        return answers
+
+    assert_refused(asyncio.run(scenario()))
+    assert (str(boris.dht.peer_id), "its token was revoked") in anna.state.take_refusals()
+    with pytest.raises(ValueError, match="was revoked"):
+        membership_of(office, "boris")
+    assert json.loads((office / "anna.token").read_text())["issued_to"] == f"{RUN}/anna"
