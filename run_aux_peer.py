@@ -87,6 +87,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.optimizer import Swarm, make_collaborative_optimizer
     from src.training.probe import measure_bandwidth
     from src.training.report import Reporter
+    from src.training.run_card import RunCard, make_run_card
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
@@ -94,6 +95,8 @@ def build(peer, collaboration, training, *, progress, stop):
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
+    settings = run_settings(peer, collaboration, training)
+    RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=False)).join_run()
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
@@ -113,7 +116,7 @@ def build(peer, collaboration, training, *, progress, stop):
     )
     journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size,
-                  arguments=run_settings(peer, collaboration, training))  # fmt: skip
+                  arguments=settings)  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None
     report = directory / "report.html"
     threads.append(Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop))

@@ -145,6 +145,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.journal import Journal, claim_run_directory
     from src.training.optimizer import Swarm, make_collaborative_optimizer
     from src.training.probe import measure_bandwidth
+    from src.training.run_card import RunCard, make_run_card
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
@@ -154,6 +155,8 @@ def build(peer, collaboration, training, *, progress, stop):
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
+    settings = run_settings(peer, collaboration, training)
+    RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=True)).join_run()
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
@@ -179,7 +182,7 @@ def build(peer, collaboration, training, *, progress, stop):
     )
     journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
                   target_batch_size=collaboration.target_batch_size,
-                  arguments=run_settings(peer, collaboration, training))  # fmt: skip
+                  arguments=settings)  # fmt: skip
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
     callback = CollaborativeCallback(
         swarm,

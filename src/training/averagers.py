@@ -222,10 +222,10 @@ class RoundReporting:
         hivemind 1.1.12 means to wait, too, but does it with an event that the end of the *previous* round sets. When
         that one ends after the search for this group has begun, early parts are refused and the round stays partial.
         """
+        request = await anext(stream)
         if not await self._admits(context.remote_id):
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        request = await anext(stream)
         give_up_at = time.monotonic() + (self.next_chunk_timeout or float("inf"))
         while (
             request.group_id not in self._running_groups

@@ -1,0 +1,98 @@
+"""A peer with another model, tokenizer or schedule is told what differs, and does not join."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments, run_settings
+from src import LeanAlbertConfig, load_tokenizer
+from src.training.run_card import SCHEDULE, TRAINERS_ONLY, RunCard, differences, make_run_card
+
+DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "demo" / "tokenizer"
+
+
+def settings(tmp_path, **changes) -> dict:
+    training = HFTrainerArguments(output_dir=str(tmp_path), use_cpu=True)
+    return {**run_settings(PeerArguments(run_id="run"), CollaborationArguments(), training), **changes}
+
+
+def card(tmp_path, *, trainer: bool = True, tokenizer=None, config=None, **changes) -> dict[str, str]:
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(DEMO_TOKENIZER)
+    config = LeanAlbertConfig(hidden_size=64, num_attention_heads=2, **(config or {}))
+    return make_run_card(config, tokenizer, settings(tmp_path, **changes), trainer=trainer)
+
+
+def test_equal_peers_have_equal_cards(tmp_path):
+    own, other = card(tmp_path), card(tmp_path)
+    assert own == other and len(own) > 40
+    assert differences(own, [other, other]) == []
+    used = load_tokenizer(DEMO_TOKENIZER)
+    used(["одно", "и другое слово"], padding=True, truncation=True, max_length=4)  # leaves both switched on
+    assert card(tmp_path, tokenizer=used) == own
+
+
+@pytest.mark.parametrize("flag", [*SCHEDULE, *TRAINERS_ONLY])
+def test_card_names_each_flag_that_differs_with_both_values(tmp_path, flag):
+    (difference,) = differences(card(tmp_path, **{flag: 12345}), [card(tmp_path)])
+    assert difference == f"--{flag} is 12345 here and {settings(tmp_path)[flag]} in the run"
+
+
+def test_card_names_what_differs_in_the_model(tmp_path):
+    (difference,) = differences(card(tmp_path, config={"num_hidden_layers": 3}), [card(tmp_path)])[:1]
+    assert difference == "model.num_hidden_layers is 3 here and 32 in the run"
+    assert card(tmp_path, config={"activation_memory": "lean", "sparse_prediction": True}) == card(tmp_path)
+
+
+def test_card_tells_tokenizers_apart(tmp_path):
+    other = load_tokenizer(DEMO_TOKENIZER)
+    other.add_tokens(["ъъъ"])
+    found = " ".join(differences(card(tmp_path, tokenizer=other), [card(tmp_path)]))
+    assert "vocabulary is " in found and "tokenizer is " in found
+
+
+def test_auxiliary_peer_need_not_know_what_concerns_the_data(tmp_path):
+    auxiliary = card(tmp_path, trainer=False, max_sequence_length=7)
+    assert differences(auxiliary, [card(tmp_path)]) == differences(card(tmp_path), [auxiliary]) == []
+
+
+class Board:
+    """A DHT of one process: what is stored is there at once."""
+
+    def __init__(self, records=None):
+        self.records = records or {}
+
+    def store(self, key, subkey, value, **kwargs):
+        self.records[subkey] = SimpleNamespace(value=value)
+        return SimpleNamespace(result=lambda timeout: True)
+
+    def get(self, key, **kwargs):
+        found = SimpleNamespace(value=self.records) if self.records else None
+        return SimpleNamespace(result=lambda timeout: found)
+
+
+def join(board, owner: bytes, own: dict) -> None:
+    run_card = RunCard(board, "run", owner, own)
+    run_card.start = lambda: None
+    run_card.join_run()
+
+
+def test_peer_that_differs_is_refused_and_publishes_nothing(tmp_path):
+    board = Board()
+    join(board, b"first", card(tmp_path))
+    join(board, b"second", card(tmp_path))
+    with pytest.raises(ValueError, match=r"^this peer does not fit the run: --learning_rate is 9\.0 here and 0\.00"):
+        join(board, b"third", card(tmp_path, learning_rate=9.0))
+    assert set(board.records) == {b"first", b"second"}
+    join(board, b"first", card(tmp_path))  # back again
+
+
+def test_majority_of_the_cards_decides_and_rubbish_is_ignored(tmp_path):
+    rubbish = ("text", None, "[1]", b"\x80", '{"--learning_rate": "7"}')
+    board = Board({bytes([number]): SimpleNamespace(value=value) for number, value in enumerate(rubbish)})
+    for owner in (b"first", b"second"):
+        board.store("", owner, json.dumps(card(tmp_path)))
+    join(board, b"third", card(tmp_path))
+    board.records = [1, 2]
+    assert RunCard(board, "run", b"x", {}).read_others() == []
