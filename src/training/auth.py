@@ -33,6 +33,7 @@ from arguments import PeerArguments
 
 logger = logging.getLogger(__name__)
 
+EXPIRED, REVOKED = "has expired", "was revoked"
 REVOCATIONS_FILE = "revoked.txt"  # looked for beside the token
 PUBLISH_SECONDS, EXPIRE_SECONDS = 20.0, 90.0  # a member's record in the DHT: how often renewed, how long valid
 LOOK_UP_SECONDS, REFRESH_SECONDS = 1.0, 10.0  # look for an unknown caller at most this often; for news at least
@@ -174,9 +175,9 @@ class Membership:
                 return f"is for the run {token.username.partition('/')[0]}"
             self._verified[serialized] = float(token.expiration_time)
         if self._verified[serialized] < get_dht_time():
-            return "has expired"
+            return EXPIRED
         if fingerprint(token.public_key) in self.revocations.fingerprints:
-            return "was revoked"
+            return REVOKED
         return ""
 
     def is_revoked(self, owner: bytes) -> bool:
@@ -215,14 +216,17 @@ class Membership:
         return [self.token.SerializeToString(), self.revocations.signed]
 
     def read_records(self, value) -> dict[PeerID, AccessToken]:
-        """The tokens in what is stored under `members_key`; learns revocations on the way."""
+        """The organiser's tokens in what is stored under `members_key`, also those that have run out.
+
+        Learns revocations on the way.
+        """
         tokens = {}
         for entry in value.values() if isinstance(value, dict) else ():
             try:
                 serialized, signed = entry.value
                 token = AccessToken.FromString(serialized)
                 self.learn_revocations(signed)
-                if not self.objection(token):
+                if self.objection(token) in ("", EXPIRED, REVOKED):
                     tokens[peer_id_of(token.public_key)] = token
             except Exception as error:  # whatever else a bad member stores there
                 logger.debug("ignored a malformed member record: %r", error)

@@ -7,30 +7,41 @@ import asyncio
 import contextvars
 import itertools
 import logging
+import math
 import multiprocessing
+import random
+import secrets
 import time
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from statistics import median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
+import torch
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.optim.grad_averager import GradientAverager
-from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, get_dht_time
-from hivemind.utils.asyncio import achain, anext, as_aiter, azip
+from hivemind.utils.asyncio import achain, aiter_with_timeout, anext, as_aiter, azip
+from hivemind.utils.streaming import combine_from_streaming
 
 from src.training.auth import GatedStub, MemberGate, Membership
-from src.training.contributions import Judge, JudgingAllReduce
+from src.training.contributions import Judge, JudgingAllReduce, check_wire_tensor
 from src.training.journal import append_record
+from src.training.state_check import check_state, far_apart, sample_parameters
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
+MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
 # p2pd now and then loses the end of a stream that its writer closes right after the last message: on a busy machine
 # in 6 of 600 rounds of `tests/training/test_stream_ends.py -m slow`. So writers wait; readers of parts hang up first.
@@ -317,17 +328,158 @@ class LeanGradientAverager(RoundReporting, GradientAverager):
 
     def __init__(self, *args, target_batch_size: int = 2**20, **kwargs):
         self.judge = Judge(max_weight=target_batch_size)
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"allow_state_sharing": False, **kwargs})
+
+    def load_state_from_peers(self, **kwargs) -> None:
+        """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
 class LeanStateAverager(RoundReporting, TrainingStateAverager):
-    """Averages parameters now and then, and hands the state to peers that join."""
+    """Averages parameters now and then, and hands the state to peers that join.
+
+    A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
+    else the next donor is asked. ``swarm_epoch()`` is where the swarm is believed to be.
+    """
 
     round_kind = "parameters"
 
     def __init__(self, *args, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+        self._expected_epoch = multiprocessing.Value("d", 0.0)
         super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def swarm_epoch() -> int:
+        return 0
+
+    def load_state_from_peers(self, **kwargs):
+        """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
+        self._expected_epoch.value = self.swarm_epoch()
+        groups = self.optimizer.param_groups
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        try:
+            return super().load_state_from_peers(**kwargs)
+        except ValueError as error:  # not reached as long as the check of the averager's process is as strict
+            self._refusals_sender.send(("?", f"its state does not fit: {error}"))
+            return None
+        finally:
+            for group, options in zip(groups, own, strict=True):
+                group.update(options)
+            if self.scheduler is not None:
+                rates = zip(groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+                for group, base, factor in rates:
+                    group["lr"] = base * factor(self.scheduler.last_epoch)
+
+    # -- in the averager's process
+
+    async def rpc_sample_state(
+        self, request: averaging_pb2.AveragingData, context: P2PContext
+    ) -> averaging_pb2.AveragingData:
+        """A few parameters, by which a joining peer compares donors; ``weight`` is this peer's epoch."""
+        if not self.allow_state_sharing or not await self._admits(context.remote_id):
+            return averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+        tensors = self._averaged_tensors
+        if not self.reuse_tensors:  # then those of the averager are as old as the last round
+            _, tensors, _ = await self._get_current_state_from_host_process()
+            tensors = tensors[: len(self._averaged_tensors)]
+        samples = sample_parameters(tensors, request.group_id[:64])
+        return averaging_pb2.AveragingData(
+            code=averaging_pb2.AVERAGED_PART,
+            tensor_part=serialize_torch_tensor(samples),
+            weight=self.state_sharing_priority,
+        )
+
+    async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
+        """Download from donors until one's state is good; hand over ``None`` if none is."""
+        try:
+            donors = await self._find_donors()
+            for number, donor in enumerate(donors):
+                try:
+                    metadata, tensors = await self._download(donor)
+                    check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
+                    await self._compare_donors(donor, metadata["epoch"], tensors, donors)
+                except Exception as error:
+                    rest = "asking the next donor" if number + 1 < len(donors) else "there is no other donor"
+                    reason = str(error) or type(error).__name__
+                    self._refusals_sender.send((str(donor), f"its state was not taken: {reason}; {rest}"))
+                    continue
+                future.set_result((metadata, tensors))
+                return
+        finally:
+            if not future.done():
+                future.set_result(None)
+
+    async def _find_donors(self) -> list[PeerID]:
+        """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""
+        key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
+        found = await self.dht.get(key, latest=True, return_future=True)
+        offers = found.value.items() if found is not None and isinstance(found.value, dict) else ()
+        priorities = {
+            PeerID(peer): float(entry.value)
+            for peer, entry in offers
+            if isinstance(peer, bytes) and type(entry.value) in (int, float) and 0 <= entry.value < math.inf
+        }
+        priorities.pop(self.peer_id, None)
+        if not priorities:
+            return []
+        highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
+        return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
+
+    async def _download(self, donor: PeerID) -> tuple[dict, list[torch.Tensor]]:
+        stub = self.get_stub(self._p2p, donor, namespace=self.prefix)
+        stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
+        _, own_tensors = dump_optimizer_state(self.optimizer)
+        bytes_left = 2**20 + sum(2 * t.numel() * t.element_size() for t in (*self._averaged_tensors, *own_tensors))
+        metadata, parts, tensors = None, [], []
+
+        def finish_tensor():
+            tensor = combine_from_streaming(parts)
+            check_wire_tensor(tensor)
+            tensors.append(deserialize_torch_tensor(tensor).detach())
+            parts.clear()
+
+        async for message in aiter_with_timeout(stream, self.next_chunk_timeout or self.request_timeout):
+            bytes_left -= message.ByteSize()
+            if bytes_left < 0:
+                raise ValueError("it is larger than a state can be")
+            if message.metadata:
+                metadata = self.serializer.loads(message.metadata)
+            if message.tensor_part.dtype and parts:  # the first part of the next tensor
+                finish_tensor()
+            parts.append(message.tensor_part)
+        if parts:
+            finish_tensor()
+        if metadata is None:
+            raise ValueError("it sent none")
+        return metadata, tensors
+
+    async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
+        """Raises ValueError if more of the other donors contradict a state than confirm it."""
+        expected, seed = self._expected_epoch.value, secrets.token_bytes(16)
+        if epoch > expected + MAX_LEAD:
+            raise ValueError(f"it claims epoch {epoch}, the swarm is at {expected:.0f}")
+        samples = sample_parameters(tensors[: len(self._averaged_tensors)], seed)
+        confirmed, contradictions = 0, []
+        for witness in [peer for peer in donors if peer != donor][:3]:
+            try:
+                stub = self.get_stub(self._p2p, witness, namespace=self.prefix)
+                answer = await stub.rpc_sample_state(
+                    averaging_pb2.AveragingData(group_id=seed), timeout=self.next_chunk_timeout or self.request_timeout
+                )
+                check_wire_tensor(answer.tensor_part)
+                theirs = deserialize_torch_tensor(answer.tensor_part)
+            except Exception as error:
+                logger.debug("no samples from %s: %r", witness, error)
+                continue
+            if not expected - 3 <= answer.weight < math.inf:
+                continue  # it has just joined, and has no state of its own yet
+            difference = far_apart(samples, theirs)
+            if not difference:
+                confirmed += 1
+                break
+            contradictions.append(f"{witness} has another one, {difference}")
+        if len(contradictions) > confirmed:
+            raise ValueError("; ".join(contradictions))
 
 
 def correct_step_cancellation() -> None:

@@ -93,7 +93,7 @@ class LeanOptimizer(hivemind.Optimizer):
         super().__init__(*args, **kwargs)
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
-        return LeanStateAverager(
+        averager = LeanStateAverager(
             dht=self.dht,
             prefix=f"{self.run_id}_state_averager",
             min_matchmaking_time=self.matchmaking_time,
@@ -108,6 +108,8 @@ class LeanOptimizer(hivemind.Optimizer):
             start=True,
             **kwargs,
         )
+        averager.swarm_epoch = lambda: self.tracker.global_epoch
+        return averager
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs) -> LeanProgressTracker:
         return LeanProgressTracker(

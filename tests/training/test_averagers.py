@@ -422,6 +422,7 @@ def test_part_of_an_unknown_group_is_refused_when_the_step_ends_or_time_is_up():
 def test_remote_calls_stream_in_both_directions(averager_type):
     averager_type._collect_rpc_handlers()
     handlers = {handler.method_name: handler for handler in averager_type._rpc_handlers}
+    assert (handlers.pop("rpc_sample_state", None) is not None) == (averager_type is LeanStateAverager)  # our own
     original = {handler.method_name: handler for handler in handlers_of(averager_type.__mro__[2])}
     assert handlers == original  # the same messages and streams as in hivemind's own class
     part = handlers["rpc_aggregate_part"]
