@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import hivemind
-import multihash
 from cryptography.hazmat.primitives import serialization
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
@@ -74,7 +73,7 @@ def peer_id_of(public_key: bytes) -> PeerID:
         serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
-    return PeerID(multihash.encode(hashlib.sha256(message).digest(), multihash.coerce_code("sha2-256")))
+    return PeerID(b"\x12\x20" + hashlib.sha256(message).digest())  # the code of SHA-256, and its 32 bytes
 
 
 def fingerprint(public_key: bytes) -> str:
@@ -264,14 +263,16 @@ class MemberGate:
     def __init__(self, membership: Membership, dht: hivemind.DHT, on_refusal: Callable[[PeerID, str], None]):
         self.membership, self.dht, self.on_refusal = membership, dht, on_refusal
         self.tokens: dict[PeerID, AccessToken] = {}
-        self.looked_at = -float("inf")
+        self.looked_at, self.lock = -float("inf"), asyncio.Lock()
         self._refused: set[tuple[PeerID, str]] = set()
 
     async def objection(self, peer: PeerID) -> str:
         """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second."""
-        age = time.monotonic() - self.looked_at
-        if age > REFRESH_SECONDS or (peer not in self.tokens and age > LOOK_UP_SECONDS):
-            await self._look_up()
+        async with self.lock:
+            if peer not in self.tokens:  # perhaps it has just joined: wait until one may look again
+                await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
+            if peer not in self.tokens or time.monotonic() - self.looked_at > REFRESH_SECONDS:
+                await self._look_up()
         token = self.tokens.get(peer)
         objection = "has shown no valid token" if token is None else self.membership.objection(token)
         if objection and (peer, objection) not in self._refused:
