@@ -269,7 +269,7 @@ class Member:
         self.membership = self.identity.membership
         self.dht, self.owner = start_dht(self.peer, self.identity)
         self.parameter = torch.nn.Parameter(torch.full((3000,), value))
-        self.parameter.grad = torch.full((3000,), value)
+        self.parameter.grad, self.value = torch.full((3000,), value), value
         options = {"dht": self.dht, "membership": self.membership, "start": True, "compression": NoCompression(),
                    "min_matchmaking_time": 2.0, "request_timeout": 1.0, "allreduce_timeout": 20.0,
                    "next_chunk_timeout": 10.0, "min_vector_size": 1000}  # fmt: skip
@@ -423,6 +423,7 @@ def test_members_reach_each_other_and_average(members):
     assert len(answers["store"].store_ok) == 1
     for attempts_left in (2, 1, 0):
         for member in members:
+            member.parameter.grad.fill_(member.value)  # an attempt that failed has used them up
             member.gradients.accumulate_grads_(1)
         steps = [member.gradients.step(wait=False, timeout=15) for member in members]
         try:
