@@ -43,6 +43,7 @@ DEFAULTS = {
         "backup_every_epochs": 10,
         "state_path": None,
         "wait_for_peers": 1,
+        "pack_sequences": False,
     },
     AuxiliaryPeerArguments: {
         **PEER,
