@@ -19,7 +19,7 @@ MODEL = {
     "num_attention_heads": 2, "intermediate_size": 32,
 }  # fmt: skip
 SHARED = """
---target_batch_size 16 --learning_rate 5e-3 --warmup_steps 2 --num_zero_lr_steps 0 --total_steps 4
+--target_batch_size 1024 --learning_rate 5e-3 --warmup_steps 2 --num_zero_lr_steps 0 --total_steps 3
 --matchmaking_time 2 --next_chunk_timeout 20 --averaging_timeout 60 --average_state_every 2 --min_vector_size 1000
 --max_sequence_length 64 --initial_sequence_length 64 --sequence_length_warmup_steps 0 --pad_to_multiple_of 8
 --delay_optimizer_step False --delay_grad_averaging False
@@ -42,15 +42,16 @@ def test_notebook_joins_a_swarm_as_a_client(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     shared = [*SHARED.split(), "--model_config_path", str(tmp_path / "config.json"), "--output_dir", str(tmp_path)]
     with LocalSwarm(echo=False, environment={"OMP_NUM_THREADS": "1"}) as swarm:
-        full = ["--run_id", "swarm", *shared, "--per_device_train_batch_size", "2", "--wait_for_peers", "2"]
+        full = ["--run_id", "swarm", *shared, "--per_device_train_batch_size", "4", "--wait_for_peers", "2"]
         trainer = swarm.start("trainer", "run_trainer.py", full)
         printed = run_notebook(
             "join_the_swarm.ipynb", REPOSITORY / "notebooks", monkeypatch, RUN_ID="swarm", RUN_FLAGS=" ".join(shared),
-            INITIAL_PEERS=" ".join(swarm.initial_peers), BATCH_SIZE="2", ACCUMULATION="1", MACHINE_FLAGS="",
+            INITIAL_PEERS=" ".join(swarm.initial_peers), BATCH_SIZE="4", ACCUMULATION="1",
+            MACHINE_FLAGS="--wait_for_peers 2",
         )  # fmt: skip
         assert trainer.process.wait(60) == 0, trainer.output()
     assert "working in" in printed and "--client_mode" in printed
-    assert "epoch 4/4" in printed, printed
+    assert "epoch 3/3" in printed, printed
     assert re.search(r"\d epochs, \d+ samples computed here: thank you!", printed)
     records = read_journal(tmp_path / "swarm" / "trainer-2" / "metrics.jsonl")
     rounds = [record for record in records if record["event"] == "round" and record["kind"] == "gradients"]
