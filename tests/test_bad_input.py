@@ -341,10 +341,11 @@ CASES = [*trainer_cases(), *auxiliary_cases(), *finetuning_cases(), *prediction_
 
 # Runs a script once for each case, in a fork of a program that has imported the libraries, which takes seconds.
 WARM = """
-import json, os, runpy, signal, sys, time
+import gc, json, os, runpy, signal, sys, time
 import torch, transformers, hivemind, datasets, bitsandbytes, huggingface_hub
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 import src.training.callback, src.training.auxiliary, tasks.mlm.task, tasks.evaluation
+gc.freeze()
 for script, arguments, folder, environment in json.load(sys.stdin):
     pid = os.fork()
     if pid == 0:
@@ -354,8 +355,14 @@ for script, arguments, folder, environment in json.load(sys.stdin):
         for descriptor, name in ((1, "stdout.log"), (2, "stderr.log")):
             os.dup2(os.open(os.path.join("..", name), os.O_CREAT | os.O_WRONLY), descriptor)
         sys.argv = [script, *arguments]
-        runpy.run_path(script, run_name="__main__")
-        os._exit(0)
+        code = 0
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # taking an interpreter with all these libraries apart takes longer than the case itself
     give_up_at, ended, status = time.monotonic() + 60, 0, 0
     while not ended and time.monotonic() < give_up_at:
         ended, status = os.waitpid(pid, os.WNOHANG)
