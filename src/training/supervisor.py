@@ -243,7 +243,8 @@ def _supervise(child_pid: int, grace_seconds: float, second_interrupt_seconds: f
             logger.warning("Not finished %g s after the request to stop: killing the program", grace_seconds)
             return 128 + signal.SIGKILL
         received = signal.sigtimedwait(stop_signals | {signal.SIGCHLD}, min(1.0, stop_at - now))
-        if received is None or received.si_signo == signal.SIGCHLD:
+        # Stopped and continued (Ctrl+Z, fg), CPython may return a record that holds no signal at all.
+        if received is None or received.si_signo not in stop_signals:
             continue
         if first_signal is None:
             first_signal, stopped_at, stop_at = received.si_signo, time.monotonic(), time.monotonic() + grace_seconds

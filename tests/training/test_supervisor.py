@@ -344,6 +344,20 @@ def test_program_ends_when_the_torchrun_that_started_it_is_killed(program, under
         assert not ended(started.pid("child"))
 
 
+def test_program_goes_on_after_all_its_processes_were_stopped_for_a_while(program):
+    started = program(STOPS_CLEANLY)
+    started.launch("ready", *FAMILY)
+    pids = [started.process.pid, started.pid("child"), *(started.pid(name) for name in FAMILY)]
+    for number, seconds in ((signal.SIGSTOP, 2.5), (signal.SIGCONT, 1.5)):
+        for pid in pids:
+            os.kill(pid, number)
+        time.sleep(seconds)
+    assert started.process.poll() is None and not started.noted("clean")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(8) == 5
+    started.assert_nothing_left()
+
+
 def test_supervisor_stays_small_whatever_the_script_has_loaded(program):
     started = program("    time.sleep(0.5)\n    note('status', open(f'/proc/{os.getppid()}/status').read())")
     started.script.write_text("ballast = b'x' * 100_000_000\n" + started.script.read_text())
