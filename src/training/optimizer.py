@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
 EIGHT_BIT_THRESHOLD = 2**16 + 1
+MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -173,6 +174,8 @@ class LeanOptimizer(hivemind.Optimizer):
         if behind and (progressed or (trained and self._failed_downloads >= 2)):
             self._failed_downloads = 0
             self.tracker.distrust_claims_above(self.local_epoch + 1)
+        elif self._failed_downloads:  # nobody has what was announced, perhaps because they have just left
+            time.sleep(min(MAX_DOWNLOAD_PAUSE_SECONDS, 0.1 * 2**self._failed_downloads))
 
     def take_refusals(self) -> list[tuple[str, str]]:
         """Peers of which something was not believed since the last call, and why; each once for each reason."""

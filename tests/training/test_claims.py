@@ -140,7 +140,8 @@ def test_records_of_whoever_is_no_member_are_left_out():
 def test_optimizer_stops_asking_for_a_state_that_nobody_has(
     monkeypatch, before, after, claimed, trained, distrusted_after
 ):
-    calls = []
+    calls, pauses = [], []
+    monkeypatch.setattr("src.training.optimizer.time.sleep", pauses.append)
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
@@ -162,6 +163,9 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
         if calls:
             assert calls == [after + 1]
             break
+    # each attempt in vain that is not the last is followed by a pause, longer from one to the next
+    in_vain = 0 if after > before else attempt - bool(calls)
+    assert len(pauses) == in_vain and pauses == sorted(pauses) and all(0 < pause <= 2 for pause in pauses)
 
 
 def test_forged_metrics_do_not_hide_those_of_others():
