@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 # Seconds after which a script is ended, in the order in which they run: the short ones cannot be starved by the long.
 LIMITS = {
-    "start_up": 90,
+    "start_up": 150,
     "collator": 60,
     "mlm_head": 90,
     "data_pipeline": 120,

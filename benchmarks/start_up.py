@@ -19,7 +19,7 @@ from src.training.local_swarm import LocalSwarm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HELP, BARE = "python run_trainer.py --help", "import TrainingArguments"
-FIRST_STEP_LIMIT = 60.0  # seconds
+FIRST_STEP_LIMIT = 75.0  # seconds after which we stop waiting, and say so
 
 
 def main() -> int:
@@ -27,7 +27,10 @@ def main() -> int:
     rows = measure_help(rounds=1 if flags.quick else 4)
     seconds = first_step_seconds()
     rows.append(Row("start-up", "to the first global step of the demo", "ours", seconds, "s", target="<= 30"))
-    report("start_up", "Start-up", rows, ["--help: CPU seconds of the program; first step: wall time."], flags.results)
+    notes = ["--help: CPU seconds of the program; first step: wall time."]
+    if seconds >= FIRST_STEP_LIMIT:
+        notes.append(f"After {FIRST_STEP_LIMIT:.0f} s there was no global step yet, and the trainer was ended.")
+    report("start_up", "Start-up", rows, notes, flags.results)
     return 0
 
 
@@ -57,15 +60,17 @@ def children_seconds() -> float:
 
 
 def first_step_seconds() -> float:
-    """From the start of a lone trainer on the demo until its first epoch is in its metrics file."""
+    """From the start of a lone trainer on the demo until its first epoch is in its metrics file, or the limit."""
     with tempfile.TemporaryDirectory() as folder, LocalSwarm(echo=False) as swarm:
         started = time.monotonic()
         arguments = ["@demo/trainer.args", "--output_dir", folder, "--total_steps", "1", "--warmup_steps", "0"]
         trainer = swarm.start("trainer", "run_trainer.py", arguments)
         metrics = Path(folder) / "demo" / "trainer" / "metrics.jsonl"
         while not (metrics.exists() and any(record["event"] == "epoch" for record in read_journal(metrics))):
-            if trainer.process.poll() is not None or time.monotonic() - started > FIRST_STEP_LIMIT:
+            if trainer.process.poll() is not None:
                 raise RuntimeError(f"no epoch was finished:\n{trainer.output()}")
+            if time.monotonic() - started > FIRST_STEP_LIMIT:
+                break
             time.sleep(0.05)
         return time.monotonic() - started
 

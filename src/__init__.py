@@ -1,13 +1,7 @@
-"""LeanALBERT: weight-sharing masked language models and their collaborative pretraining."""
+"""LeanALBERT: weight-sharing masked language models and their collaborative pretraining.
 
-from .models import (
-    LeanAlbertConfig,
-    LeanAlbertForMaskedLM,
-    LeanAlbertForPreTraining,
-    LeanAlbertForSequenceClassification,
-    LeanAlbertModel,
-    load_tokenizer,
-)
+The models are loaded when one of their names is first asked for: programs that only need ``src.training`` start sooner.
+"""
 
 __all__ = [
     "LeanAlbertConfig",
@@ -17,3 +11,11 @@ __all__ = [
     "LeanAlbertModel",
     "load_tokenizer",
 ]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import models
+
+    return getattr(models, name)

@@ -115,3 +115,17 @@ def test_package_works_in_a_sub_folder_of_another_project(tmp_path):
     (tmp_path / "thirdparty" / "lean").symlink_to(ROOT, target_is_directory=True)
     code = f"from thirdparty.lean.src import {PUBLIC_NAMES}\n{BUILD}\nimport sys\nassert 'src' not in sys.modules"
     run_python(code, tmp_path)
+
+
+def test_help_of_the_trainer_loads_neither_models_nor_hivemind():
+    code = (
+        "import sys, run_trainer\n"
+        "sys.argv = ['run_trainer.py', '--help']\n"
+        "try:\n    run_trainer.main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'hivemind', 'src.models', 'wandb', 'datasets'} & set(sys.modules)"
+    )
+    run_python(code, ROOT)
+
+
+def test_package_has_no_other_names_than_it_lists():
+    run_python("import src\nassert not hasattr(src, 'nothing') and src.LeanAlbertConfig.model_type", ROOT)
