@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import command_line
 from arguments import (
     ArgumentParser,
     AuxiliaryPeerArguments,
@@ -43,7 +44,7 @@ ELSEWHERE = {
     "python -m venv": "installs", "python -m pytest": "this is it", "ruff": "CI runs it", "mkdir": "of the shell",
     "cd": "of the shell", "export": "of the shell, see STAND_INS", "for": "of the shell", "do": "of the shell",
     "done": "of the shell", "hf": "talks to the hub", "nvidia-smi": "needs a GPU", "jupyter": "tests/test_notebooks.py",
-    "xdg-open": "opens a browser",
+    "xdg-open": "opens a browser", "torchrun": "needs several devices, see tests/training/test_sync.py",
 }  # fmt: skip
 # Variables that a reader sets; a value for each, with which commands must parse.
 STAND_INS = {
@@ -125,13 +126,13 @@ def parse_with_its_program(target: str, words: list[str], monkeypatch) -> None:
         parser = ArgumentParser(PEERS[target], CollaborationArguments, HFTrainerArguments, prog=target)
         parser.parse(words or ["@demo/trainer.args"])
         return
-    original = argparse.ArgumentParser.parse_args
+    for kind in (argparse.ArgumentParser, command_line.ArgumentParser):
 
-    def parse_and_stop(parser, args=None, namespace=None):
-        original(parser, args, namespace)
-        raise Parsed
+        def parse_and_stop(parser, args=None, namespace=None, *, original=kind.parse_args):
+            original(parser, args, namespace)
+            raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        monkeypatch.setattr(kind, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [target, *words])
     with pytest.raises(Parsed):
         if target.endswith(".py"):
@@ -170,6 +171,9 @@ def stand_ins(tmp_path_factory) -> Path:
         model.save_pretrained(checkpoint)
         shutil.copytree(folder / "tokenizer", checkpoint, dirs_exist_ok=True, ignore=lambda *_: ["config.json"])
         (checkpoint.parent / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "mlm_loss": 8.0}\n')
+    for token in ("access/my-exp/aux.token", "ivan.token"):
+        (folder / token).parent.mkdir(parents=True, exist_ok=True)
+        (folder / token).touch()
     assert export.main([str(folder / "outputs/demo/aux/checkpoint"), str(folder / "my-model")]) == 0
     return folder
 
