@@ -17,6 +17,7 @@ import torch
 
 from src import LeanAlbertForMaskedLM, load_tokenizer
 from src.training.backup import read_backup
+from src.training.history import read_history
 from src.training.journal import read_journal
 from src.training.local_swarm import REPOSITORY, LocalPeer, LocalSwarm
 from src.training.swarm_report import compare_parameters, summarise_run
@@ -80,7 +81,10 @@ def ending_all(processes: set):
 @pytest.mark.timeout(600)
 def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_nothing_behind(tmp_path):
     shared = swarm_arguments(tmp_path, target_batch_size=256, total_steps=EPOCHS)
-    auxiliary_flags = "--assist_in_averaging --assist_refresh 0.25 --refresh_period 0.5 --store_checkpoints"
+    auxiliary_flags = (
+        "--assist_in_averaging --assist_refresh 0.25 --refresh_period 0.5 --store_checkpoints --eval_batches 1 "
+        f"--eval_sources {REPOSITORY / 'demo' / 'heldout.txt'}"
+    )
     run = tmp_path / "outputs" / "test"
     with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
         auxiliary = swarm.start(
@@ -95,7 +99,7 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
         assert sum("p2pd" in process.name() for process in processes) == 3
         for trainer in trainers:
             assert trainer.process.wait(240) == 0, trainer.output()
-        auxiliary.wait_for_line(r"stored the state of epoch \d", timeout=30)
+        auxiliary.wait_for_line(r"epoch \d on held-out text: loss \d", timeout=60)
         assert auxiliary.stop() == 0, auxiliary.output()
         assert not still_alive(processes, timeout=10)
 
@@ -118,6 +122,14 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
 
     seen_by_auxiliary = [r for r in read_journal(run / "aux" / "metrics.jsonl") if r["event"] == "swarm_epoch"]
     assert max(record["alive_peers"] for record in seen_by_auxiliary) == 2
+    history = read_history(run / "aux" / "metrics.jsonl")
+    assert len(history.peers) == 2
+    by_trainers = [sum(r["samples"] for r in journal if r["event"] == "epoch") for journal in journals]
+    by_auxiliary = sorted(peer.samples for peer in history.peers.values())
+    assert sum(by_trainers) * 0.6 < sum(by_auxiliary) <= sum(by_trainers), (by_trainers, by_auxiliary)
+    assert 0.0 <= history.held_out[-1].accuracy < history.held_out[-1].loss < 20.0
+    report = (run / "aux" / "report.html").read_text(encoding="utf-8")
+    assert all(name in report for name in history.peers) and "Held-out" in report
     tokenizer = load_tokenizer(run / "aux" / "checkpoint")
     model = LeanAlbertForMaskedLM.from_pretrained(run / "aux" / "checkpoint").eval()
     with torch.no_grad():
