@@ -1,0 +1,99 @@
+"""Masked-LM loss of 4096 positions, 15 % of them masked, vocabulary 50257: time and memory, forward + backward.
+
+Sides: logits at all positions, as in transformers; at masked positions only; and the loss that a LeanALBERT in training
+computes, which holds 128 rows of logits. Memory is the growth of the peak of a process of its own.
+`python -m benchmarks.mlm_head --device cuda` runs the same on a GPU.
+"""
+
+import multiprocessing
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import Row, interleave, options, ratio, report
+from src.models import LeanAlbertConfig
+from src.models.albert import IGNORED_LABEL, MaskedLMHead, masked_lm_loss
+
+ALL, MASKED, OURS = "logits at all positions", "logits at masked positions", "LeanALBERT in training"
+TARGETS = {OURS: ("<= 0.12", "<= 160")}
+
+
+def make_step(side, num_positions, vocab_size, device):
+    """A function that runs forward and backward once."""
+    torch.manual_seed(0)
+    head = MaskedLMHead(LeanAlbertConfig(vocab_size=vocab_size, embedding_size=128, hidden_size=256)).to(device)
+    head.train(side == OURS)
+    head.decoder.weight.data.mul_(0.1)
+    hidden_states = torch.randn(1, num_positions, 256, device=device, requires_grad=True)
+    labels = torch.randint(vocab_size, (1, num_positions), device=device)
+    labels[torch.rand(1, num_positions, device=device) >= 0.15] = IGNORED_LABEL
+
+    def step():
+        head.zero_grad(set_to_none=True)
+        loss = masked_lm_loss(head, hidden_states, labels, sparse=side != ALL)[1]
+        loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss.item()
+
+    return step
+
+
+def status(field):
+    """MB that Linux says about this process: VmRSS is what it has now, VmHWM the most that it had."""
+    return 1024e-6 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def peak_megabytes(side, num_positions, vocab_size, device, answers):
+    """Puts by how many MB one step raises the peak of memory; gradients of the parameters are counted in."""
+    make_step(side, 256, 1000, device)()  # libraries allocate their workspaces
+    step = make_step(side, num_positions, vocab_size, device)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        answers.put((torch.cuda.max_memory_allocated() - before) / 1e6)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = status("VmRSS")
+        step()
+        answers.put(status("VmHWM") - before)
+
+
+def main():
+    parser = options(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    arguments = parser.parse_args()
+    device = arguments.device
+    num_positions, vocab_size = (512, 5000) if arguments.quick else (4096, 50257)
+    case = f"{num_positions} positions, vocabulary {vocab_size}"
+    steps = {side: make_step(side, num_positions, vocab_size, device) for side in (ALL, MASKED, OURS)}
+    losses = [step() for step in steps.values()]
+    if max(losses) - min(losses) > 1e-4 * losses[0]:
+        raise SystemExit(f"the sides disagree about the loss: {losses}")
+    timings = interleave(steps, rounds=3, clock=time.process_time if device == "cpu" else time.perf_counter)
+    rows = [
+        Row("time", case, side, timing.median, "s", ratio(timing, timings[ALL]), TARGETS.get(side, [None])[0], peer=ALL)
+        for side, timing in timings.items()
+    ]
+    processes = multiprocessing.get_context("spawn")
+    for side in steps:
+        answers = processes.Queue()
+        process = processes.Process(target=peak_megabytes, args=(side, num_positions, vocab_size, device, answers))
+        process.start()
+        megabytes = answers.get(timeout=300)
+        process.join()
+        rows.append(Row("extra memory", case, side, megabytes, "MB", target=TARGETS.get(side, [None] * 2)[1], peer=ALL))
+    vocabularies = (1000, 4000) if arguments.quick else (8_000, 25_000, 100_000)
+    for size in vocabularies:
+        run = make_step(OURS, num_positions // 4, size, device)
+        seconds = interleave({OURS: run}, rounds=3)[OURS].low
+        rows.append(Row("growth with vocabulary", f"{num_positions // 4} positions, {size}", OURS, seconds, "s"))
+    notes = ["Growth with the vocabulary is expected to be linear (exponent 1)."]
+    report("mlm_head", "Masked-LM head, forward + backward", rows, notes, arguments.results)
+
+
+if __name__ == "__main__":
+    main()

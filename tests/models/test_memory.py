@@ -1,0 +1,114 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.models import memory as subject
+from src.models.memory import largest_batch, predict_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+OPTIONS = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 6}
+# A process of its own prints by how many bytes training (two accumulated passes) raises the peak of its memory.
+MEASURE = """
+import json, re, sys, torch
+from pathlib import Path
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+options, batch_size, length = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+
+def step(model, batch_size):
+    ids = torch.randint(5, model.config.vocab_size, (batch_size, length))
+    labels = torch.where(torch.rand(ids.shape) < 0.15, ids, -100)
+    model(ids, labels=labels, sentence_order_label=torch.zeros(batch_size, dtype=torch.long)).loss.backward()
+
+def status(field):
+    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+small = {**options, "vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+step(LeanAlbertForPreTraining(LeanAlbertConfig(**small)).train(), 1)  # libraries, their workspaces
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+before = status("VmRSS")
+model = LeanAlbertForPreTraining(LeanAlbertConfig(**options)).train()
+step(model, batch_size)
+step(model, batch_size)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
+def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(level):
+    options = {**OPTIONS, "vocab_size": 5000, "sparse_prediction": True, "activation_memory": level}
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps([options, 16, 256])],
+        cwd=ROOT,
+        # Freed tensors go back to the system at once: what the C library keeps for later is not the model's.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=250,
+    )
+    predicted = predict_memory(LeanAlbertConfig(**options), batch_size=16, length=256).device
+    assert predicted == pytest.approx(int(result.stdout), rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
+def test_predicted_memory_is_within_a_tenth_of_the_peak_of_a_gpu(level):
+    config = LeanAlbertConfig(**OPTIONS, vocab_size=20000, sparse_prediction=True, activation_memory=level)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = LeanAlbertForPreTraining(config).train().cuda()
+    ids = torch.randint(5, 20000, (32, 512), device="cuda")
+    labels = torch.where(torch.rand(ids.shape, device="cuda") < 0.15, ids, -100)
+    for _ in range(2):  # the second pass starts with gradients
+        model(ids, labels=labels).loss.backward()
+    measured = torch.cuda.max_memory_allocated() - before
+    assert predict_memory(config, batch_size=32, length=512).device == pytest.approx(measured, rel=0.1)
+
+
+def test_parameters_and_optimizer_state_are_counted_once_for_shared_matrices(tiny_config):
+    config = tiny_config(share_large_matrices=True)
+    count = sum(parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters())
+    memory = predict_memory(config, batch_size=1, length=8)
+    assert (memory.parameters, memory.gradients) == (4 * count, 4 * count)
+    assert memory.optimizer == 8 * count
+    all_8bit = predict_memory(config, batch_size=1, length=8, min_8bit_size=1).optimizer
+    assert all_8bit == pytest.approx(2.002 * count, rel=1e-3)
+
+
+@pytest.mark.parametrize(("level", "units"), [("default", 10), ("lean", 2), ("checkpoint", 1)])
+def test_block_bytes_are_the_units_of_the_level(level, units):
+    config = LeanAlbertConfig(**OPTIONS, activation_memory=level)
+    log_sum_exp = 4 * 4 if level != "checkpoint" else 0
+    assert subject.block_bytes(config) == units * 4 * 256 + log_sum_exp
+
+
+def test_largest_batch_is_the_last_that_fits():
+    config = LeanAlbertConfig(**OPTIONS, vocab_size=2000, sparse_prediction=True)
+    budget = 10**9
+    batch_size = largest_batch(config, length=512, budget=budget)
+    fits = [predict_memory(config, batch_size=batch_size + i, length=512).device <= budget for i in (0, 1)]
+    assert fits == [True, False]
+    assert largest_batch(config, length=512, budget=1000) == 0
+
+
+def test_command_prints_a_table_and_refuses_bad_input(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**OPTIONS, "vocab_size": 2000}))
+    subject.main([str(path), "--batch-size", "2", "--length", "64", "--budget", "1", "--activation-memory", "lean"])
+    printed = capsys.readouterr().out
+    assert "activation_memory=lean" in printed and "optimizer" in printed and "largest batch for 1 GB: " in printed
+    path.write_text('{"hidden_size": -1}')
+    for arguments in (["missing.json"], [str(path)], [str(path), "--length", "0"]):
+        with pytest.raises(SystemExit) as caught:
+            subject.main(
+                [*arguments, "--batch-size", "2", *(["--length", "64"] if "--length" not in arguments else [])]
+            )
+        assert caught.value.code == 2
+        assert arguments[0] in capsys.readouterr().err or "--length" in arguments
