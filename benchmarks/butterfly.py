@@ -33,7 +33,7 @@ def main():
             matrices = {"dense": SharedMatrix(size, size)}
             matrices["butterfly"] = ButterflyMatrix(size, size, block_size=block_size)
             runs = {name: make_step(matrix, 512) for name, matrix in matrices.items()}
-            timings = interleave(runs, rounds=2 if arguments.quick else 9, warmup=2, clock=time.process_time)
+            timings = interleave(runs, rounds=2 if arguments.quick else 5, clock=time.process_time)
             case = f"{size} x {size}, blocks of {block_size}, 512 rows"
             share = matrices["butterfly"].weight.numel() / size**2
             rows.append(Row("parameters", case, "butterfly", share, "of the dense matrix", peer="dense"))

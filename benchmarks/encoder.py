@@ -211,7 +211,7 @@ def main():
     device, quick = arguments.device, arguments.quick
     threads = torch.get_num_threads()
     cases = {(512, 512): TARGETS[512, 512]} if quick else TARGETS
-    rounds = 2 if quick else 5
+    rounds = 2 if quick else 4
     timed = partial(time_rows, device=device, rounds=rounds)
     rows = byte_rows(device) + flop_rows()
     for number in sorted({1, threads}) if device == "cpu" else [threads]:
@@ -227,8 +227,8 @@ def main():
         rows += timed(512, 512, claim="time, torch.compile", names=(PEER, "default"), compiled=True, targets=half)
     torch.set_num_threads(1)
     lengths, sizes = ((128, 512), (256, 512)) if quick else ((128, 256, 512, 1024, 2048, 4096), (256, 512, 1024, 2048))
-    rows += growth_rows(lengths, device=device, rounds=3, what="length")
-    rows += growth_rows(sizes, device=device, rounds=3, what="hidden")
+    rows += growth_rows(lengths, device=device, rounds=2, what="length")
+    rows += growth_rows(sizes, device=device, rounds=2, what="hidden")
     notes = [
         "Ratios are of process CPU seconds on CPU, of seconds on a GPU; median over rounds that run by turns.",
         "Attention's log-sum-exp is one number per head and token: 1/64 unit at head size 64.",
