@@ -380,7 +380,10 @@ def load_identity(peer: PeerArguments) -> Identity:
         if peer.token_file is not None:
             raise ValueError(f"--identity_path {path} does not exist; it must be the key that the token was issued for")
         create_key(path)
-    key, lock = load_key(path), os.open(path, os.O_RDONLY)
+    try:
+        key, lock = load_key(path), os.open(path, os.O_RDONLY)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--identity_path: {getattr(error, 'strerror', None) or error} ({path})") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

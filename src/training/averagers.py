@@ -392,7 +392,11 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
         """Download from donors until one's state is good; hand over ``None`` if none is."""
         try:
-            donors = await self._find_donors()
+            try:
+                donors = await self._find_donors()
+            except TimeoutError as error:
+                self._refusals_sender.send(("?", f"no state was asked for: {error}"))
+                return
             for number, donor in enumerate(donors):
                 try:
                     metadata, tensors = await self._download(donor)
@@ -412,7 +416,7 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     async def _find_donors(self) -> list[PeerID]:
         """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""
         key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
-        found = await self.dht.get(key, latest=True, return_future=True)
+        found = await self._in_time(self.dht.get(key, latest=True, return_future=True), "the swarm's records")
         offers = found.value.items() if found is not None and isinstance(found.value, dict) else ()
         priorities = {
             PeerID(peer): float(entry.value)
@@ -425,9 +429,17 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
         highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
         return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
 
+    async def _in_time(self, answer, who: str):
+        """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""
+        seconds = self.next_chunk_timeout or self.request_timeout
+        try:
+            return await asyncio.wait_for(answer, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{who} did not answer within {seconds:.0f} s") from error
+
     async def _download(self, donor: PeerID) -> tuple[dict, list[torch.Tensor]]:
         stub = self.get_stub(self._p2p, donor, namespace=self.prefix)
-        stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
+        stream = await self._in_time(stub.rpc_download_state(averaging_pb2.DownloadRequest()), "it")
         _, own_tensors = dump_optimizer_state(self.optimizer)
         bytes_left = 2**20 + sum(2 * t.numel() * t.element_size() for t in (*self._averaged_tensors, *own_tensors))
         metadata, parts, tensors = None, [], []

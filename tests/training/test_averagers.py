@@ -375,7 +375,7 @@ def idle_averager(*, active_steps: int, next_chunk_timeout: float | None) -> Lea
 
 
 async def collect(averager, *parts) -> list:
-    stream = averager.rpc_aggregate_part(as_aiter(*parts), context=None)
+    stream = averager.rpc_aggregate_part(as_aiter(*parts), context=SimpleNamespace(remote_id=PeerID(b"partner")))
     return [message async for message in stream]
 
 
