@@ -6,15 +6,18 @@ import torch
 
 
 class WholeWordMaskLoop:
-    """Pads to the longest; masks words, in random order, while they fit a budget of `mlm_probability` of the row."""
+    """Masks words, in random order, while they fit a budget of `mlm_probability` of the row.
 
-    def __init__(self, tokenizer, mlm_probability: float = 0.15, seed: int = 0):
+    Rows are padded to `width`, or to the longest without one.
+    """
+
+    def __init__(self, tokenizer, mlm_probability: float = 0.15, seed: int = 0, width: int = 0):
         self.tokenizer, self.mlm_probability = tokenizer, mlm_probability
-        self.random = random.Random(seed)
+        self.width, self.random = width, random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, instances: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(instance["input_ids"]) for instance in instances)
+        width = self.width or max(len(instance["input_ids"]) for instance in instances)
         rows, types, attention, chosen = [], [], [], []
         for instance in instances:
             ids = instance["input_ids"]
