@@ -11,15 +11,14 @@ test: lint
 chaos: .venv/installed
 	.venv/bin/python -m benchmarks.swarm_faults
 
-bench: .venv/installed requirements-bench.txt
-	.venv/bin/python -m pip install --quiet -r requirements-bench.txt
+bench: .venv/installed
 	.venv/bin/python -m benchmarks.run_all
 
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-bench.txt requirements-dev.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet torch==2.13.0
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
