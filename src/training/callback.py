@@ -79,6 +79,7 @@ class CollaborativeCallback(TrainerCallback):
             self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
             self._record_downloads(batch=0)
         self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
+        self.optimizer.before_epoch_ends = self._back_up_if_due
         self._follow_epoch()
         self._wait_for_peers()
         self.epoch_started = time.monotonic()

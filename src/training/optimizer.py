@@ -91,6 +91,7 @@ class LeanOptimizer(hivemind.Optimizer):
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
         self._failed_downloads = 0  # in a row
+        self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
@@ -140,6 +141,14 @@ class LeanOptimizer(hivemind.Optimizer):
     def _maybe_schedule_state_averaging(self) -> None:
         if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
             super()._maybe_schedule_state_averaging()
+
+    def _update_global_epoch(self, grad_scaler) -> None:
+        # When rounds take as long as epochs, this is the only moment at which no delayed update is under way, so that
+        # parameters and epoch belong together. hivemind would wait for the update next.
+        if self.delay_optimizer_step:
+            self.state_averager.step(wait_for_delayed_updates=True)
+        self.before_epoch_ends()
+        super()._update_global_epoch(grad_scaler)
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.

@@ -277,6 +277,18 @@ def test_callback_backs_up_every_so_many_epochs_but_never_between_the_halves_of_
     assert epochs == [None, None, None, None, 2, 2, 2, 4, 4, 4, 4, 6]
 
 
+def test_callback_backs_up_before_an_epoch_ends_when_updates_were_under_way_all_the_time(tmp_path):
+    callback = make_callback(tmp_path)
+    averager = callback.optimizer.state_averager
+    averager.pending_updates = {"update"}
+    for _ in range(6):  # epochs of 2 local steps, a backup is due every 2 epochs
+        local_step(callback)
+    assert not callback.state_path.exists() and callback.optimizer.local_epoch == 3
+    averager.pending_updates = set()
+    callback.optimizer.before_epoch_ends()
+    assert read_backup(callback.state_path)["epoch"] == 3
+
+
 def test_callback_keeps_training_and_the_previous_backup_when_the_disk_is_full(tmp_path, monkeypatch):
     callback = make_callback(tmp_path)
     callback.state_path.write_bytes(b"previous")

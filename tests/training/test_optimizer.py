@@ -345,3 +345,15 @@ def test_libraries_still_call_the_methods_we_override(owner, calls):
     source = inspect.getsource(owner)
     for call in calls:
         assert call in source, f"{owner.__name__} no longer calls {call}...): our override has no effect"
+
+
+@pytest.mark.parametrize("delayed", [True, False])
+def test_optimizer_says_that_an_epoch_ends_when_no_update_is_under_way(monkeypatch, delayed):
+    order = []
+    optimizer = LeanOptimizer.__new__(LeanOptimizer)
+    optimizer._parent_pid, optimizer.delay_optimizer_step = None, delayed
+    optimizer.state_averager = SimpleNamespace(step=lambda **options: order.append(options))
+    optimizer.before_epoch_ends = lambda: order.append("epoch ends")
+    monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", lambda self, scaler: order.append("update"))
+    optimizer._update_global_epoch(None)
+    assert order == [{"wait_for_delayed_updates": True}] * delayed + ["epoch ends", "update"]
