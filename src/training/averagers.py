@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
-# p2pd now and then loses the end of a stream that its writer closes right after the last message: on a busy machine
-# in 6 of 600 rounds of `tests/training/test_stream_ends.py -m slow`. So writers wait; readers of parts hang up first.
+# p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
+# machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
 
 
