@@ -29,7 +29,7 @@ from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.proto import averaging_pb2
-from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils import DHTExpiration, MPFuture, get_dht_time
 from hivemind.utils.asyncio import achain, aiter_with_timeout, anext, as_aiter, azip
 from hivemind.utils.streaming import combine_from_streaming
 
@@ -322,13 +322,24 @@ class RoundReporting:
 
 
 class LeanGradientAverager(RoundReporting, GradientAverager):
-    """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them."""
+    """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
+
+    Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
+    """
 
     round_kind = "gradients"
 
     def __init__(self, *args, target_batch_size: int = 2**20, **kwargs):
         self.judge = Judge(max_weight=target_batch_size)
         super().__init__(*args, **{"allow_state_sharing": False, **kwargs})
+
+    @staticmethod
+    def local_epoch() -> int:
+        return 0
+
+    def schedule_step(self, scheduled_time: DHTExpiration | None = None, **kwargs) -> StepControl:
+        """As hivemind's, with this peer's epoch for the others of the group."""
+        return super().schedule_step(scheduled_time, gather=self.local_epoch(), **kwargs)
 
     def load_state_from_peers(self, **kwargs) -> None:
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src.training.backup import restore_backup, save_backup
 from src.training.console import Progress
-from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, fetch_metrics, store_metrics
+from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal
 from src.training.optimizer import Swarm
@@ -98,16 +98,10 @@ class CollaborativeCallback(TrainerCallback):
         """Announce this trainer and wait until ``wait_for_peers`` of them are there, or the run has begun."""
         if self.peer.wait_for_peers <= 1:
             return
-        said = False
-        while not self.stop.is_set() and self.optimizer.tracker.global_epoch == self.optimizer.local_epoch:
-            store_metrics(
-                self.dht,
-                self.peer.run_id,
-                self.public_key,
-                TrainerMetrics(epoch=self.optimizer.local_epoch),
-                expiration=self.peer.statistics_expiration,
-            )
-            if len(fetch_metrics(self.dht, self.peer.run_id)) >= self.peer.wait_for_peers:
+        said, tracker = False, self.optimizer.tracker
+        while not self.stop.is_set() and tracker.global_epoch == self.optimizer.local_epoch:
+            tracker.announce()
+            if tracker.global_progress.num_peers >= self.peer.wait_for_peers:
                 return
             if not said:
                 self.progress.say(f"waiting for {self.peer.wait_for_peers} trainers")

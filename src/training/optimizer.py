@@ -88,11 +88,18 @@ class LeanOptimizer(hivemind.Optimizer):
     the end of the epoch, just when the second trainer may have joined it.
     """
 
+    _partner_is_ahead = False
+
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
         self._failed_downloads = 0  # in a row
         self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
+
+    def _make_gradient_averager(self, *args, **kwargs) -> LeanGradientAverager:
+        averager = super()._make_gradient_averager(*args, **kwargs)
+        averager.local_epoch = lambda: self.local_epoch
+        return averager
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
         averager = LeanStateAverager(
@@ -142,7 +149,26 @@ class LeanOptimizer(hivemind.Optimizer):
         if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
             super()._maybe_schedule_state_averaging()
 
+    # A peer may be one epoch behind: the others have just ended theirs. But when it ends each epoch together with those
+    # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
+    # hivemind looks for that at the beginning of a step only, before it may learn where the others are.
+
+    def _should_load_state_from_peers(self) -> bool:
+        if self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch:
+            self._partner_is_ahead = False
+            return True
+        return super()._should_load_state_from_peers()
+
+    def _notice_partners_ahead(self, epochs: dict) -> None:
+        """``epochs``: those in which the members of a round of averaging began it, by peer; no epoch if auxiliary."""
+        own = epochs.get(self.grad_averager.peer_id)
+        others = [epoch for epoch in epochs.values() if type(epoch) is int]
+        self._partner_is_ahead = type(own) is int and max(others) > own
+
     def _update_global_epoch(self, grad_scaler) -> None:
+        if not self.auxiliary and self._should_load_state_from_peers():
+            self.load_state_from_peers()
+            return
         # When rounds take as long as epochs, this is the only moment at which no delayed update is under way, so that
         # parameters and epoch belong together. hivemind would wait for the update next.
         if self.delay_optimizer_step:
@@ -164,7 +190,7 @@ class LeanOptimizer(hivemind.Optimizer):
         # When a round fails, the buffers still hold this peer's own gradients. hivemind reloads them from accumulators,
         # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
         try:
-            maybe_step_control.result(self.averaging_timeout)
+            self._notice_partners_ahead(maybe_step_control.result(self.averaging_timeout))
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()

@@ -4,6 +4,7 @@ import time
 from multiprocessing.sharedctypes import Synchronized
 
 from hivemind.optim.progress_tracker import GlobalTrainingProgress
+from hivemind.utils import get_dht_time
 
 from src.training.claims import BoundedProgressTracker
 
@@ -23,6 +24,22 @@ class LeanProgressTracker(BoundedProgressTracker):
         self._vain_search = vain_search
         self._reports: dict[bytes, tuple[float, float]] = {}  # (time in the newest report, when it was first seen)
         super().__init__(*args, metadata_expiration=REPORT_SECONDS, **kwargs)
+
+    def announce(self) -> None:
+        """Tell the others that this peer is about to train, and see who else is; hivemind waits for the first samples.
+
+        Without it trainers that start together end their first epoch, or two, each on its own.
+        """
+        own = self._get_local_progress(self.local_progress.epoch, self.local_progress.samples_accumulated)
+        self.dht.store(
+            key=self.training_progress_key,
+            subkey=self._local_public_key,
+            value=own.dict(),
+            expiration_time=get_dht_time() + self.metadata_expiration,
+        )
+        with self.lock_global_progress:
+            found = self.dht.get(self.training_progress_key, latest=True)
+            self.global_progress = self._parse_swarm_progress_data(found.value if found is not None else None)
 
     def _parse_swarm_progress_data(self, metadata) -> GlobalTrainingProgress:
         return super()._parse_swarm_progress_data(self._of_live_peers(metadata, time.monotonic()))

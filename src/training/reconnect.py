@@ -31,8 +31,8 @@ class KeepInTouch(threading.Thread):
 
     def run(self) -> None:
         while self.addresses and not self.stop.wait(self.period):
-            greeting = self.dht.run_coroutine(partial(greet, addresses=self.addresses), return_future=True)
-            try:
+            try:  # the DHT may be shut down at any moment
+                greeting = self.dht.run_coroutine(partial(greet, addresses=self.addresses), return_future=True)
                 greeting.result(GREETING_TIMEOUT)
             except Exception as error:
                 logger.debug("could not greet %s: %r", self.addresses, error)

@@ -105,6 +105,8 @@ class FakeOptimizer:
             ),
             performance_ema=SimpleNamespace(samples_per_second=2.5),
             reported=[],
+            announced=0,
+            announce=self._announce,
             report_local_progress=lambda epoch, samples_accumulated: self.tracker.reported.append(
                 (epoch, samples_accumulated)
             ),
@@ -113,6 +115,9 @@ class FakeOptimizer:
     @property
     def local_epoch(self) -> int:
         return self.state_averager.local_epoch
+
+    def _announce(self) -> None:
+        self.tracker.announced += 1
 
     def _reset_accumulated(self) -> None:
         self.grad_averager.local_samples_accumulated = 0

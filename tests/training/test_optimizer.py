@@ -307,6 +307,9 @@ USED_INTERNALS = {
         "_maybe_schedule_state_averaging",
         "_average_gradients_and_load_into_optimizer",
         "_begin_averaging_gradients",
+        "_make_gradient_averager",
+        "_should_load_state_from_peers",
+        "_update_global_epoch",
         "_load_averaged_gradients_into_optimizer_",
         "_load_local_gradients_into_optimizer",
     ),
@@ -331,6 +334,9 @@ def test_libraries_still_have_the_internals_we_build_on(owner):
             hivemind.Optimizer,
             [
                 "self._make_state_averager(",
+                "self._make_gradient_averager(",
+                "self._should_load_state_from_peers(",
+                "self._update_global_epoch(",
                 "self._maybe_schedule_gradient_averaging(",
                 "self._maybe_schedule_state_averaging(",
                 "self._begin_averaging_gradients(",
@@ -351,9 +357,46 @@ def test_libraries_still_call_the_methods_we_override(owner, calls):
 def test_optimizer_says_that_an_epoch_ends_when_no_update_is_under_way(monkeypatch, delayed):
     order = []
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
-    optimizer._parent_pid, optimizer.delay_optimizer_step = None, delayed
-    optimizer.state_averager = SimpleNamespace(step=lambda **options: order.append(options))
+    optimizer._parent_pid, optimizer.delay_optimizer_step, optimizer.auxiliary = None, delayed, False
+    optimizer._should_check_synchronization_on_update = False
+    optimizer.tracker = SimpleNamespace(global_epoch=3)
+    optimizer.state_averager = SimpleNamespace(local_epoch=3, step=lambda **options: order.append(options))
     optimizer.before_epoch_ends = lambda: order.append("epoch ends")
     monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", lambda self, scaler: order.append("update"))
     optimizer._update_global_epoch(None)
     assert order == [{"wait_for_delayed_updates": True}] * delayed + ["epoch ends", "update"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "of_swarm", "loads"),
+    [
+        ({"me": 3, "trainer": 4, "auxiliary": None}, 5, True),  # both have ended their epochs: 4 here, 5 there
+        ({"me": 3, "trainer": 4, "auxiliary": None}, 4, False),  # what the trainer began, it gave up
+        ({"me": 3, "trainer": 3, "auxiliary": None}, 5, False),  # it has just ended the next one: normal
+        ({"me": 3, "trainer": 2}, 4, False),  # it is the other one that must catch up
+    ],
+)
+def test_optimizer_does_not_stay_behind_those_it_averages_with(monkeypatch, epochs, of_swarm, loads):
+    done = []
+    optimizer = LeanOptimizer.__new__(LeanOptimizer)
+    optimizer._parent_pid, optimizer.delay_optimizer_step, optimizer.auxiliary = None, False, False
+    optimizer._should_check_synchronization_on_update = False
+    optimizer.grad_averager = SimpleNamespace(peer_id="me")
+    optimizer.tracker = SimpleNamespace(global_epoch=of_swarm)
+    optimizer.state_averager = SimpleNamespace(local_epoch=4)
+    optimizer.before_epoch_ends = lambda: None
+    monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", lambda self, scaler: done.append("update"))
+    monkeypatch.setattr(LeanOptimizer, "load_state_from_peers", lambda self: done.append("load"))
+    optimizer._notice_partners_ahead(epochs)
+    optimizer._update_global_epoch(None)
+    optimizer._update_global_epoch(None)
+    assert done == (["load", "update"] if loads else ["update", "update"])
+
+
+def test_optimizer_tells_its_epoch_to_those_it_averages_with(start_optimizer):
+    optimizer = start_optimizer()
+    optimizer.state_averager.local_epoch = 7
+    control = optimizer.grad_averager.schedule_step(timeout=5.0)
+    data = optimizer.grad_averager.serializer.loads(control.data_for_gather)
+    control.cancel()
+    assert optimizer.grad_averager.serializer.loads(data[-1]) == 7

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import pytest
 from hivemind.p2p import PeerID
@@ -11,15 +12,18 @@ from src.training.progress import SILENT_SECONDS, LeanProgressTracker
 
 
 class SilentDHT:
-    """A DHT without any record; what is stored is forgotten."""
+    """A DHT without any record but those in ``records``."""
 
     peer_id, client_mode = PeerID(b"own peer"), False
 
-    def get(self, *args, **kwargs):
-        return None
+    def __init__(self):
+        self.records = {}
 
-    def store(self, *args, **kwargs):
-        return None
+    def get(self, *args, **kwargs):
+        return SimpleNamespace(value=dict(self.records)) if self.records else None
+
+    def store(self, key, subkey, value, expiration_time):
+        self.records[subkey] = ValueWithExpiration(value, expiration_time)
 
     def add_validators(self, validators):
         pass
@@ -78,3 +82,15 @@ def test_silent_trainer_is_left_out_of_the_swarms_progress(tracker):
     assert (alone.num_peers, alone.samples_accumulated) == (1, 10)
     assert alone.eta_next_epoch > both.eta_next_epoch + 5, "its rate is not counted on, either"
     assert tracker._parse_swarm_progress_data(None).num_peers == 0
+
+
+def test_trainer_that_announces_itself_is_counted_before_its_first_samples(tracker):
+    tracker.report_local_progress(4, 0)
+    tracker.announce()
+    assert tracker.global_progress.num_peers == 1
+    first = tracker.dht.records[b"own"].value
+    assert (first["epoch"], first["samples_accumulated"]) == (4, 0)
+    tracker.dht.records[b"other"] = report(b"other", at=get_dht_time(), samples=0)
+    tracker.announce()
+    assert tracker.global_progress.num_peers == 2, "and it knows at once who else is there"
+    assert tracker.dht.records[b"own"].value["time"] > first["time"], "or it would seem to have fallen silent"

@@ -72,3 +72,20 @@ def test_nobody_is_greeted_by_a_peer_that_was_given_no_address(member_and_restar
     keeper.start()
     keeper.join(5)
     assert not keeper.is_alive()
+
+
+def test_dht_that_is_shut_down_ends_nothing_with_a_traceback():
+    class Closed:
+        def run_coroutine(self, *args, **kwargs):
+            calls.append(args)
+            raise OSError("handle is closed")
+
+    calls, stop = [], threading.Event()
+    keeper = KeepInTouch(Closed(), ["/ip4/127.0.0.1/tcp/9/p2p/x"], stop=stop, period=0.01)
+    keeper.start()
+    give_up_at = time.monotonic() + 10
+    while len(calls) < 2 and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+    stop.set()
+    keeper.join(10)
+    assert len(calls) >= 2, "the first error ended the thread"
