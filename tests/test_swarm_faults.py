@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.fault_report import MAX_STALL, Fault, epoch_errors, judge
 from benchmarks.fault_swarm import FaultyPeer, file_size_limit
-from benchmarks.swarm_faults import LONG, MAX_STALL, SHORT, Fault, Faults, epoch_errors, judge, schedule
+from benchmarks.swarm_faults import LONG, SHORT, Faults, schedule
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

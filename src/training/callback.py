@@ -15,7 +15,7 @@ from src.training.backup import restore_backup, save_backup
 from src.training.console import Progress
 from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
-from src.training.journal import Journal
+from src.training.journal import Journal, report_refusals
 from src.training.optimizer import Swarm
 from src.training.schedules import sequence_length
 from src.training.sync import LocalWorkers
@@ -200,9 +200,7 @@ class CollaborativeCallback(TrainerCallback):
                 self.progress.say(describe_incomplete(averaging_round))
             elif averaging_round.num_refused:
                 self.progress.say(f"averaging {averaging_round.kind}: {'; '.join(averaging_round.reasons)}")
-        for peer, reason in self.optimizer.take_refusals():
-            self.journal.write("refusal", peer=peer, reason=reason)
-            self.progress.say(f"ignored what peer {peer} sent: {reason}")
+        report_refusals(self.optimizer.take_refusals(), self.journal, self.progress.say)
 
     def _finish_epoch(self) -> None:
         seconds = time.monotonic() - self.epoch_started

@@ -9,8 +9,8 @@ import warnings
 import transformers
 from hivemind.utils import get_dht_time
 
-from src.training.averagers import Round
 from src.training.optimizer import LeanOptimizer
+from src.training.rounds import Round
 
 
 def quiet_libraries() -> None:

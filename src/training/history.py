@@ -10,11 +10,11 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.training.journal import read_journal
+from src.training.journal import printable, read_journal
 
 THIS_PEER = "this peer"
 KEPT_FAILURES = 1000
-MAX_NAME_LENGTH, MAX_TEXT_LENGTH = 40, 200
+MAX_NAME_LENGTH = 40
 
 
 @dataclass
@@ -74,13 +74,6 @@ class Stall:
     seconds: float
     epoch: int
     reasons: tuple[str, ...]
-
-
-def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
-    """Text of a stranger on one line, without characters that steer a terminal or turn the writing direction."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 4 * limit])
-    shown = " ".join(shown.split())
-    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def number(value: object, otherwise: float | None = 0.0) -> float | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+MAX_TEXT_LENGTH = 200
+
 
 def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
     """``OUTPUT_DIR/RUN_ID/ROLE``, or ``ROLE-2``, ``ROLE-3`` ... if a running peer on this machine holds the former.
@@ -32,6 +34,20 @@ def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
         except BlockingIOError:
             os.close(lock)
     raise ValueError(f"--output_dir: a thousand peers run in {output_dir}; choose another directory")
+
+
+def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
+    """Text of a stranger on one line, without characters that steer a terminal or turn the writing direction."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in str(text)[: 4 * limit])
+    shown = " ".join(shown.split())
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def report_refusals(refusals: list[tuple[str, str]], journal: "Journal", say: Callable[[str], None]) -> None:
+    """Record and say what was not believed: (peer, reason)."""
+    for peer, reason in refusals:
+        journal.write("refusal", peer=peer, reason=reason)
+        say(f"ignored what peer {peer} sent: {reason}")
 
 
 class Journal:

@@ -5,8 +5,7 @@ from statistics import median_low
 
 from src.training.console import Progress
 from src.training.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
-from src.training.history import printable
-from src.training.journal import Journal
+from src.training.journal import Journal, printable, report_refusals
 from src.training.optimizer import Swarm
 
 MAX_LEAD = 50  # epochs by which a report may be ahead of those before it
@@ -83,6 +82,7 @@ def watch(swarm: Swarm, run_id: str, *, period: float, journal: Journal, store, 
                 samples_per_second=round(record.samples_per_second, 3), failed_rounds=record.failed_rounds,
                 failure=printable(record.failure),
             )  # fmt: skip
+        report_refusals(swarm.optimizer.take_refusals(), journal, progress.say)
         summary = monitor.summarise(metrics)
         if summary is not None:
             journal.write("swarm_epoch", **vars(summary))

@@ -17,12 +17,12 @@ from src.training.auth import Identity
 from src.training.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
-    Round,
     correct_step_cancellation,
     end_searches_without_waiting,
 )
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.progress import LeanProgressTracker
+from src.training.rounds import Round
 from src.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)

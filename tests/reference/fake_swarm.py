@@ -12,13 +12,13 @@ from transformers import PrinterCallback
 
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
-from src.training.averagers import Round
 from src.training.callback import CollaborativeCallback
 from src.training.console import Progress
 from src.training.hf_trainer import CollaborativeTrainer, LossMeter
 from src.training.journal import Journal
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.optimizer import StateDownload, Swarm
+from src.training.rounds import Round
 
 VOCAB_SIZE = 300
 LENGTH = 12

@@ -10,9 +10,9 @@ import torch
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
 from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
-from src.training.averagers import Round
 from src.training.console import Progress
 from src.training.journal import Journal, read_journal
+from src.training.rounds import Round
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

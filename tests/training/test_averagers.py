@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import time
 from types import SimpleNamespace
 
@@ -32,13 +33,12 @@ from hivemind.utils.asyncio import as_aiter
 from src.training.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
-    Round,
-    RoundReporting,
     correct_step_cancellation,
     end_searches_without_waiting,
 )
 from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
+from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, Round, RoundReporting
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
@@ -291,6 +291,23 @@ def report_of(averager: ReportingFakeAverager, **kwargs) -> list[Round]:
     with contextlib.suppress(Exception, asyncio.CancelledError):
         asyncio.run(averager._step(step=fake_step(**kwargs), future_for_init=None))
     return averager.finished_rounds()
+
+
+def test_flood_of_refusals_does_not_make_an_averager_wait_for_its_owner():
+    averager = ReportingFakeAverager({})
+
+    def flood():
+        for number in range(5000):
+            averager._report_refusal(f"stranger {number}", "x" * 10_000)
+
+    flooding = threading.Thread(target=flood, daemon=True)
+    flooding.start()
+    flooding.join(20)
+    assert not flooding.is_alive(), "nobody reads, and the pipe is full"
+    first = averager.take_refusals()
+    assert len(first) == MAX_REASONS and first[0][0] == "stranger 0" and len(first[0][1]) == MAX_REASON_LENGTH
+    averager._report_refusal("late", "has shown no valid token")
+    assert averager.take_refusals() == [("late", "has shown no valid token")]
 
 
 def test_round_report_counts_what_was_lost():

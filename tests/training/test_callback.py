@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import TrainerControl
 
-from src.training.averagers import Round
 from src.training.backup import read_backup, save_backup
 from src.training.callback import describe_incomplete
 from src.training.dht import fetch_metrics
 from src.training.hf_trainer import LossScaler
 from src.training.journal import read_journal
 from src.training.optimizer import StateDownload
+from src.training.rounds import Round
 from tests.reference.fake_swarm import FakeOptimizer, make_trainer, stack, tiny_items, tiny_model
 
 SAMPLES_PER_EPOCH = 8  # two local steps of 4

@@ -8,8 +8,8 @@ import warnings
 import pytest
 from hivemind.utils import get_dht_time
 
-from src.training.averagers import Round
 from src.training.console import Progress, format_seconds, joining_arguments, quiet_libraries
+from src.training.rounds import Round
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 
 ADDRESSES = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]

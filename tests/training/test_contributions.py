@@ -14,8 +14,9 @@ from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException, BannedException
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
 
-from src.training.averagers import LeanStateAverager, RoundReporting
+from src.training.averagers import LeanStateAverager
 from src.training.contributions import Judge, JudgingReducer, check_wire_tensor, checked_messages
+from src.training.rounds import RoundReporting
 
 SIZE = 400
 SHAPE = torch.Size([SIZE])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from src.training.history import THIS_PEER, RunHistory, printable, read_history
+from src.training.history import THIS_PEER, RunHistory, read_history
 
 
 def epoch(number: int, time: float, **values) -> dict:
@@ -82,20 +82,6 @@ def test_history_takes_records_whose_figures_are_nonsense():
                           {"event": "peer", "time": 6.0, "peer": {"a": 1}, "epoch": "x"}])  # fmt: skip
     assert (history.last_epoch.mlm_loss, history.last_epoch.samples) == (None, 0.0)
     assert list(history.peers) == ["{'a': 1}"]
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a\x1b[31mb\nc", "a [31mb c"),
-        ("\u202eevil", "evil"),
-        ("слово", "слово"),
-        (None, "None"),
-        ("x" * 99, "x" * 39 + "…"),
-    ],
-)
-def test_printable_text_cannot_steer_a_terminal(text, shown):
-    assert printable(text, 40) == shown
 
 
 def test_read_history_explains_a_wrong_file(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from src.training.journal import Journal, append_record, claim_run_directory, read_journal
+from src.training.journal import Journal, append_record, claim_run_directory, printable, read_journal
 
 # the module from its own folder: `import src` loads torch and transformers, which takes seconds
 MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
@@ -265,3 +265,17 @@ def test_journal_wandb_works_offline(tmp_path):
     assert content.count(b"loss") >= 2
     assert b"offline-run" in content
     assert len(read_journal(tmp_path / "metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb\nc", "a [31mb c"),
+        ("\u202eevil", "evil"),
+        ("слово", "слово"),
+        (None, "None"),
+        ("x" * 99, "x" * 39 + "…"),
+    ],
+)
+def test_printable_text_cannot_steer_a_terminal(text, shown):
+    assert printable(text, 40) == shown

@@ -116,8 +116,10 @@ def test_watch_writes_summaries_and_retries_checkpoints(tmp_path):
         )
         averager.epoch_of_peers = epoch_of_peers
 
+    store.optimizer.refusals = [("12D3", "it claims epoch 1000; at most 3 is possible")]
     watch(
-        SimpleNamespace(dht=dht), "run", period=2.5, journal=Journal(path), store=store, progress=progress,
+        SimpleNamespace(dht=dht, optimizer=store.optimizer), "run",
+        period=2.5, journal=Journal(path), store=store, progress=progress,
         stop=Looks(lambda: None, lambda: trainer_reports(1, None), lambda: trainer_reports(2, None),
                    lambda: trainer_reports(2, 2), lambda: trainer_reports(3, 3), lambda: trainer_reports(4, 4)),
     )  # fmt: skip
@@ -130,7 +132,11 @@ def test_watch_writes_summaries_and_retries_checkpoints(tmp_path):
     assert {record["peer"] for record in rows} == {short_peer_name(b"a")}
     assert rows[0]["failure"] == "averaging failed: evil [31m text"
     lines = progress.stream.getvalue().splitlines()
+    assert [(r["peer"], r["reason"]) for r in records if r["event"] == "refusal"] == [
+        ("12D3", "it claims epoch 1000; at most 3 is possible")
+    ]
     assert [line for line in lines if not line.startswith("epoch")] == [
+        "ignored what peer 12D3 sent: it claims epoch 1000; at most 3 is possible",
         "no checkpoint stored, will try again: no trainer shares its state yet",
         f"stored the state of epoch 2 in {store.path}",
         f"stored the state of epoch 4 in {store.path}",

@@ -12,8 +12,8 @@ from hivemind.compression import Float16Compression
 from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import averaging_pb2
 
-from src.training.averagers import LINGER_SECONDS
 from src.training.contributions import Judge, JudgingAllReduce, _CheckedStub
+from src.training.rounds import LINGER_SECONDS
 
 NUM_PARTS = 3
 

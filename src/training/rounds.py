@@ -1,0 +1,323 @@
+"""Rounds of averaging: who may take part, how long partners are waited for, and how each round went.
+
+A mixin for hivemind's averagers, whose own rounds end without a word when they are partial.
+"""
+
+import asyncio
+import contextvars
+import itertools
+import logging
+import multiprocessing
+import time
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
+
+from hivemind.averaging.allreduce import AveragingMode
+from hivemind.averaging.control import AveragingStage, StepControl
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils.asyncio import achain, anext, as_aiter, azip
+
+from src.training.auth import GatedStub, MemberGate, Membership
+from src.training.contributions import Judge, JudgingAllReduce
+from src.training.journal import append_record, printable
+
+POLL_SECONDS = 0.02
+CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
+# p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
+# machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
+LINGER_SECONDS = 1.0
+# An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
+MAX_REASONS, MAX_REASON_LENGTH = 100, 300
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
+    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``num_refused``
+    those of whose values some were left out as bad, ``reasons`` is what went wrong between this peer and others."""
+
+    kind: str
+    seconds: float
+    num_peers: int = 0
+    received: float = 0.0
+    num_lost: int = 0
+    error: str = ""
+    reasons: tuple[str, ...] = ()
+    num_refused: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return not self.error and self.received == 1.0 and self.num_lost == 0
+
+
+class _RoundResult(dict):
+    """What hivemind returns for a round (peer id -> gathered data), with the figures of `Round` beside it."""
+
+    received = 1.0
+    num_lost = 0
+    refused: tuple[str, ...] = ()
+
+
+class _FailureCollector(logging.Handler):
+    """Keeps what hivemind says, at debug level only, of the failures that make a round partial."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.failures: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Caught") and len(self.failures) < MAX_REASONS:
+            self.failures.append(printable(message, MAX_REASON_LENGTH))  # it may quote another peer
+
+    def take(self) -> tuple[str, ...]:
+        failures, self.failures = tuple(self.failures), []
+        return failures
+
+
+class RoundReporting:
+    """Mixin for a `DecentralizedAverager`: sends a `Round` from the averager's process to its owner after each step.
+
+    Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
+    ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
+    ``search_seconds``: how long the owner of a step is kept waiting for a group. ``vain_search``, which the averagers
+    of a peer share, is when that time was last up: nobody is waited for twice.
+    Values that ``judge`` refuses are left out of the average.
+    """
+
+    round_kind = ""
+    judge = Judge(max_weight=1.0)
+
+    def __init__(
+        self,
+        *args,
+        phases_path: Path | None = None,
+        search_seconds: float = float("inf"),
+        vain_search: Synchronized | None = None,
+        membership: Membership | None = None,
+        **kwargs,
+    ):
+        # made before the process is forked, so that both sides hold an end
+        self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
+        self._phases_path, self._search_seconds = phases_path, search_seconds
+        self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
+        self._step_numbers = itertools.count(1)
+        self._refusals_receiver, self._refusals_sender = multiprocessing.Pipe(duplex=False)
+        self._num_refusals_unread = multiprocessing.Value("i", 0)
+        self._membership, self._num_active_steps = membership, 0
+        self._failures: _FailureCollector | None = None
+        super().__init__(*args, **kwargs)
+
+    def _enter(self, phase: str, **details) -> None:
+        if self._phases_path is not None:
+            append_record(
+                self._phases_path, "phase", kind=self.round_kind, step=CURRENT_STEP.get(), phase=phase, **details
+            )
+
+    def finished_rounds(self) -> list[Round]:
+        """Rounds that ended since the last call; to be called by the owner, often enough for the pipe not to fill."""
+        rounds = []
+        while self._rounds_receiver.poll():
+            rounds.append(self._rounds_receiver.recv())
+        return rounds
+
+    def take_refusals(self) -> list[tuple[str, str]]:
+        """Peers that were not let in since the last call, and why."""
+        refusals = []
+        while self._refusals_receiver.poll():
+            refusals.append(self._refusals_receiver.recv())
+        with self._num_refusals_unread.get_lock():
+            self._num_refusals_unread.value -= len(refusals)
+        return refusals
+
+    def _report_refusal(self, peer: str, reason: str) -> None:
+        with self._num_refusals_unread.get_lock():
+            if self._num_refusals_unread.value >= MAX_REASONS:
+                return
+            self._num_refusals_unread.value += 1
+        self._refusals_sender.send((peer, printable(reason, MAX_REASON_LENGTH)))
+
+    # -- only members of a private run may call, and are called
+
+    _gate: MemberGate | None = None  # of the averager's process, which has no other averager
+
+    def _run_internal(self) -> None:
+        if self._membership is not None:
+            type(self)._gate = MemberGate(
+                self._membership, self.dht, lambda peer, objection: self._report_refusal(str(peer), objection)
+            )
+        super()._run_internal()
+
+    async def _admits(self, peer: PeerID) -> bool:
+        return self._gate is None or not await self._gate.objection(peer)
+
+    @classmethod
+    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
+        stub = super().get_stub(p2p, peer, namespace=namespace)
+        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
+
+    async def rpc_join_group(
+        self, request: averaging_pb2.JoinRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
+        """Let another trainer join the group that this peer gathers."""
+        if not await self._admits(context.remote_id):
+            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        async for message in super().rpc_join_group(request, context):
+            yield message
+
+    # -- rounds
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
+        # A trainer whom only auxiliary peers have found would get its own values back, count the round, and be one
+        # round ahead of the others. All of such a group see that, and look on until the step's time is up.
+        modes = [self.serializer.loads(gathered)[1] for gathered in group_info.gathered]
+        if sum(mode != AveragingMode.AUX.value for mode in modes) < 2:
+            raise MatchmakingException("the group has no second trainer")
+        self._enter("averaging", num_peers=len(modes))
+        self._collect_failures()
+        result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        runner = self._running_groups[group_info.group_id].result()
+        container = runner.tensor_part_container
+        result.received = 1.0 - container.failed_size / container.total_size
+        result.num_lost, result.refused = len(runner.banned_senders), runner.refused
+        return result
+
+    async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, group_id: bytes | None = None, **kwargs):
+        """As hivemind's, with a reducer that looks at what it averages."""
+        group_id = group_info.group_id if group_id is None else group_id
+        runner = JudgingAllReduce(
+            judge=self.judge,
+            p2p=self._p2p,
+            servicer_type=type(self),
+            prefix=self.prefix,
+            tensors=tensors,
+            group_id=group_id,
+            ordered_peer_ids=group_info.peer_ids,
+            **kwargs,
+        )
+        self._running_groups[group_id].set_result(runner)
+        if runner.is_sender:
+            async for tensor, difference in azip(as_aiter(*tensors), runner):
+                tensor.add_(difference, alpha=self._averaging_alpha)
+                self.last_updated = get_dht_time()
+                self._state_updated.set()
+        else:
+            async for _ in runner:
+                pass  # an auxiliary peer has no values of its own that would change
+
+    def _collect_failures(self) -> None:
+        """In the averager's own process, so that the caller's loggers stay as they are."""
+        if self._failures is None:
+            self._failures = _FailureCollector()
+            allreduce_logger = logging.getLogger("hivemind.averaging.allreduce")
+            allreduce_logger.addHandler(self._failures)
+            allreduce_logger.setLevel(logging.DEBUG)
+            allreduce_logger.propagate = False
+
+    async def rpc_aggregate_part(
+        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.AveragingData]:
+        """Average a part that a partner sends; if it is quicker than this peer, wait until this peer's round begins.
+
+        hivemind 1.1.12 means to wait, too, but does it with an event that the end of the *previous* round sets. When
+        that one ends after the search for this group has begun, early parts are refused and the round stays partial.
+        """
+        request = await anext(stream)
+        if not await self._admits(context.remote_id):
+            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        give_up_at = time.monotonic() + (self.next_chunk_timeout or float("inf"))
+        while (
+            request.group_id not in self._running_groups
+            and self._num_active_steps > 0
+            and time.monotonic() < give_up_at
+        ):
+            await asyncio.sleep(POLL_SECONDS)
+        async for message in super().rpc_aggregate_part(achain(as_aiter(request), stream), context):
+            yield message
+        await asyncio.sleep(LINGER_SECONDS)
+
+    async def _step(self, *, step: StepControl, future_for_init: MPFuture) -> None:
+        started = time.monotonic()
+        self._num_active_steps += 1
+        CURRENT_STEP.set(next(self._step_numbers))
+        self._enter("matchmaking")
+        limit = asyncio.create_task(self._limit_search(step))
+        try:
+            await super()._step(step=step, future_for_init=future_for_init)
+        finally:
+            self._num_active_steps -= 1
+            gave_up = limit.done() and not limit.cancelled() and limit.result()
+            limit.cancel()
+            self._enter("idle")
+            seconds = time.monotonic() - started
+            reasons = self._failures.take() if self._failures is not None else ()
+            if isinstance(step._result, _RoundResult):
+                result = step._result
+                num_refused, reasons = len(result.refused), result.refused + reasons
+                self._rounds_sender.send(
+                    Round(
+                        self.round_kind,
+                        seconds,
+                        len(result),
+                        result.received,
+                        result.num_lost,
+                        "",
+                        reasons,
+                        num_refused,
+                    )
+                )
+            elif gave_up:
+                message = f"no other trainer was ready within {self._search_seconds:.0f} s"
+                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
+            elif not step.cancelled():
+                error = step._exception
+                message = (
+                    printable(str(error) or repr(error), MAX_REASON_LENGTH) if error is not None else "no group found"
+                )
+                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
+
+    async def _limit_search(self, step: StepControl) -> bool:
+        """Cancel a step whose owner waits for it in vain; returns whether it did.
+
+        hivemind searches until averaging_timeout. When a swarm's last partner dies, its record outlives it for a while,
+        and the survivor would stand still for that long at the end of each epoch.
+        """
+        began, waiting_since = time.monotonic(), None
+        while not step.done():
+            await asyncio.sleep(POLL_SECONDS)
+            if step._trigger is None or not step.triggered:
+                continue
+            waiting_since = waiting_since or time.monotonic()
+            searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
+            patience = self._search_seconds if self._vain_search.value < began else 0.0
+            if searching and time.monotonic() - waiting_since > patience:
+                self._vain_search.value = time.monotonic()
+                step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
+                MPFuture.cancel(step)
+                return True
+        return False
+
+    async def rpc_download_state(
+        self, request: averaging_pb2.DownloadRequest, context: P2PContext
+    ) -> AsyncIterator[averaging_pb2.DownloadData]:
+        """Hand this peer's state to another one."""
+        if not await self._admits(context.remote_id):
+            return
+        self._enter("serving", peer=str(context.remote_id))
+        try:
+            async for message in super().rpc_download_state(request, context):
+                yield message
+            await asyncio.sleep(LINGER_SECONDS)
+        finally:
+            self._enter("served", peer=str(context.remote_id))
+
+
+__all__ = ["Round", "RoundReporting"]
