@@ -171,6 +171,7 @@ class RoundReporting:
             return
         async for message in super().rpc_join_group(request, context):
             yield message
+        await asyncio.sleep(LINGER_SECONDS)  # who does not hear that the group is complete leaves it, unknown to others
 
     # -- rounds
 

@@ -396,6 +396,42 @@ async def collect(averager, *parts) -> list:
     return [message async for message in stream]
 
 
+class Answering:
+    """In place of hivemind's averager: gives one message to each kind of call."""
+
+    async def rpc_join_group(self, request, context):
+        yield averaging_pb2.MessageFromLeader(code=averaging_pb2.BEGIN_ALLREDUCE)
+
+    async def rpc_aggregate_part(self, stream, context):
+        yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART)
+
+    async def rpc_download_state(self, request, context):
+        yield averaging_pb2.DownloadData()
+
+
+class LingeringAverager(RoundReporting, Answering):
+    next_chunk_timeout = _phases_path = None
+    _running_groups = ()
+    _num_active_steps = 0
+
+    def __init__(self):
+        pass
+
+
+@pytest.mark.parametrize("call", ["rpc_join_group", "rpc_aggregate_part", "rpc_download_state"])
+def test_stream_stays_open_after_its_last_message_until_the_reader_hangs_up(call):
+    async def scenario():
+        request = as_aiter(averaging_pb2.AveragingData()) if call == "rpc_aggregate_part" else None
+        answers = getattr(LingeringAverager(), call)(request, SimpleNamespace(remote_id=PeerID(b"partner")))
+        await anext(answers)
+        ending = asyncio.create_task(anext(answers))
+        await asyncio.sleep(0.2)
+        assert not ending.done(), "p2pd may lose the message"
+        ending.cancel()  # as hivemind does with a handler whose caller has hung up
+
+    asyncio.run(scenario())
+
+
 def test_part_that_comes_before_the_round_begins_is_served_once_it_does():
     async def scenario():
         averager = idle_averager(active_steps=1, next_chunk_timeout=30.0)
