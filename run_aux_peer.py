@@ -22,10 +22,11 @@ def main() -> int:
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
-    peer, collaboration, training = parser.parse(sys.argv[1:] or ["@demo/aux.args"])
+    alone = not set(sys.argv[1:]) - {"--check"}  # without a word on the run: the demo's
+    peer, collaboration, training = parser.parse([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
     progress, stop = TerminalView() if sys.stdout.isatty() else console.Progress(), threading.Event()
     if peer.check:
-        leave_at_once(check(peer, training, progress))
+        leave_at_once(check(peer, collaboration, training, progress))
     try:
         swarm, journal, store, threads = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -53,11 +54,15 @@ def main() -> int:
     leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
 
 
-def check(peer, training, progress) -> int:
+def check(peer, collaboration, training, progress) -> int:
     """Test this machine's set-up without joining the run; returns the exit code."""
+    from functools import partial
+
     import torch
 
-    from src.training.preflight import run_checks
+    from arguments import run_settings
+    from src.training.preflight import Workload, run_checks
+    from src.training.run_card import make_run_card
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
@@ -65,7 +70,9 @@ def check(peer, training, progress) -> int:
         peer,
         output_dir=training.output_dir,
         device=torch.device("cpu"),
+        workload=Workload(training.min_8bit_size),
         build_model=lambda: build_model(peer, seed=training.seed),
+        make_card=partial(make_run_card, settings=run_settings(peer, collaboration, training), trainer=False),
         read_data=(lambda tokenizer: checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=1))
         if peer.eval_sources
         else None,

@@ -28,15 +28,16 @@ def main() -> int:
     from src.training.reconnect import KeepInTouch
 
     console.quiet_libraries()
-    argv = sys.argv[1:] or ["@demo/trainer.args"]
+    alone = not set(sys.argv[1:]) - {"--check"}
+    argv = ["@demo/trainer.args", *sys.argv[1:]] if alone else sys.argv[1:]
     peer, collaboration, training = parser.parse(argv)
     progress, stop = console.Progress(), threading.Event()
     if training.process_index > 0:
         return 0 if peer.check else follow(peer, training, stop=stop)
-    if not sys.argv[1:]:
-        progress.say("no arguments: training the bundled demo model on the bundled text (@demo/trainer.args)")
+    if alone:
+        progress.say("no arguments: the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
-        leave_at_once(check(peer, training, progress))
+        leave_at_once(check(peer, collaboration, training, progress))
     try:
         trainer, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -113,13 +114,17 @@ def train(trainer, progress) -> int:
     return 0
 
 
-def check(peer, training, progress) -> int:
+def check(peer, collaboration, training, progress) -> int:
     """Test this machine's set-up without joining in training; returns the exit code."""
-    from src.training.preflight import run_checks
+    from functools import partial
+
+    from arguments import run_settings
+    from src.training.preflight import Workload, run_checks
+    from src.training.run_card import make_run_card
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     def make_model():
-        model, tokenizer = build_model(peer, seed=training.seed)
+        model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
         check_sequence_length(model, training.max_sequence_length)
         return model, tokenizer
 
@@ -127,7 +132,14 @@ def check(peer, training, progress) -> int:
         peer,
         output_dir=training.output_dir,
         device=training.device,
+        workload=Workload(
+            training.min_8bit_size,
+            batch_size=training.per_device_train_batch_size,
+            length=training.max_sequence_length,
+            half_precision=training.fp16 or training.bf16,
+        ),
         build_model=make_model,
+        make_card=partial(make_run_card, settings=run_settings(peer, collaboration, training), trainer=True),
         read_data=lambda tokenizer: build_data(tokenizer, peer, training, peer_seed=b"check"),
         say=progress.say,
     )

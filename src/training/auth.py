@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -258,10 +258,16 @@ async def _update_authorizer(dht, node, revocations: bytes, token: bytes) -> Non
 
 
 class MemberGate:
-    """Tells an averager, in its own process, whether a peer may call and be called."""
+    """Tells a process that answers remote calls whether a peer may call and be called.
 
-    def __init__(self, membership: Membership, dht: hivemind.DHT, on_refusal: Callable[[PeerID, str], None]):
-        self.membership, self.dht, self.on_refusal = membership, dht, on_refusal
+    ``look_up(key)`` gets what the DHT has under a key, ``on_refusal(peer, reason)`` is called
+    once for each peer and reason.
+    """
+
+    def __init__(
+        self, membership: Membership, look_up: Callable[[str], Awaitable], on_refusal: Callable[[PeerID, str], None]
+    ):
+        self.membership, self.look_up, self.on_refusal = membership, look_up, on_refusal
         self.tokens: dict[PeerID, AccessToken] = {}
         self.looked_at, self.lock = -float("inf"), asyncio.Lock()
         self._refused: set[tuple[PeerID, str]] = set()
@@ -283,9 +289,7 @@ class MemberGate:
     async def _look_up(self) -> None:
         self.looked_at = time.monotonic()
         try:
-            found = await asyncio.wait_for(
-                self.dht.get(self.membership.members_key, latest=True, return_future=True), timeout=10.0
-            )
+            found = await asyncio.wait_for(self.look_up(self.membership.members_key), timeout=10.0)
         except Exception as error:
             logger.debug("could not look up the members: %r", error)
             return

@@ -4,6 +4,7 @@ Each check gives one line; the last line is the verdict.
 """
 
 import asyncio
+import copy
 import ipaddress
 import os
 import resource
@@ -16,16 +17,18 @@ from pathlib import Path
 import torch
 from hivemind.proto import crypto_pb2
 
+from src.models.memory import Memory, largest_batch, predict_memory
 from src.training.auth import load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
+from src.training.run_card import RunCard, differences
 
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
-BYTES_PER_PARAMETER = 22  # parameter, gradient and its average, the optimizer's copy and its average, 8-bit moments
-BYTES_PER_PROCESS = 1.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
-BYTES_PER_GPU_PARAMETER, BYTES_PER_GPU_PROCESS = 8, 0.5e9  # parameter and gradient
-BACKUP_BYTES_PER_PARAMETER = 7  # parameters and moments; a new backup is written before the old one goes
+# Copies of all parameters: the optimizer's own, averaged gradients, and what a round or a download holds; an auxiliary
+# peer's also gradients of its own (zeros), and the checkpoint that it scores.
+TRAINER_COPIES, AUXILIARY_COPIES = 3, 5
+LIBRARY_BYTES, GPU_LIBRARY_BYTES = 1.5e9, 0.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
 
@@ -51,14 +54,34 @@ def check_open_files() -> Check:
     return Check("open files", OK, "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard}")
 
 
-def check_disk(directory: Path, num_parameters: int) -> Check:
+@dataclass(frozen=True)
+class Workload:
+    """The batches that this peer trains on, of ``length`` tokens; an auxiliary peer has none (``batch_size`` 0)."""
+
+    min_8bit_size: int
+    batch_size: int = 0
+    length: int = 0
+    half_precision: bool = False
+
+    def predict(self, config) -> Memory:
+        return predict_memory(config, batch_size=self.batch_size, **self._options())
+
+    def largest(self, config, budget: float) -> int:
+        """The largest batch of this kind for which ``budget`` bytes are enough, beside parameters and gradients."""
+        return largest_batch(config, budget=budget, **self._options())
+
+    def _options(self) -> dict:
+        return {"length": self.length, "bf16": self.half_precision, "min_8bit_size": self.min_8bit_size}
+
+
+def check_disk(directory: Path, memory: Memory) -> Check:
     """Space for two backups (the new one is written beside the old one), and the right to write there."""
     existing = directory.expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK) or not existing.is_dir():
         return Check("disk", FAILED, f"nothing can be written to {existing}", "choose another --output_dir")
-    needed, free = 2 * BACKUP_BYTES_PER_PARAMETER * num_parameters + 1e8, shutil.disk_usage(existing).free
+    needed, free = 2 * (memory.parameters + memory.optimizer) + 1e8, shutil.disk_usage(existing).free
     found = f"{free / 1e9:.1f} GB free in {existing}, {needed / 1e9:.1f} GB needed for backups"
     if free < needed:
         return Check("disk", FAILED, found, "free some space, or choose another --output_dir")
@@ -75,26 +98,55 @@ def available_memory() -> float:
     return available
 
 
-def check_memory(num_parameters: int, device: torch.device) -> list[Check]:
-    """This machine's memory and, if there is one, the GPU's, which holds parameters and gradients only."""
-    checks = [_compare_memory("memory", BYTES_PER_PARAMETER * num_parameters + BYTES_PER_PROCESS, available_memory())]
-    if device.type == "cuda":
-        needed = BYTES_PER_GPU_PARAMETER * num_parameters + BYTES_PER_GPU_PROCESS
-        checks.append(_compare_memory("GPU memory", needed, torch.cuda.mem_get_info(device)[0]))
+def check_memory(config, workload: Workload, device: torch.device) -> list[Check]:
+    """This machine's memory and, if there is one, the GPU's, against what `predict_memory` says.
+
+    A GPU holds the model and what a batch needs, this machine the rest: the optimizer, and copies for the swarm.
+    """
+    memory = workload.predict(config)
+    num_copies = TRAINER_COPIES if workload.batch_size else AUXILIARY_COPIES
+    copies = {"optimizer": memory.optimizer, "copies for averaging": num_copies * memory.parameters}
+    computing = {"model and gradients": memory.parameters + memory.gradients}
+    if workload.batch_size:
+        batch = f"a batch of {workload.batch_size} x {workload.length} tokens"
+        computing[batch] = memory.device - memory.parameters - memory.gradients
+    on_gpu = device.type == "cuda"
+    machine = {**({} if on_gpu else computing), **copies, "libraries": LIBRARY_BYTES}
+    checks = [_compare_memory("memory", machine, available_memory(), config, None if on_gpu else workload)]
+    if on_gpu:
+        needed = {**computing, "libraries": GPU_LIBRARY_BYTES}
+        checks.append(_compare_memory("GPU memory", needed, torch.cuda.mem_get_info(device)[0], config, workload))
     return checks
 
 
-def _compare_memory(name: str, needed: float, available: float) -> Check:
+def _compare_memory(name: str, parts: dict, available: float, config, workload: Workload | None) -> Check:
+    """``parts``: bytes by what they are for. ``workload``: of the batches among them, if there are any."""
+    needed = sum(parts.values())
     found = (
-        f"about {needed / 1e9:.1f} GB for parameters, gradients, optimizer and libraries, activations not counted; "
-        f"{available / 1e9:.1f} GB are free"
+        f"{needed / 1e9:.2f} GB are needed ("
+        + ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
+        + f"); {available / 1e9:.2f} GB are free"
     )
     if available < needed:
-        return Check(name, FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
-    if available < 1.3 * needed:
-        return Check(name, WARNING, found, "little is left for activations: keep --per_device_train_batch_size small "
-                     "and --gradient_checkpointing on")  # fmt: skip
+        if workload is None or not workload.batch_size:
+            return Check(name, FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
+        memory = workload.predict(config)
+        return Check(name, FAILED, found, smaller_batch(config, workload, available - needed + memory.device))
+    if available < 1.1 * needed:  # as exact as the prediction is
+        return Check(name, WARNING, found, "that is tight: end other programs, or lower --per_device_train_batch_size")
     return Check(name, OK, found)
+
+
+def smaller_batch(config, workload: Workload, budget: float) -> str:
+    """Which flags make the model and a batch fit into so many bytes."""
+    for level in dict.fromkeys((config.activation_memory, "lean", "checkpoint")):
+        changed = copy.copy(config)
+        changed.activation_memory = level
+        size = min(workload.batch_size, workload.largest(changed, budget))
+        if size:
+            flag = "" if level == config.activation_memory else f"--activation_memory {level} "
+            return f"{flag}--per_device_train_batch_size {size} fits (raise --gradient_accumulation_steps instead)"
+    return "use a machine with more memory, a smaller --model_config_path, or a lower --max_sequence_length"
 
 
 def check_identity(identity_path: str | None) -> Check:
@@ -251,7 +303,15 @@ def join(peer):
     return start_dht(peer, load_identity(peer) if peer.token_file is not None else None)
 
 
-def check_network(peer, say: Callable[[Check], None]) -> None:
+def check_run_card(dht, run_id: str, owner: bytes, card: dict[str, str]) -> Check:
+    """Whether the run would take this peer: all settings that peers must have in common."""
+    found = differences(card, RunCard(dht, run_id, owner, card).read_others())
+    if found:
+        return Check("settings of the run", FAILED, "; ".join(found), "take the flags and files of the other peers")
+    return Check("settings of the run", OK, "as those of the other peers")
+
+
+def check_network(peer, say: Callable[[Check], None], card: dict[str, str] | None = None) -> None:
     """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would."""
     listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
     knocks = [check_initial_peer(address) for address in peer.initial_peers]
@@ -270,7 +330,7 @@ def check_network(peer, say: Callable[[Check], None]) -> None:
         else:
             say(joining)
         return
-    dht = started[0]
+    dht, owner = started
     try:
         say(joining)
         contacts = [(address, check_contact(address, dht)) for address in reached]
@@ -282,6 +342,8 @@ def check_network(peer, say: Callable[[Check], None]) -> None:
             if not peer.client_mode:
                 say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
             say(describe_speed(measure_speed(dht, split_address(met[0])[1]), split_address(met[0])[0], peer.bandwidth))
+            if card is not None:
+                say(check_run_card(dht, peer.run_id, owner, card))
         elif not peer.initial_peers:
             say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
     finally:
@@ -300,13 +362,16 @@ def run_checks(
     *,
     output_dir: str,
     device: torch.device,
+    workload: Workload,
     build_model: Callable[[], tuple],
+    make_card: Callable[[object, object], dict[str, str]],
     read_data: Callable[[object], object] | None,
     say: Callable[[str], None],
 ) -> int:
     """All checks, each one's lines as soon as they are known, then the verdict. Returns the exit code, 0 or 2.
 
-    ``build_model()`` gives model and tokenizer, ``read_data(tokenizer)`` reads a first instance; both raise ValueError.
+    ``build_model()`` gives model and tokenizer, ``make_card(config, tokenizer)`` the run card, ``read_data(tokenizer)``
+    reads a first instance; the first and the last raise ValueError.
     """
     checks: list[Check] = []
 
@@ -319,11 +384,11 @@ def run_checks(
     model_check, built = attempt("model and tokenizer", build_model, describe_model)
     report(model_check)
     if built is not None:
-        num_parameters = sum(parameter.numel() for parameter in built[0].parameters())
-        for check in check_memory(num_parameters, device):
+        for check in check_memory(built[0].config, workload, device):
             report(check)
-        report(check_disk(Path(output_dir), num_parameters))
-    check_network(peer, report)  # before data are read: hivemind's processes come before other threads
+        report(check_disk(Path(output_dir), workload.predict(built[0].config)))
+    card = None if built is None else make_card(built[0].config, built[1])
+    check_network(peer, report, card)  # before data are read: hivemind's processes come before other threads
     if built is not None and read_data is not None:
         report(attempt("data", lambda: read_data(built[1]), lambda _: "the first instance was read")[0])
     return verdict(checks, say)

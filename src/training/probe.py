@@ -1,6 +1,7 @@
 """What peers answer so that others can test their connection: bytes to time, and a knock on the caller's own port.
 
-Each peer offers it from its DHT process. The answers are bounded, so that strangers cannot take more than their share.
+Each peer offers it from its DHT process. The answers are bounded, so that strangers cannot take more than their share;
+in a private run, only members get any, and only they are asked.
 """
 
 import asyncio
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
-from hivemind.p2p import P2PContext, PeerID, ServicerBase
+from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
 from hivemind.proto import dht_pb2
 from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
+
+from src.training.auth import GatedStub, MemberAuthorizer, MemberGate
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +70,18 @@ async def knock(host: str, port: int, *, timeout: float = KNOCK_SECONDS) -> Knoc
 class ConnectionProbe(ServicerBase):
     """The answering side. Its name is part of the protocol."""
 
+    _gate: MemberGate | None = None  # of a private run; a DHT's process has one node only
+
     def __init__(self, p2p):
         self.p2p, self.spent, self.hour, self.busy = p2p, 0, 0, asyncio.Lock()
+
+    async def _admits(self, peer: PeerID) -> bool:
+        return self._gate is None or not await self._gate.objection(peer)
+
+    @classmethod
+    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
+        stub = super().get_stub(p2p, peer, namespace=namespace)
+        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
 
     def _spend(self, count: int) -> bool:
         """Whether so many bytes may still be exchanged in this hour."""
@@ -80,6 +93,8 @@ class ConnectionProbe(ServicerBase):
 
     async def rpc_send(self, request: Tensor, context: P2PContext) -> AsyncIterator[Tensor]:
         """Send zeros for as long and as much as is allowed; one caller at a time."""
+        if not await self._admits(context.remote_id):
+            return
         async with self.busy:
             chunk, sent, give_up_at = Tensor(buffer=bytes(CHUNK_BYTES)), 0, time.monotonic() + MAX_SECONDS
             while sent < MAX_BYTES and time.monotonic() < give_up_at and self._spend(CHUNK_BYTES):
@@ -89,6 +104,8 @@ class ConnectionProbe(ServicerBase):
     async def rpc_receive(self, request: AsyncIterator[Tensor], context: P2PContext) -> Tensor:
         """Count what the caller sends, as much as is allowed."""
         received = 0
+        if not await self._admits(context.remote_id):
+            return Tensor(buffer=b"0")
         async with self.busy:
             async for message in request:
                 received += len(message.buffer)
@@ -98,11 +115,11 @@ class ConnectionProbe(ServicerBase):
 
     async def rpc_knock(self, request: Tensor, context: P2PContext) -> Tensor:
         """Try ports of the caller, at the addresses from which this peer sees it and nowhere else."""
+        if not await self._admits(context.remote_id) or not self._spend(2**20):
+            return Tensor(buffer=b"[]")
         ports = [port for port in json.loads(request.buffer) if isinstance(port, int) and 0 < port < 65536]
         hosts = {address_of(str(address))[0] for info in await self.p2p.list_peers()
                  if info.peer_id == context.remote_id for address in info.addrs} - {None}  # fmt: skip
-        if not self._spend(2**20):
-            return Tensor(buffer=b"[]")
         tried = [await knock(host, port) for host in sorted(hosts)[:2] for port in ports[:MAX_PORTS]]
         return Tensor(buffer=json.dumps([vars(one) for one in tried]).encode())
 
@@ -117,6 +134,13 @@ def address_of(multiaddress: str) -> tuple[str | None, int | None]:
 
 async def offer_probe(dht, node) -> None:
     """For `DHT.run_coroutine`: answer the probes of others from now on."""
+    authorizer = node.protocol.authorizer
+    if isinstance(authorizer, MemberAuthorizer):
+
+        def report(peer: PeerID, objection: str) -> None:
+            logger.info("did not measure with %s: it %s", peer, objection)
+
+        ConnectionProbe._gate = MemberGate(authorizer.membership, partial(node.get, latest=True), report)
     await ConnectionProbe(node.p2p).add_p2p_handlers(node.p2p)
 
 

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
@@ -149,8 +150,9 @@ class RoundReporting:
 
     def _run_internal(self) -> None:
         if self._membership is not None:
+            look_up = partial(self.dht.get, latest=True, return_future=True)
             type(self)._gate = MemberGate(
-                self._membership, self.dht, lambda peer, objection: self._report_refusal(str(peer), objection)
+                self._membership, look_up, lambda peer, objection: self._report_refusal(str(peer), objection)
             )
         super()._run_internal()
 

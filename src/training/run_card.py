@@ -28,7 +28,8 @@ SCHEDULE = (
     "min_learning_rate", "num_zero_lr_steps", "total_steps", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
     "weight_decay", "max_grad_norm", "clamp_value", "min_8bit_size",
 )  # fmt: skip
-# what an auxiliary peer, who reads no data, need not be told
+# What an auxiliary peer, who reads no data, need not be told. Peers may differ in --pack_sequences, as in the batch of
+# a forward pass: that is how a peer lays out its instances, which are as long and count one sample each either way.
 TRAINERS_ONLY = ("max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of")
 
 

@@ -14,6 +14,7 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PHandlerError, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2, dht_pb2
+from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.crypto import RSAPrivateKey
@@ -35,6 +36,9 @@ from src.training.auth import (
 )
 from src.training.averagers import LeanGradientAverager, LeanStateAverager
 from src.training.dht import start_dht, visible_addresses
+from src.training.preflight import Workload, run_checks
+from src.training.probe import ConnectionProbe, ask_to_knock, measure_speed
+from tests.reference.fake_swarm import tiny_model
 
 RUN, LOOPBACK, HOUR = "private", "/ip4/127.0.0.1/tcp/0", 3600.0
 
@@ -364,6 +368,19 @@ async def call_dht(p2p, target: PeerID, authorizer=None) -> dict:
     }
 
 
+async def call_probe(p2p, target: PeerID) -> dict:
+    """What each handler of the connection probe answers."""
+    stub = ConnectionProbe.get_stub(p2p, target)
+    return {
+        ("probe", "send"): await attempt(stub.rpc_send(Tensor())),
+        ("probe", "receive"): await attempt(stub.rpc_receive(as_aiter(Tensor(buffer=b"12345")))),
+        ("probe", "knock"): await attempt(stub.rpc_knock(Tensor(buffer=json.dumps([1]).encode()))),
+    }
+
+
+PROBE_REFUSALS = {"send": [], "receive": Tensor(buffer=b"0"), "knock": Tensor(buffer=b"[]")}
+
+
 def assert_refused(answers: dict) -> None:
     for name, answer in answers.items():
         if name[-1] in ("join", "part"):
@@ -371,6 +388,8 @@ def assert_refused(answers: dict) -> None:
             assert [message.code for message in answer] == [averaging_pb2.PROTOCOL_VIOLATION], (name, answer)
         elif name[-1] == "state":
             assert answer == [], (name, "the state was handed out")
+        elif name[0] == "probe":
+            assert answer == PROBE_REFUSALS[name[1]], name
         else:
             assert isinstance(answer, str) and answer.startswith("P2PHandlerError"), (name, answer)
 
@@ -400,6 +419,7 @@ def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, k
             assert_refused(await call_dht(p2p, anna.dht.peer_id, authorizer))
             if kind == "stranger":  # an averager sees of a caller only who it is
                 assert_refused(await call_averagers(p2p, anna.dht.peer_id))
+                assert_refused(await call_probe(p2p, anna.dht.peer_id))
             return p2p.peer_id
         finally:
             await p2p.shutdown()
@@ -443,6 +463,43 @@ def test_members_reach_each_other_and_average(members):
             torch.testing.assert_close(averaged, torch.full((3000,), 1.1))
 
 
+@pytest.mark.timeout(240)
+def test_members_measure_with_each_other_and_with_nobody_else(members, tmp_path):
+    anna, boris = members
+    assert measure_speed(boris.dht, str(anna.dht.peer_id)).bandwidth > 1
+    assert [(one.port, one.error) for one in ask_to_knock(boris.dht, str(anna.dht.peer_id), [1])] == [(1, "refused")]
+
+    async def measure_with_a_stranger():
+        p2p = await P2P.create(initial_peers=anna.addresses[:1], identity_path=str(tmp_path / "stranger.key"))
+        try:
+            await ConnectionProbe(p2p).add_p2p_handlers(p2p)
+            return await asyncio.to_thread(measure_speed, anna.dht, str(p2p.peer_id))
+        finally:
+            await p2p.shutdown()
+
+    assert asyncio.run(measure_with_a_stranger()) is None
+
+
+@pytest.mark.timeout(240)
+def test_check_of_a_private_run(members, office, tmp_path):
+    anna, _ = members
+
+    def check(**arguments) -> tuple[int, str]:
+        peer = PeerArguments(run_id=RUN, host_maddrs=[LOOPBACK], initial_peers=anna.addresses[:1], **arguments)
+        lines = []
+        code = run_checks(peer, output_dir=str(tmp_path), device=torch.device("cpu"), workload=Workload(2**20),
+                          build_model=lambda: (tiny_model(), range(300)), make_card=lambda *built: {},
+                          read_data=None, say=lines.append)  # fmt: skip
+        return code, "\n".join(lines)
+
+    code, output = check(authorize=str(office / "vera.token"))
+    assert code == 0, output
+    assert "reaches 127.0.0.1 TCP port" in output and "Mbit/s to it" in output and "warning" not in output, output
+    code, output = check()
+    assert code == 2
+    assert "can be reached, but does not answer" in output and "lets this peer in" in output, output
+
+
 def test_nobody_but_a_member_is_called():
     async def objection(peer):
         return "" if peer == "member" else "has shown no valid token"
@@ -480,6 +537,7 @@ def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
         careless = SimpleNamespace(**vars(boris.membership))  # he himself knows by now, and would ask nobody
         careless.objection = lambda token: ""
         answers.update(await call_dht(p2p, anna.dht.peer_id, auth.MemberAuthorizer(careless)))
+        answers.update(await call_probe(p2p, anna.dht.peer_id))
         return answers
 
     assert_refused(asyncio.run(scenario()))

@@ -16,14 +16,18 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
+from src import LeanAlbertConfig
+from src.models.memory import predict_memory
 from src.training import preflight
 from src.training.dht import start_dht, visible_addresses
-from src.training.preflight import FAILED, OK, WARNING, describe_speed, explain_knock, run_checks
+from src.training.preflight import FAILED, OK, WARNING, Workload, describe_speed, explain_knock, run_checks
 from src.training.probe import Knock, Ping, Speed, address_of, ask_to_knock, measure_bandwidth, measure_speed, ping
+from src.training.run_card import RunCard
 from tests.reference.fake_swarm import tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+CARD = {"--total_steps": "5", "vocabulary": "0123"}
 OTHER_ID = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 
@@ -35,6 +39,7 @@ def checked(peer, tmp_path, **kwargs) -> tuple[int, str]:
     """Exit code and output of all checks of a small model."""
     lines = []
     options = {"output_dir": str(tmp_path / "outputs"), "device": torch.device("cpu"),
+               "workload": Workload(2**20, batch_size=2, length=64), "make_card": lambda config, tokenizer: CARD,
                "build_model": lambda: (tiny_model(), range(300)), "read_data": lambda tokenizer: None}  # fmt: skip
     code = run_checks(peer, **{**options, **kwargs}, say=lines.append)
     return code, "\n".join(lines)
@@ -43,7 +48,8 @@ def checked(peer, tmp_path, **kwargs) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def running():
     """The address of a peer that is at work."""
-    dht, _ = start_dht(peer_arguments())
+    dht, owner = start_dht(peer_arguments())
+    RunCard(dht, "check", owner, CARD).publish()
     RSAPrivateKey._process_wide_key = None  # peers of one process would share their key
     yield visible_addresses(dht)[0]
     dht.shutdown()
@@ -80,11 +86,11 @@ def test_check_finds_a_healthy_set_up_ready(running, tmp_path):
     assert FAILED not in output and WARNING not in output, output
     for name in ("open files", "identity", "model and tokenizer", "memory", "disk", "own address", "initial peer",
                  "peer-to-peer daemon: it starts", "round trip", "clock: within", "own port from outside",
-                 "bandwidth", "data"):  # fmt: skip
+                 "bandwidth", "settings of the run: as those", "data"):  # fmt: skip
         assert name in output, name
     port = address_of(running)[1]
     assert f"127.0.0.1 TCP port {port} answers after" in output
-    assert output.splitlines()[-1].startswith("READY: 13 checks passed")
+    assert output.splitlines()[-1].startswith("READY: 14 checks passed")
     assert not (tmp_path / "outputs").exists(), "a check changes nothing"
 
 
@@ -110,6 +116,14 @@ def test_check_says_that_the_id_is_wrong(running, tmp_path):
     assert code == 2
     assert f"a peer listens at /ip4/127.0.0.1/tcp/{port}, but it does not answer as {OTHER_ID}" in output
     assert "-> the other side: its id changes at each start without --identity_path" in output
+
+
+def test_check_says_that_the_run_has_other_settings(running, tmp_path):
+    card = {**CARD, "--total_steps": "7"}
+    code, output = checked(peer_arguments(initial_peers=[running]), tmp_path, make_card=lambda *built: card)
+    assert code == 2
+    assert "FAILED  settings of the run: --total_steps is 7 here and 5 in the run" in output
+    assert "-> take the flags and files of the other peers" in output
 
 
 def test_check_says_that_the_clock_is_wrong(tmp_path, monkeypatch):
@@ -181,6 +195,7 @@ def test_check_as_a_person_starts_it(running, closed_port, tmp_path):
     auxiliary = start("run_aux_peer.py", "@demo/aux.args", "--initial_peers", running, "--bandwidth", "auto")
     outputs = [program.communicate(timeout=240) for program in (trainer, auxiliary)]
     assert (trainer.returncode, auxiliary.returncode) == (2, 0), outputs
+    assert "a batch of 16 x 64 tokens " in outputs[0][0] and "batch" not in outputs[1][0]
     assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 8 checks failed: initial peer /ip4/127"), outputs
     assert outputs[1][0].splitlines()[-1].startswith("READY"), outputs
     assert [error for _, error in outputs] == ["", ""]
@@ -259,30 +274,80 @@ def test_check_judges_the_bandwidth(speed, given, state, words):
     assert words in check.found
 
 
+# The one source of what is needed is predict_memory; these are small against it.
+LARGE = LeanAlbertConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
+                         vocab_size=50_000, share_large_matrices=0)  # fmt: skip
+LIBRARIES = preflight.LIBRARY_BYTES
+
+
+def predicted(batch_size: int = 8, **options):
+    return predict_memory(LARGE, **{"batch_size": batch_size, "length": 512, "bf16": True, **options})
+
+
 def test_check_of_disk(tmp_path, monkeypatch):
-    assert preflight.check_disk(tmp_path / "a" / "b", 10**6).state == OK
+    memory = predicted()
+    assert preflight.check_disk(tmp_path / "a" / "b", memory).state == OK
     (tmp_path / "file").write_text("")
-    assert "choose another --output_dir" in preflight.check_disk(tmp_path / "file" / "a", 10**6).lines()
-    usage = namedtuple("usage", "free")(int(13e9))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-    assert preflight.check_disk(tmp_path, 10**9).state == FAILED, "13 GB for two backups of 7 GB"
-    assert preflight.check_disk(tmp_path, 9 * 10**8).state == OK
+    assert "choose another --output_dir" in preflight.check_disk(tmp_path / "file" / "a", memory).lines()
+    backups = 2 * (memory.parameters + memory.optimizer)
+    assert backups > 2e9
+    for spare, state in ((0, FAILED), (2e8, OK)):
+        usage = namedtuple("usage", "free")(int(backups + spare))
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert preflight.check_disk(tmp_path, memory).state == state
 
 
-@pytest.mark.parametrize(("available", "state"), [(20e9, FAILED), (25e9, WARNING), (40e9, OK)])
-def test_check_of_memory(monkeypatch, available, state):
-    monkeypatch.setattr(preflight, "available_memory", lambda: available)
-    (check,) = preflight.check_memory(10**9, torch.device("cpu"))
-    assert check.state == state, "22 GB and 1.5 GB are needed"
-    assert f"{available / 1e9:.1f} GB are free" in check.found
+WORKLOAD = Workload(2**20, batch_size=8, length=512, half_precision=True)
 
 
-@pytest.mark.parametrize(("free", "state"), [(8e9, FAILED), (10e9, WARNING), (12e9, OK)])
-def test_check_of_gpu_memory(monkeypatch, free, state):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80e9))
-    monkeypatch.setattr(preflight, "available_memory", lambda: 100e9)
-    memory, gpu_memory = preflight.check_memory(10**9, torch.device("cuda"))
-    assert (memory.state, gpu_memory.state) == (OK, state), "8 GB and 0.5 GB are needed"
+@pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.05, WARNING), (1.15, OK)])
+def test_check_of_memory(monkeypatch, spare, state):
+    needed = predicted().total + 3 * predicted().parameters + LIBRARIES
+    monkeypatch.setattr(preflight, "available_memory", lambda: spare * needed)
+    (check,) = preflight.check_memory(LARGE, WORKLOAD, torch.device("cpu"))
+    assert check.state == state
+    assert check.found.startswith(f"{needed / 1e9:.2f} GB are needed (model and gradients ")
+    activations, optimizer = predicted().device - 2 * predicted().parameters, predicted().optimizer
+    assert f"a batch of 8 x 512 tokens {activations / 1e9:.2f}, optimizer {optimizer / 1e9:.2f}, " in check.found
+    assert check.found.endswith(f"{spare * needed / 1e9:.2f} GB are free")
+
+
+@pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.05, WARNING), (1.15, OK)])
+def test_check_of_gpu_memory(monkeypatch, spare, state):
+    needed = predicted().device + preflight.GPU_LIBRARY_BYTES
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (spare * needed, 80e9))
+    host = predicted().optimizer + 3 * predicted().parameters + LIBRARIES
+    monkeypatch.setattr(preflight, "available_memory", lambda: 1.2 * host)
+    memory, gpu_memory = preflight.check_memory(LARGE, WORKLOAD, torch.device("cuda"))
+    assert (memory.state, gpu_memory.state) == (OK, state), "the optimizer and the swarm's copies are not on the GPU"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "length", "fix"),
+    [
+        (predicted(4).device, 512, "--per_device_train_batch_size 4 fits (raise --gradient_accumulation_steps"),
+        (predicted(1).device - 1e6, 512, "--activation_memory lean --per_device_train_batch_size"),
+        (predicted(1).parameters, 512, "use a machine with more memory, a smaller --model_config_path"),
+    ],
+)
+def test_check_of_memory_says_what_fits(monkeypatch, gpu, length, fix):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu + preflight.GPU_LIBRARY_BYTES, 80e9))
+    check = preflight.check_memory(LARGE, WORKLOAD, torch.device("cuda"))[1]
+    assert check.state == FAILED and check.fix.startswith(fix)
+    if "size 4" in fix:
+        smaller = Workload(2**20, batch_size=4, length=512, half_precision=True)
+        assert preflight.check_memory(LARGE, smaller, torch.device("cuda"))[1].state != FAILED, "the advice is right"
+
+
+def test_check_of_memory_of_an_auxiliary_peer_counts_no_batch(monkeypatch):
+    no_8bit = 2**40
+    memory = predicted(0, min_8bit_size=no_8bit)
+    assert memory.optimizer == 2 * memory.parameters
+    needed = 7 * memory.parameters + memory.optimizer + LIBRARIES
+    for spare, state in ((0.99, FAILED), (1.15, OK)):
+        monkeypatch.setattr(preflight, "available_memory", lambda spare=spare: spare * needed)
+        (check,) = preflight.check_memory(LARGE, Workload(no_8bit), torch.device("cpu"))
+        assert check.state == state and "batch" not in check.lines(), check
 
 
 def test_check_knows_the_memory_of_this_machine():
