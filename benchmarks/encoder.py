@@ -9,17 +9,15 @@ import math
 import time
 from contextlib import nullcontext
 from functools import partial
-from unittest import mock
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import AlbertConfig
 from transformers.models.albert.modeling_albert import AlbertTransformer
 
+from benchmarks.kept_bytes import kept_bytes
 from benchmarks.measure import Row, interleave, options, ratio, report
 from benchmarks.reference.lean_layers import original_encoder
 from src.models import LeanAlbertConfig
-from src.models.recompute import RecomputedTensor
 from src.models.transformer import LeanTransformer
 
 PEER, ORIGINAL = "transformers ALBERT, sdpa", "original's lean layers"
@@ -90,32 +88,6 @@ def train_step(encoder, module, inputs, *, autocast=False):
         torch.cuda.synchronize()
 
 
-def kept_units(encoder, module, inputs):
-    """Bytes kept for backward per token, in units of 4 * hidden_size; each storage once, parameters not at all."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    kept = {}
-
-    def remember(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address taken
-        return tensor
-
-    pack = RecomputedTensor.pack  # its hooks hide from ours what they keep
-
-    def pack_and_remember(self, tensor):
-        packed = pack(self, tensor)
-        return remember(packed) if packed is tensor else packed
-
-    with (
-        saved_tensors_hooks(remember, lambda tensor: tensor),
-        mock.patch.object(RecomputedTensor, "pack", pack_and_remember),
-    ):
-        outputs = encoder(inputs)
-    assert outputs.requires_grad
-    return sum(size for size, _ in kept.values()) / (inputs.numel() * 4)
-
-
 def block_flops(hidden_size, length, side):
     """Multiplications and additions of the matrix products, forward + backward, for each token of one block."""
     products = 2 * 12 * hidden_size**2  # forward: 3 + 1 + 4 + 4 matrices of hidden_size x hidden_size
@@ -137,7 +109,8 @@ def byte_rows(device):
                 stack = stack[0].albert_layers if name == PEER else stack
                 stack.append(stack[0])
                 module.num_hidden_layers = layers
-            measured[name, layers] = kept_units(encoder, module, inputs)
+            num_bytes = kept_bytes(partial(encoder, inputs), module.parameters())
+            measured[name, layers] = num_bytes / (inputs.numel() * 4)
     for name in (PEER, ORIGINAL, *LEVELS):
         units = round(measured[name, 2] - measured[name, 1], 3)
         rows.append(

@@ -3,6 +3,8 @@
 import torch
 from torch.autograd.function import once_differentiable
 
+from .products import linear_product
+
 ROWS_AT_ONCE = 128  # fewer rows make the matrix products slower, more of them take more memory
 
 
@@ -47,25 +49,25 @@ def sum_and_gradients(inputs, weight, bias, labels, needed):
     grad_bias = torch.zeros_like(bias, dtype=dtype) if needs_bias else None
     total = torch.zeros((), dtype=dtype, device=inputs.device)
 
-    # Buffers are used again for all parts: on CPU, touching fresh memory costs as much as computing what is put there.
-    shape = min(ROWS_AT_ONCE, len(inputs)), len(weight)
-    logits_buffer = inputs.new_empty(shape)
-    probabilities_buffer = torch.empty(shape, dtype=dtype, device=inputs.device)
+    # The buffer is used again for all parts: touching fresh memory costs as much as computing what is put there.
+    buffer = torch.empty(min(ROWS_AT_ONCE, len(inputs)), len(weight), dtype=dtype, device=inputs.device)
+    ones = buffer.new_ones(len(buffer))
     for start in range(0, len(inputs), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         some, targets = inputs[part], labels[part, None]
-        logits = torch.addmm(bias, some, weight.t(), out=logits_buffer[: len(some)]).to(dtype)  # [rows, out_features]
-        probabilities = torch.softmax(logits, dim=-1, out=probabilities_buffer[: len(some)])
-        largest, where = logits.max(dim=-1, keepdim=True)
+        logits = linear_product(some, weight, bias).to(dtype)  # [rows, out_features]
+        probabilities = torch.softmax(logits, dim=-1, out=buffer[: len(some)])
         # softmax is exp(logit - largest) / sum, and so 1 / sum where the logit is largest.
-        total += (largest - probabilities.gather(1, where).log() - logits.gather(1, targets)).sum()
+        largest, largest_probability = logits.amax(dim=-1, keepdim=True), probabilities.amax(dim=-1, keepdim=True)
+        total += (largest - largest_probability.log() - logits.gather(1, targets)).sum()
+        del logits  # before the next part's are made
 
         grad_logits = probabilities.scatter_add_(1, targets, probabilities.new_full(targets.shape, -1))
         if needs_bias:
-            grad_bias += grad_logits.sum(dim=0)
+            grad_bias.addmv_(grad_logits.t(), ones[: len(some)])
         grad_logits = grad_logits.to(inputs.dtype)
         if needs_inputs:
-            grad_inputs[part] = grad_logits @ weight
+            grad_inputs[part] = linear_product(grad_logits, weight.t())
         if needs_weight and inputs.dtype == dtype:
             grad_weight.addmm_(grad_logits.t(), some)
         elif needs_weight:

@@ -1,14 +1,12 @@
 import copy
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from torch.autograd.graph import saved_tensors_hooks
 
+from benchmarks.kept_bytes import kept_bytes
 from src import LeanAlbertForPreTraining, LeanAlbertModel
-from src.models.recompute import RecomputedTensor
 from src.models.transformer import make_attention_mask
 from tests.reference import naive_albert
 
@@ -146,33 +144,15 @@ def test_gradient_checkpointing_gives_equal_gradients(tiny_config, randomise, ba
 
 
 def saved_units(config, inputs_embeds, *, checkpointing=False, **arguments):
-    """Bytes kept for backward per token, in units of 4 * hidden_size; storages counted once, parameters not at all."""
+    """Bytes kept for backward per token, in units of 4 * hidden_size."""
     model = LeanAlbertModel(config, add_pooling_layer=False).train()
     if checkpointing:
         model.activation_checkpointing_enable()
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = {}
-
-    def remember(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # holding the tensor keeps its address taken
-        return tensor
-
-    pack = RecomputedTensor.pack  # its hooks hide from ours what they keep
-
-    def pack_and_remember(self, tensor):
-        packed = pack(self, tensor)
-        return remember(packed) if packed is tensor else packed
-
-    with (
-        saved_tensors_hooks(remember, lambda tensor: tensor),
-        mock.patch.object(RecomputedTensor, "pack", pack_and_remember),
-    ):
-        outputs = model(inputs_embeds=inputs_embeds, **arguments).last_hidden_state
-    assert outputs.requires_grad
+    num_bytes = kept_bytes(
+        lambda: model(inputs_embeds=inputs_embeds, **arguments).last_hidden_state, model.parameters()
+    )
     num_tokens = inputs_embeds.shape[0] * inputs_embeds.shape[1]
-    return sum(num_bytes for num_bytes, _ in kept.values()) / (num_tokens * 4 * config.hidden_size)
+    return num_bytes / (num_tokens * 4 * config.hidden_size)
 
 
 def units_per_block(config_of, **arguments):
