@@ -60,7 +60,7 @@ def main() -> int:
     model = TINY if flags.quick else MODEL
     alone = train(1, model, samples=60, epochs=4, matchmaking=3.0)
     samples = max(8, round(2 * seconds * alone.samples_per_second / 8) * 8)
-    pair = train(2, model, samples=samples, epochs=4 if flags.quick else 5, matchmaking=min(5.0, seconds))
+    pair = train(2, model, samples=samples, epochs=4, matchmaking=min(5.0, seconds))
     case = f"{'tiny model' if flags.quick else '10 M parameters'}, epochs of {pair.epoch_seconds:.0f} s"
     rows = [
         Row(CLAIM, case, "share of wall time, 2 trainers", pair.waited_share, "share", target="<= 0.05"),

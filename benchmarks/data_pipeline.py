@@ -171,14 +171,15 @@ def measure_padding(documents: list[str], tokenizer, directory: Path, *, num_bat
             ("bucketed", {"batch_size": BATCH_SIZE}, target, 1),
             ("bucketed, multiples of 16", {"batch_size": BATCH_SIZE}, None, 16),
             ("bucketed, multiples of 128", {"batch_size": BATCH_SIZE}, None, 128),
+            ("packed", {"pack_sequences": True}, "<= 0.01", 128),
         ):
             dataset = make_training_dataset(
                 tokenizer, sources=source, shuffle_seed=0, max_sequence_length=length, **flags
             )
             collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=multiple, seed=0)
-            rows.append(
-                Row("padding", case, side, padding_share(dataset, collator, num_batches), "share", target=limit)
-            )
+            # A packed row holds several instances.
+            share = padding_share(dataset, collator, num_batches // 6 if "pack_sequences" in flags else num_batches)
+            rows.append(Row("padding", case, side, share, "share", target=limit))
         rows.append(Row("text thrown away", case, "ours", dataset.discarded_share(), "share", target="<= 0.01"))
         rows.append(
             Row("text thrown away", case, "original", original_discards(pieces[:300], tokenizer, length), "share")

@@ -5,8 +5,6 @@ and normalises after each sub-layer; everything else is the same amount of work.
 `python -m benchmarks.encoder --device cuda` runs the same on a GPU.
 """
 
-import math
-import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,7 +13,7 @@ from transformers import AlbertConfig
 from transformers.models.albert.modeling_albert import AlbertTransformer
 
 from benchmarks.kept_bytes import kept_bytes
-from benchmarks.measure import Row, interleave, options, ratio, report
+from benchmarks.measure import Row, clock_of, growth_rows, interleave, options, ratio, report
 from benchmarks.reference.lean_layers import original_encoder
 from src.models import LeanAlbertConfig
 from src.models.transformer import LeanTransformer
@@ -133,7 +131,7 @@ def time_rows(hidden_size, length, *, device, rounds, claim, names, autocast=Fal
     if compiled:
         sides = {name: (torch.compile(encoder), module) for name, (encoder, module) in sides.items()}
     runs = {name: partial(train_step, *side, inputs, autocast=autocast) for name, side in sides.items()}
-    timings = interleave(runs, rounds=rounds, clock=time.process_time if device == "cpu" else time.perf_counter)
+    timings = interleave(runs, rounds=rounds, clock=clock_of(device, torch.get_num_threads()))
     case = f"hidden {hidden_size}, length {length}"
     if device == "cpu":
         case += f", threads {torch.get_num_threads()}"
@@ -153,27 +151,16 @@ def flop_rows():
     ]  # fmt: skip
 
 
-def growth_rows(sizes, *, device, rounds, what):
-    """Seconds at each size and the exponent between neighbours, beside the exponent of the number of operations."""
-    rows, previous = [], None
+def measure_growth(sizes, *, device, what):
+    points = []
     for size in sizes:
         hidden_size, length = (256, size) if what == "length" else (size, 128)
         side = make_sides(hidden_size, device, ("default",))["default"]
         inputs = torch.randn(1, length, hidden_size, device=device)
-        seconds = interleave({"default": partial(train_step, *side, inputs)}, rounds=rounds)["default"].low
+        timings = interleave({"default": partial(train_step, *side, inputs)}, rounds=2, clock=clock_of(device, 1))
         flops = length * block_flops(hidden_size, length, "default")
-        case = f"{what} {size}"
-        rows.append(Row(f"growth with {what}", case, "default", seconds, "s"))
-        if previous:
-            steps = math.log(size / previous[0])
-            rows.append(
-                Row(f"growth with {what}", case, "exponent of time", math.log(seconds / previous[1]) / steps, "")
-            )
-            rows.append(
-                Row(f"growth with {what}", case, "exponent of operations", math.log(flops / previous[2]) / steps, "")
-            )
-        previous = size, seconds, flops
-    return rows
+        points.append((f"{what} {size}", size, timings["default"].low, flops))
+    return growth_rows(f"growth with {what}", points, "default")
 
 
 def main():
@@ -184,26 +171,26 @@ def main():
     device, quick = arguments.device, arguments.quick
     threads = torch.get_num_threads()
     cases = {(512, 512): TARGETS[512, 512]} if quick else TARGETS
-    rounds = 2 if quick else 4
-    timed = partial(time_rows, device=device, rounds=rounds)
+    timed = partial(time_rows, device=device, rounds=2 if quick else 4)
     rows = byte_rows(device) + flop_rows()
+    no_worse = {"default": "<= 1"}
     for number in sorted({1, threads}) if device == "cpu" else [threads]:
         torch.set_num_threads(number)
         for (hidden_size, length), targets in cases.items():
             names = (PEER, ORIGINAL, *LEVELS)
             rows += timed(hidden_size, length, claim="time, fp32", names=names, targets=targets)
-    half = {"default": "<= 1"}
-    for hidden_size in (512,) if quick else (512, 1024):
-        names = (PEER, "default", "lean")
-        rows += timed(hidden_size, 512, claim="time, bf16 autocast", names=names, autocast=True, targets=half)
-    if not arguments.no_compile:
-        rows += timed(512, 512, claim="time, torch.compile", names=(PEER, "default"), compiled=True, targets=half)
+        for hidden_size in (512,) if quick else (512, 1024):
+            names = (PEER, "default", "lean")
+            rows += timed(hidden_size, 512, claim="time, bf16 autocast", names=names, autocast=True, targets=no_worse)
     torch.set_num_threads(1)
+    if not arguments.no_compile:
+        rows += timed(512, 512, claim="time, torch.compile", names=(PEER, "default"), compiled=True, targets=no_worse)
     lengths, sizes = ((128, 512), (256, 512)) if quick else ((128, 256, 512, 1024, 2048, 4096), (256, 512, 1024, 2048))
-    rows += growth_rows(lengths, device=device, rounds=2, what="length")
-    rows += growth_rows(sizes, device=device, rounds=2, what="hidden")
+    rows += measure_growth(lengths, device=device, what="length")
+    rows += measure_growth(sizes, device=device, what="hidden")
     notes = [
-        "Ratios are of process CPU seconds on CPU, of seconds on a GPU; median over rounds that run by turns.",
+        "One thread: CPU seconds; two threads and GPU: wall time. Medians over rounds that run by turns.",
+        "Expected exponents are those of the multiplications and additions.",
         "Attention's log-sum-exp is one number per head and token: 1/64 unit at head size 64.",
     ]
     report("encoder", "Encoder, forward + backward of one block", rows, notes, arguments.results)

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
+import math
 import operator
 import os
 import platform
@@ -42,6 +43,11 @@ class Timing:
 def ratio(ours: Timing, peer: Timing) -> float:
     """Median over the rounds of ours / peer: a burst of other work hits both sides of a round alike."""
     return statistics.median(a / b for a, b in zip(ours.samples, peer.samples, strict=True))
+
+
+def clock_of(device: str, num_threads: int) -> Callable[[], float]:
+    """CPU seconds for one thread; wall time for several, because threads spin while they wait for each other."""
+    return time.process_time if device == "cpu" and num_threads == 1 else time.perf_counter
 
 
 def interleave(
@@ -114,6 +120,20 @@ class Row:
             return 0.0
         limit = self._limit()[1]
         return abs(self.measured - limit) / abs(limit) if limit else abs(self.measured)
+
+
+def growth_rows(claim: str, points: Iterable[tuple[str, int, float, float]], side: str = "ours") -> list[Row]:
+    """Of points (case, size, seconds, expected work): the seconds, and the exponents of both from point to point."""
+    rows: list[Row] = []
+    previous = None
+    for case, size, seconds, work in points:
+        rows.append(Row(claim, case, side, seconds, "s"))
+        if previous is not None:
+            step = math.log(size / previous[0])
+            rows.append(Row(claim, case, "exponent, measured", math.log(seconds / previous[1]) / step, ""))
+            rows.append(Row(claim, case, "exponent, expected", math.log(work / previous[2]) / step, ""))
+        previous = size, seconds, work
+    return rows
 
 
 def options(description: str) -> argparse.ArgumentParser:

@@ -7,12 +7,11 @@ computes, which holds 128 rows of logits. Memory is the growth of the peak of a 
 
 import multiprocessing
 import re
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import Row, interleave, options, ratio, report
+from benchmarks.measure import Row, clock_of, growth_rows, interleave, options, ratio, report
 from src.models import LeanAlbertConfig
 from src.models.albert import IGNORED_LABEL, MaskedLMHead, masked_lm_loss
 
@@ -62,6 +61,14 @@ def peak_megabytes(side, num_positions, vocab_size, device, answers):
         answers.put(status("VmHWM") - before)
 
 
+def time_rows(steps, case, clock):
+    timings = interleave(steps, rounds=3, warmup=0, clock=clock)
+    return [
+        Row("time", case, side, timing.median, "s", ratio(timing, timings[ALL]), TARGETS.get(side, [None])[0], peer=ALL)
+        for side, timing in timings.items()
+    ]
+
+
 def main():
     parser = options(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -70,14 +77,14 @@ def main():
     num_positions, vocab_size = (512, 5000) if arguments.quick else (4096, 50257)
     case = f"{num_positions} positions, vocabulary {vocab_size}"
     steps = {side: make_step(side, num_positions, vocab_size, device) for side in (ALL, MASKED, OURS)}
-    losses = [step() for step in steps.values()]
+    losses = [step() for step in steps.values()]  # the warm-up, too
     if max(losses) - min(losses) > 1e-4 * losses[0]:
         raise SystemExit(f"the sides disagree about the loss: {losses}")
-    timings = interleave(steps, rounds=3, clock=time.process_time if device == "cpu" else time.perf_counter)
-    rows = [
-        Row("time", case, side, timing.median, "s", ratio(timing, timings[ALL]), TARGETS.get(side, [None])[0], peer=ALL)
-        for side, timing in timings.items()
-    ]
+    rows = []
+    threads = torch.get_num_threads()
+    for number in sorted({1, threads}) if device == "cpu" else [threads]:
+        torch.set_num_threads(number)
+        rows += time_rows(steps, case if device != "cpu" else f"{case}, threads {number}", clock_of(device, number))
     processes = multiprocessing.get_context("spawn")
     for side in steps:
         answers = processes.Queue()
@@ -86,12 +93,17 @@ def main():
         megabytes = answers.get(timeout=300)
         process.join()
         rows.append(Row("extra memory", case, side, megabytes, "MB", target=TARGETS.get(side, [None] * 2)[1], peer=ALL))
-    vocabularies = (1000, 4000) if arguments.quick else (8_000, 25_000, 100_000)
-    for size in vocabularies:
+    torch.set_num_threads(1)
+    points = []
+    for size in (1000, 4000) if arguments.quick else (8_000, 25_000, 50_000, 100_000):
         run = make_step(OURS, num_positions // 4, size, device)
-        seconds = interleave({OURS: run}, rounds=3)[OURS].low
-        rows.append(Row("growth with vocabulary", f"{num_positions // 4} positions, {size}", OURS, seconds, "s"))
-    notes = ["Growth with the vocabulary is expected to be linear (exponent 1)."]
+        seconds = interleave({OURS: run}, rounds=3, clock=clock_of(device, 1))[OURS].low
+        points.append((f"{num_positions // 4} positions, {size}", size, seconds, size))
+    rows += growth_rows("growth with vocabulary", points, OURS)
+    notes = [
+        "One thread: CPU seconds; two threads and GPU: wall time. Medians over rounds that run by turns.",
+        "Time should grow with the vocabulary as the number of operations does, which is in proportion to it.",
+    ]
     report("mlm_head", "Masked-LM head, forward + backward", rows, notes, arguments.results)
 
 
