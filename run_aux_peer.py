@@ -87,43 +87,29 @@ def build(peer, collaboration, training, *, progress, stop):
     from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.training.auth import load_identity
     from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
-    from src.training.dht import start_dht
-    from src.training.journal import Journal, claim_run_directory
-    from src.training.optimizer import Swarm, make_collaborative_optimizer
-    from src.training.probe import measure_bandwidth
+    from src.training.journal import claim_run_directory
     from src.training.report import Reporter
-    from src.training.run_card import RunCard, make_run_card
+    from src.training.swarm import join_run, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
-    identity = load_identity(peer)
-    dht, public_key = start_dht(peer, identity)
     settings = run_settings(peer, collaboration, training)
-    RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=False)).join_run()
-    if peer.bandwidth == "auto":
-        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
-        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
+    node = join_run(model, tokenizer, settings, peer=peer, trainer=False, say=progress.say)
     evaluate = (
         checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
     )
-    metrics_path = directory / "metrics.jsonl"
-    swarm = Swarm(dht, public_key, make_collaborative_optimizer(
-        model, dht, peer=peer, collaboration=collaboration, training=training, auxiliary=True,
-        metrics_path=metrics_path, identity=identity,
-    ))  # fmt: skip
-    journal = Journal(
-        metrics_path,
-        wandb_project=peer.wandb_project,
-        tensorboard_dir=peer.tensorboard_dir,
-        run_name=f"{peer.run_id}-aux",
+    swarm, journal = start_averaging(
+        node,
+        model,
+        directory / "metrics.jsonl",
+        peer=peer,
+        collaboration=collaboration,
+        training=training,
+        auxiliary=True,
     )
-    journal.write("start", role="auxiliary peer", run_id=peer.run_id, total_steps=training.total_steps,
-                  target_batch_size=collaboration.target_batch_size,
-                  arguments=settings)  # fmt: skip
     swarm_lock, threads, store = threading.Lock(), [], None
     report = directory / "report.html"
     threads.append(Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop))

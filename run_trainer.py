@@ -150,14 +150,10 @@ def build(peer, collaboration, training, *, progress, stop):
     from transformers import PrinterCallback
 
     from arguments import run_settings
-    from src.training.auth import load_identity
     from src.training.callback import CollaborativeCallback
-    from src.training.dht import start_dht
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
-    from src.training.journal import Journal, claim_run_directory
-    from src.training.optimizer import Swarm, make_collaborative_optimizer
-    from src.training.probe import measure_bandwidth
-    from src.training.run_card import RunCard, make_run_card
+    from src.training.journal import claim_run_directory
+    from src.training.swarm import join_run, start_averaging
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
@@ -165,36 +161,17 @@ def build(peer, collaboration, training, *, progress, stop):
     check_sequence_length(model, training.max_sequence_length)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
-    identity = load_identity(peer)
-    dht, public_key = start_dht(peer, identity)
     settings = run_settings(peer, collaboration, training)
-    RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=True)).join_run()
-    if peer.bandwidth == "auto":
-        peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
-        progress.say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
+    node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
     workers = LocalWorkers(size=training.world_size, device=training.device)
-    peer_seed = workers.share_bytes(dht.peer_id.to_bytes())
+    peer_seed = workers.share_bytes(node.dht.peer_id.to_bytes())
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=peer_seed)
     if workers.size > 1:
         # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.
         collaboration.reuse_grad_buffers = False
-    metrics_path = directory / "metrics.jsonl"
-    optimizer = make_collaborative_optimizer(
-        model,
-        dht,
-        peer=peer,
-        collaboration=collaboration,
-        training=training,
-        metrics_path=metrics_path,
-        identity=identity,
+    swarm, journal = start_averaging(
+        node, model, directory / "metrics.jsonl", peer=peer, collaboration=collaboration, training=training
     )
-    swarm = Swarm(dht, public_key, optimizer)
-    journal = Journal(
-        metrics_path, wandb_project=peer.wandb_project, tensorboard_dir=peer.tensorboard_dir, run_name=peer.run_id
-    )
-    journal.write("start", role="trainer", run_id=peer.run_id, total_steps=training.total_steps,
-                  target_batch_size=collaboration.target_batch_size,
-                  arguments=settings)  # fmt: skip
     meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
     callback = CollaborativeCallback(
         swarm,
@@ -212,7 +189,7 @@ def build(peer, collaboration, training, *, progress, stop):
     )
     callback.resume()
     trainer = CollaborativeTrainer(
-        collaborative=optimizer,
+        collaborative=swarm.optimizer,
         meter=meter,
         scaler=scaler,
         model=model,

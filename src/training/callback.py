@@ -16,8 +16,8 @@ from src.training.console import Progress
 from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal, report_refusals
-from src.training.optimizer import Swarm
 from src.training.schedules import sequence_length
+from src.training.swarm import Swarm
 from src.training.sync import LocalWorkers
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from statistics import median_low
 from src.training.console import Progress
 from src.training.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
 from src.training.journal import Journal, printable, report_refusals
-from src.training.optimizer import Swarm
+from src.training.swarm import Swarm
 
 MAX_LEAD = 50  # epochs by which a report may be ahead of those before it
 

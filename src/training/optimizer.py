@@ -229,20 +229,6 @@ class LeanOptimizer(hivemind.Optimizer):
         return self.grad_averager.finished_rounds() + self.state_averager.finished_rounds()
 
 
-@dataclass(frozen=True)
-class Swarm:
-    """This peer's handles on the swarm: its DHT node, the key that signs its records, and the optimizer."""
-
-    dht: hivemind.DHT
-    public_key: bytes
-    optimizer: LeanOptimizer
-
-    def leave(self) -> None:
-        """Say goodbye and end the background processes."""
-        self.optimizer.shutdown()
-        self.dht.shutdown()
-
-
 def make_collaborative_optimizer(
     model: torch.nn.Module,
     dht: hivemind.DHT,

@@ -17,8 +17,9 @@ from src.training.console import Progress
 from src.training.hf_trainer import CollaborativeTrainer, LossMeter
 from src.training.journal import Journal
 from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.optimizer import StateDownload, Swarm
+from src.training.optimizer import StateDownload
 from src.training.rounds import Round
+from src.training.swarm import Swarm
 
 VOCAB_SIZE = 300
 LENGTH = 12
