@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from src.training.console import Progress
 from src.training.journal import Journal
@@ -103,12 +104,13 @@ class CheckpointStore:
         """Write aside, then swap: at any moment one complete checkpoint exists."""
         aside, old = (self.path.with_name(f".{self.path.name}.{suffix}") for suffix in ("part", "old"))
         shutil.rmtree(aside, ignore_errors=True)
-        self.model.config.sparse_prediction = False  # a training option; users want logits everywhere
-        self.model.save_pretrained(aside)
-        self.tokenizer.save_pretrained(aside)
-        for file in aside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+        try:
+            self._write(aside)
+        except BaseException as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, SafetensorError):  # no OSError, although it means a full disk
+                raise OSError(f"cannot write {self.path}: {error}") from error
+            raise
         with self.lock:
             shutil.rmtree(old, ignore_errors=True)
             if self.path.exists():
@@ -116,6 +118,14 @@ class CheckpointStore:
             aside.rename(self.path)
             self.last_epoch = epoch
         shutil.rmtree(old, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        self.model.config.sparse_prediction = False  # a training option; users want logits everywhere
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        for file in folder.iterdir():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
     def snapshot(self, path: Path) -> int:
         """Hard-link the newest checkpoint to ``path``, so that its reader is not disturbed by the next one.

@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write) -> None:
-    """Call ``write(file)`` on a new file beside ``path`` and put it in place only when it is complete on disk."""
+    """Call ``write(file)`` on a new file beside ``path`` and put it in place only when it is complete on disk.
+
+    Raises OSError if it cannot be written, and leaves what was there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -23,9 +26,11 @@ def write_atomically(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # torch's archive writer covers up the reason, such as a full disk
         raise
 
 

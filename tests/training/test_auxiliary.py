@@ -14,6 +14,7 @@ from src.training.console import Progress
 from src.training.journal import Journal, read_journal
 from src.training.rounds import Round
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
+from tests.reference.full_disk import file_size_limit
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -75,6 +76,17 @@ def test_checkpoint_holds_the_tokenizer(tmp_path):
     store.update(timeout=60.0)
     text = "Проверка, ёлка."
     assert load_tokenizer(store.path)(text) == store.tokenizer(text)
+
+
+def test_checkpoint_on_a_full_disk_raises_the_reason_and_leaves_the_previous_one(tmp_path):
+    store = make_store(tmp_path)
+    assert store.update(timeout=60.0) == 7
+    store.optimizer.state_averager.epoch_of_peers = 9
+    with file_size_limit(10_000), pytest.raises(OSError, match="File too large"):
+        store.update(timeout=60.0)
+    assert store.last_epoch == 7 and entries(store.path.parent) == {"checkpoint"}
+    LeanAlbertForPreTraining.from_pretrained(store.path)
+    assert store.update(timeout=60.0) == 9
 
 
 def test_checkpoint_is_due_every_so_many_epochs(tmp_path):

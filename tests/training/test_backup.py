@@ -12,6 +12,7 @@ from src.training import backup
 from src.training.backup import read_backup, restore_backup, save_backup, write_atomically
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
+from tests.reference.full_disk import file_size_limit
 
 EPOCH = 7
 
@@ -141,6 +142,15 @@ def test_backup_that_fails_while_writing_leaves_the_previous_one(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"previous"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_backup_on_a_full_disk_raises_the_reason_and_leaves_the_previous_one(tmp_path):
+    model, path = tiny_model(seed=1), tmp_path / "backup.pth"
+    save_backup(path, model, FakeOptimizer(model, epoch=EPOCH))
+    with file_size_limit(path.stat().st_size // 2), pytest.raises(OSError, match="File too large"):
+        save_backup(path, model, FakeOptimizer(model, epoch=EPOCH + 1))
+    assert read_backup(path)["epoch"] == EPOCH
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,6 +1,8 @@
 """torchrun starts two processes of one peer: equal parameters every epoch, samples of both, and they end together."""
 
 import math
+import os
+import signal
 import time
 
 import psutil
@@ -10,7 +12,7 @@ import torch
 from src.training.backup import read_backup
 from src.training.hf_trainer import LossMeter
 from src.training.journal import read_journal
-from src.training.local_swarm import LocalSwarm, free_port
+from src.training.local_swarm import LocalPeer, LocalSwarm, free_port
 from src.training.sync import LocalWorkers
 from tests.training.test_swarm import ONE_THREAD, TRAINER, ending_all, family, still_alive, swarm_arguments
 
@@ -87,7 +89,6 @@ def program_of(peer, *, rank: int) -> psutil.Process:
     return program
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
     flags = [*swarm_arguments(tmp_path, target_batch_size=768, total_steps=10_000), *TRAINER.split()]
@@ -125,3 +126,27 @@ def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
             assert len(record["checksums"]) == RANKS and len(set(record["checksums"])) == 1, record
     assert len({tuple(checksums) for checksums in checked.values()}) >= 3, "they do change"
     assert read_backup(run / "trainer" / "backup.pth")["epoch"] == epochs[-1]["epoch"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl+C to the group", "SIGTERM to torchrun"])
+def test_ranks_end_in_order_when_their_launcher_is_asked_to(tmp_path, number):
+    flags = [*swarm_arguments(tmp_path, target_batch_size=128, total_steps=10_000), *TRAINER.split()]
+    with ending_all(set()) as processes:
+        ranks = LocalPeer("ranks", "-m", torchrun(*flags, "--host_maddrs", "/ip4/127.0.0.1/tcp/0"), echo=False,
+                          environment=ONE_THREAD, own_session=True)  # fmt: skip
+        processes.add(psutil.Process(ranks.process.pid))
+        ranks.wait_for_line(r"epoch 2/", timeout=150)
+        processes.update(family(ranks))
+        asked = time.monotonic()
+        if number == signal.SIGINT:
+            os.killpg(ranks.process.pid, number)  # a terminal sends it to all of them
+        else:
+            ranks.process.send_signal(number)
+        ranks.process.wait(60)
+        assert not still_alive(processes, timeout=10)
+        assert time.monotonic() - asked < 30
+    run = tmp_path / "outputs" / "test" / "trainer"
+    last = [record["epoch"] for record in read_journal(run / "metrics.jsonl") if record["event"] == "epoch"][-1]
+    assert read_backup(run / "backup.pth")["epoch"] >= last >= 2
+    assert "leaving the swarm" in ranks.output()
