@@ -33,7 +33,7 @@ LIMITS = {
     "averaging_wait": 240,
 }
 # Tables too long for `make bench`; what an earlier run of theirs wrote to the same folder is shown with its date.
-EXTRAS = {"averaging_growth": "averaging_wait --growth"}
+EXTRAS = {"averaging_growth": "averaging_wait --growth", "tried_designs": "tried_designs"}
 TOTAL_SECONDS = 14.5 * 60
 GRACE_SECONDS = 20.0  # for a script that is told to end, and ends its own programs first
 MEMORY_UNITS = {"MB", "bytes", "bytes/parameter", "units"}

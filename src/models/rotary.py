@@ -23,20 +23,30 @@ def rotate(states, cos, sin):
 
 
 class SplitAndRotate(torch.autograd.Function):
-    """Queries, keys and values inside [batch, length, 3 * heads * head_size], the first two rotated in place.
+    """Queries, keys and values of [batch, length, 3 * heads * head_size], the first two rotated.
 
-    Only the angles are kept. All three are views of what the projection wrote, and backward writes their gradients
-    once, where the projection reads them; autograd over `rotate` and views writes every product, the joined halves, the
-    joined three and their permutation to tensors of their own.
+    Only the angles are kept. In the result the rows of a head's keys and values lie next to each other: attention
+    kernels on CPU read them once for each block of queries, faster that way. Queries, which they read once, stay in the
+    projection's order, and so do the attended values, which the kernels lay out as the queries. Both directions write
+    every number once; autograd over `rotate` and views writes every product, the joined halves, the joined three and
+    their permutation to tensors of their own.
     """
 
     @staticmethod
     def forward(ctx, projected, num_heads, cos, sin):
         ctx.save_for_backward(cos, sin)
-        states = projected.data.unflatten(-1, (3, num_heads, -1))  # [batch, length, 3, heads, head_size]
-        if cos is not None:
-            write_rotated(states[:, :, :2], states[:, :, :2], cos[:, :, None], sin[:, :, None])
-        return tuple(part.transpose(1, 2) for part in states.unbind(2))
+        states = projected.unflatten(-1, (3, num_heads, -1))  # [batch, length, 3, heads, head_size]
+        batch, length, _, _, head_size = states.shape
+        outputs = projected.new_empty(3, batch, num_heads * length * head_size)
+        query = outputs[0].view(batch, length, num_heads, head_size)
+        key, value = outputs[1:].view(2, batch, num_heads, length, head_size).transpose(2, 3)
+        for target, source in zip((query, key), states.unbind(2)[:2], strict=True):
+            if cos is None:
+                target.copy_(source)
+            else:
+                write_rotated(source, target, cos, sin)
+        value.copy_(states[:, :, 2])
+        return tuple(part.transpose(1, 2) for part in (query, key, value))
 
     @staticmethod
     @once_differentiable
@@ -54,7 +64,7 @@ class SplitAndRotate(torch.autograd.Function):
 
 
 def write_rotated(source, target, cos, sin):
-    """target = rotate(source); both may be the same tensor."""
+    """target = rotate(source)"""
     first, second = source.chunk(2, dim=-1)
     rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
     rotated_second = torch.addcmul(second * cos, first, sin)
@@ -64,8 +74,8 @@ def write_rotated(source, target, cos, sin):
 
 
 def split_and_rotate(projected, num_heads, cos=None, sin=None):
-    """Queries, keys and values, each [batch, heads, length, head_size], from [batch, length, 3 * heads * head_size],
-    which may be overwritten. Without angles nothing is rotated.
+    """Queries, keys and values, each [batch, heads, length, head_size], from [batch, length, 3 * heads * head_size].
+    Without angles nothing is rotated.
 
     cos, sin: [batch or 1, length, 1, head_size / 2].
     """

@@ -19,8 +19,7 @@ class PreparedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prepare, inputs, weight, bias, *parameters):
         PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
-        # .data: linear makes a view of a 2-D product, and autograd forbids changing such a view in place (rotary does).
-        return linear_product(prepare(inputs, *parameters), weight, bias).data
+        return linear_product(prepare(inputs, *parameters), weight, bias)
 
     @staticmethod
     def keep(ctx, prepare, inputs, weight, bias, *parameters):

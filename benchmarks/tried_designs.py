@@ -1,0 +1,132 @@
+"""Designs that were not taken, beside those that were: what NOTES.md says about them can be measured again here.
+
+python -m benchmarks.tried_designs    # one thread, about a minute; not part of `make bench`
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.measure import Row, interleave, options, ratio, report
+from src.models import linear_cross_entropy
+from src.models.products import linear_product
+from src.models.rotary import rotary_cos_sin, split_and_rotate
+
+HEAD_SIZE = 64
+
+
+def weight_gradients(rows, out_features, in_features):
+    """gradients.T @ inputs, [out_features, in_features]"""
+    inputs, gradients = torch.randn(rows, in_features), torch.randn(rows, out_features)
+    return {
+        "torch's product (taken)": lambda: gradients.t() @ inputs,
+        "oneDNN": lambda: linear_product(gradients.t(), inputs.t()),
+        "oneDNN, transposed": lambda: linear_product(inputs.t(), gradients.t()).t().contiguous(),
+        "oneDNN, operands copied": lambda: linear_product(gradients.t().contiguous(), inputs.t().contiguous()),
+    }
+
+
+def attention(length, num_heads):
+    """Forward and backward from what the projection wrote."""
+    projected = torch.randn(1, length, 3 * num_heads * HEAD_SIZE, requires_grad=True)
+    angles = rotary_cos_sin(torch.arange(length)[None], HEAD_SIZE, 10_000)
+
+    def run(attend):
+        parts = split_and_rotate(projected.clone(), num_heads, *angles)
+        attend(*parts).sum().backward()
+
+    def contiguous(*parts):
+        return F.scaled_dot_product_attention(*(part.contiguous() for part in parts))
+
+    def in_blocks(query, key, value):
+        """Plain products for 256 queries at a time; keeps all probabilities."""
+        scale = HEAD_SIZE**-0.5
+        blocks = [torch.softmax(part * scale @ key.transpose(2, 3), -1) @ value for part in query.split(256, dim=2)]
+        return torch.cat(blocks, dim=2)
+
+    return {
+        "torch's kernel on views of the projection (taken)": partial(run, F.scaled_dot_product_attention),
+        "torch's kernel on contiguous heads": partial(run, contiguous),
+        "plain products, 256 queries at a time": partial(run, in_blocks),
+    }
+
+
+def activation(rows, size):
+    """gelu_pytorch_tanh: its value, and again its value and its gradient."""
+    inputs, gradients = torch.randn(rows, size), torch.randn(rows, size)
+    scale, cubic = 1.5957691216057308, 0.044715  # 0.5 * (1 + tanh(y)) is sigmoid(2 * y)
+
+    def by_sigmoid():
+        powers = inputs * inputs
+        return powers.mul_(scale * cubic).add_(scale).mul_(inputs).sigmoid_().mul_(inputs)
+
+    def by_sigmoid_with_gradient():
+        squares = inputs * inputs
+        slope = squares.mul(3 * scale * cubic).add_(scale).mul_(inputs)
+        share = squares.mul_(scale * cubic).add_(scale).mul_(inputs).sigmoid_()
+        return inputs * share, torch.addcmul(slope, share, slope, value=-1).add_(1).mul_(share).mul_(gradients)
+
+    def by_torch():
+        F.gelu(inputs, approximate="tanh")
+        F.gelu(inputs, approximate="tanh")
+        torch.ops.aten.gelu_backward(gradients, inputs, approximate="tanh")
+
+    return {
+        "torch's gelu (taken)": by_torch,
+        "by sigmoid, value and gradient together": lambda: (by_sigmoid(), by_sigmoid_with_gradient()),
+    }
+
+
+def masked_loss(rows, vocab_size, size):
+    """Loss of the masked positions with all gradients."""
+    tensors = [torch.randn(*shape, requires_grad=True) for shape in ((rows, size), (vocab_size, size), (vocab_size,))]
+    tensors[1].data.mul_(0.05)
+    labels = torch.randint(vocab_size, (rows,))
+
+    def ours(rows_at_once):
+        linear_cross_entropy.ROWS_AT_ONCE = rows_at_once
+        torch.autograd.grad(linear_cross_entropy.linear_cross_entropy(*tensors, labels), tensors)
+
+    def plain():
+        torch.autograd.grad(F.cross_entropy(F.linear(*tensors), labels), tensors)
+
+    def of_torch():
+        inputs, weight, bias = tensors
+        chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
+        loss = F.linear_cross_entropy(inputs, weight, labels, linear_bias=bias, options=chunks)
+        torch.autograd.grad(loss, tensors)
+
+    taken = linear_cross_entropy.ROWS_AT_ONCE
+    sides = {f"{taken} rows at once (taken)": partial(ours, taken)}
+    sides |= {f"{rows_at_once} rows at once": partial(ours, rows_at_once) for rows_at_once in (32, 512)}
+    return {**sides, "all logits, F.cross_entropy": plain, "F.linear_cross_entropy, 128 rows at once": of_torch}
+
+
+def main():
+    flags = options(__doc__).parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    length, vocab_size, num_tokens = (128, 5000, 256) if flags.quick else (2048, 50257, 2048)
+    cases = {
+        f"weight gradient {out_features} x {in_features}, {num_tokens} rows": weight_gradients(
+            num_tokens, out_features, in_features
+        )
+        for out_features, in_features in ((1536, 512), (512, 512), (2048, 512), (512, 2048))
+    }
+    cases |= {
+        f"attention, 8 heads, length {length}": attention(length, 8),
+        f"activation, forward and backward, {num_tokens} x 2048": activation(num_tokens, 2048),
+        f"masked-LM loss, 614 rows, vocabulary {vocab_size}": masked_loss(614, vocab_size, 128),
+    }
+    for case, sides in cases.items():
+        timings = interleave(sides, rounds=2 if flags.quick else 5)
+        taken = next(iter(timings))
+        for side, timing in timings.items():
+            relative = None if side == taken else ratio(timing, timings[taken])
+            rows.append(Row("tried designs", case, side, 1e3 * timing.median, "ms", relative, peer=taken))
+    report("tried_designs", "Designs that were tried", rows, ["One thread, CPU time."], flags.results)
+
+
+if __name__ == "__main__":
+    main()
