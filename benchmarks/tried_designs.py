@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from benchmarks.measure import Row, interleave, options, ratio, report
 from src.models import linear_cross_entropy
 from src.models.products import linear_product
-from src.models.rotary import rotary_cos_sin, split_and_rotate
 
 HEAD_SIZE = 64
 
@@ -27,17 +26,16 @@ def weight_gradients(rows, out_features, in_features):
     }
 
 
-def attention(length, num_heads):
-    """Forward and backward from what the projection wrote."""
-    projected = torch.randn(1, length, 3 * num_heads * HEAD_SIZE, requires_grad=True)
-    angles = rotary_cos_sin(torch.arange(length)[None], HEAD_SIZE, 10_000)
+def attention(length, num_heads, dtype):
+    """Forward and backward of the attention core, queries, keys and values laid out in several ways."""
+    by_token, by_head = (1, length, num_heads, HEAD_SIZE), (3, 1, num_heads, length, HEAD_SIZE)
+    query, (_, key, value) = torch.randn(by_token, dtype=dtype).transpose(1, 2), torch.randn(by_head, dtype=dtype)
+    projected = torch.randn(1, length, 3, num_heads, HEAD_SIZE, dtype=dtype).transpose(1, 3)
+    grad_outputs = torch.randn(by_token, dtype=dtype).transpose(1, 2)
 
-    def run(attend):
-        parts = split_and_rotate(projected.clone(), num_heads, *angles)
-        attend(*parts).sum().backward()
-
-    def contiguous(*parts):
-        return F.scaled_dot_product_attention(*(part.contiguous() for part in parts))
+    def run(attend, *parts):
+        leaves = [part.detach().requires_grad_() for part in parts]
+        torch.autograd.grad(attend(*leaves), leaves, grad_outputs)
 
     def in_blocks(query, key, value):
         """Plain products for 256 queries at a time; keeps all probabilities."""
@@ -45,10 +43,12 @@ def attention(length, num_heads):
         blocks = [torch.softmax(part * scale @ key.transpose(2, 3), -1) @ value for part in query.split(256, dim=2)]
         return torch.cat(blocks, dim=2)
 
+    kernel = F.scaled_dot_product_attention
     return {
-        "torch's kernel on views of the projection (taken)": partial(run, F.scaled_dot_product_attention),
-        "torch's kernel on contiguous heads": partial(run, contiguous),
-        "plain products, 256 queries at a time": partial(run, in_blocks),
+        "torch's kernel, keys and values by head (taken)": partial(run, kernel, query, key, value),
+        "torch's kernel, all by head": partial(run, kernel, *torch.randn(by_head, dtype=dtype)),
+        "torch's kernel, all by token in one tensor": partial(run, kernel, *projected.unbind(2)),
+        "plain products, 256 queries at a time": partial(run, in_blocks, query, key, value),
     }
 
 
@@ -115,7 +115,8 @@ def main():
         for out_features, in_features in ((1536, 512), (512, 512), (2048, 512), (512, 2048))
     }
     cases |= {
-        f"attention, 8 heads, length {length}": attention(length, 8),
+        f"attention, 8 heads, length {length}, fp32": attention(length, 8, torch.float32),
+        f"attention, 8 heads, length {length}, bf16": attention(length, 8, torch.bfloat16),
         f"activation, forward and backward, {num_tokens} x 2048": activation(num_tokens, 2048),
         f"masked-LM loss, 614 rows, vocabulary {vocab_size}": masked_loss(614, vocab_size, 128),
     }
