@@ -1,14 +1,20 @@
 """What the README shows works: its commands are run where they need nothing, else read by the program they call.
 
-Nothing in a ```bash block may pass unnoticed: a command is run here (RUN), parsed by its program (every `python` of
-this repository), found in the Makefile (make), or named in ELSEWHERE with the reason. Python blocks are executed.
+Nothing in a ```bash block may pass unnoticed: a command is run here (RUN), only read by its program (PARSED, with the
+reason), found in the Makefile (make), or named in ELSEWHERE with the reason. Commands within sentences are read, too;
+Python blocks are executed.
 """
 
 import argparse
+import contextlib
+import io
+import json
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +31,27 @@ from arguments import (
     TrainerPeerArguments,
 )
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
-from src.models import export
-from tasks.mlm import inspect_data
+from src.training.auth import load_key, public_key_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = REPOSITORY / "README.md"
 SHELL_LANGUAGES, OUTPUT_LANGUAGES = ("bash", "sh", "shell"), ("", "text", "json")
 PEERS = {"run_trainer.py": TrainerPeerArguments, "run_aux_peer.py": AuxiliaryPeerArguments}
-# Run in a folder that holds `stand_ins`; each takes the words behind the program's name and returns its exit code.
-RUN = {
-    "tasks.mlm.inspect_data": inspect_data.main,
-    "src.models.export": lambda words: export.main([*words, "--dry-run"] if "--push" in words else words),
-}
+# Run, in the README's order, in a folder that holds `stand_ins`; --push is only tried.
+RUN = {"tasks.mlm.train_tokenizer", "tasks.mlm.inspect_data", "src.models.export", "src.models.memory",
+       "src.training.access", "src.training.report", "src.training.terminal"}  # fmt: skip
+# Commands whose program reads its command line and goes no further here, and why.
+PARSED = {
+    "run_trainer.py": "works until it is stopped; tests/training/test_swarm.py",
+    "run_aux_peer.py": "works until it is stopped; tests/training/test_swarm.py",
+    "finetune_mlm.py": "needs the benchmarks' data; tests/tasks/test_finetune_scripts.py",
+    "predict_on_lidirus.py": "needs the benchmarks' data; tests/tasks/test_finetune_scripts.py",
+    "tasks.submission": "needs predictions of all tasks; tests/tasks/test_submission.py",
+    "demo/run_demo.py": "takes minutes", "demo/make_pictures.py": "takes minutes",
+    "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
+    "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
+    "benchmarks.data_pipeline": "takes minutes",
+}  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.
 ELSEWHERE = {
     "wget": "downloads", "curl": "downloads", "git": "downloads", "pip": "installs", "apt": "installs",
@@ -51,6 +66,7 @@ STAND_INS = {
     "MY_IP": "203.0.113.9", "PORT": "31337", "BANDWIDTH": "100",
     "INITIAL_PEERS": "/ip4/203.0.113.5/tcp/12345/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC",
 }  # fmt: skip
+TOO_LARGE = {"50000": "4000"}  # pieces, for the texts of `stand_ins`
 NEEDS_NETWORK = re.compile(r"yandex/RuLeanALBERT[\"']|hf_hub_download|snapshot_download")
 
 
@@ -104,6 +120,10 @@ def normalise(words: list[str]) -> list[str]:
 
 
 def substitute(word: str) -> str:
+    if word == "ssh-rsa AAAA...":
+        return public_key_of(load_key(Path("ivan.key"))).decode()
+    word = TOO_LARGE.get(word, word)
+
     def value(match):
         name = match[1] or match[2]
         assert name in STAND_INS, f"README.md uses ${name}: add a value for it to STAND_INS"
@@ -150,6 +170,11 @@ COMMANDS = [
     if words
 ]
 TESTED = [command for command in COMMANDS if not is_elsewhere(command[1])]
+WITHIN_SENTENCES = [
+    (number, normalise(shlex.split(code)))
+    for number, line in enumerate(README.read_text(encoding="utf-8").splitlines(), 1)
+    for code in re.findall(r"`(python [^`]*)`", line)
+]
 PYTHON_BLOCKS = [block for block in BLOCKS if block.language == "python"]
 
 
@@ -170,16 +195,78 @@ def stand_ins(tmp_path_factory) -> Path:
         checkpoint = folder / "outputs" / run / "aux" / "checkpoint"
         model.save_pretrained(checkpoint)
         shutil.copytree(folder / "tokenizer", checkpoint, dirs_exist_ok=True, ignore=lambda *_: ["config.json"])
-        (checkpoint.parent / "metrics.jsonl").write_text('{"event": "epoch", "epoch": 1, "mlm_loss": 8.0}\n')
-    for token in ("access/my-exp/aux.token", "ivan.token"):
-        (folder / token).parent.mkdir(parents=True, exist_ok=True)
-        (folder / token).touch()
-    assert export.main([str(folder / "outputs/demo/aux/checkpoint"), str(folder / "my-model")]) == 0
+        for role in ("aux", "trainer"):
+            metrics = folder / "outputs" / run / role / "metrics.jsonl"
+            metrics.parent.mkdir(exist_ok=True)
+            metrics.write_text(json.dumps({"event": "epoch", "time": 1e9, "epoch": 1, "mlm_loss": 8.0}) + "\n")
     return folder
 
 
+@pytest.fixture(scope="module")
+def ran(stand_ins) -> dict[tuple, tuple[int, str]]:
+    """Exit code and output of each command that is run; they build on each other, so all are, in the README's order."""
+    outcomes = {}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(stand_ins)
+        for line, words in TESTED:
+            if is_run(words):
+                try:
+                    arguments = [found for word in words[1:] for found in expand(substitute(word))]
+                    outcomes[line, *words] = run_check(arguments) if "--check" in words else run_module(arguments)
+                except Exception as error:  # this command's test fails for it, not those of all others
+                    outcomes[line, *words] = 1, repr(error)
+        with contextlib.suppress(OSError):  # what the organiser sends
+            shutil.copy("access/my-exp/ivan.token", ".")
+    return outcomes
+
+
+def is_run(words: list[str]) -> bool:
+    target, *arguments = words[2:] if words[1:2] == ["-m"] else words[1:] or [""]
+    return target in RUN or (target in PEERS and arguments == ["--check"])
+
+
+def run_check(words: list[str]) -> tuple[int, str]:
+    """A peer's --check, which starts processes, in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / words[0]), *words[1:]], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200,
+    )  # fmt: skip
+    return result.returncode, result.stdout
+
+
+def run_module(words: list[str]) -> tuple[int, str]:
+    """``-m MODULE ARGUMENTS`` as if it had been started from a shell."""
+    _, module, *arguments = words
+    if "--push" in arguments:
+        arguments.append("--dry-run")
+    said, argv = io.StringIO(), sys.argv
+    sys.argv = [module, *arguments]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.argv = argv
+    return code, said.getvalue()
+
+
+def parse_command(words: list[str], where: str, monkeypatch, capsys) -> None:
+    target, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    assert target in PARSED or target in RUN, f"{where}: run it (RUN), or say in PARSED why it is only read"
+    arguments = [found for word in arguments for found in expand(substitute(word))]
+    source = target if target.endswith(".py") else f"{target.replace('.', '/')}.py"
+    assert (REPOSITORY / source).is_file(), f"{where}: there is no {source}"
+    try:
+        parse_with_its_program(target, arguments, monkeypatch)
+    except SystemExit:
+        pytest.fail(f"{where}: {capsys.readouterr().err}")
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("line", "words"), TESTED, ids=[f"{line}: {' '.join(w)[:60]}" for line, w in TESTED])
-def test_readme_command_works(stand_ins, monkeypatch, capsys, line, words):
+def test_readme_command_works(stand_ins, ran, monkeypatch, capsys, line, words):
     monkeypatch.chdir(stand_ins)
     where = f"README.md, block at line {line}: {' '.join(words)!r}"
     if words[0] == "make":
@@ -187,17 +274,30 @@ def test_readme_command_works(stand_ins, monkeypatch, capsys, line, words):
         assert set(words[1:]) <= set(targets), f"{where}: the Makefile has only {targets}"
         return
     assert words[0] == "python" and len(words) > 1, f"{where}: say in ELSEWHERE why this is not tested, or test it"
-    target, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
-    arguments = [found for word in arguments for found in expand(substitute(word))]
-    if target in RUN:
-        assert RUN[target](arguments) == 0, f"{where}: {capsys.readouterr().err}"
+    if not is_run(words):
+        parse_command(words, where, monkeypatch, capsys)
         return
-    source = target if target.endswith(".py") else f"{target.replace('.', '/')}.py"
-    assert (REPOSITORY / source).is_file(), f"{where}: there is no {source}"
-    try:
-        parse_with_its_program(target, arguments, monkeypatch)
-    except SystemExit:
-        pytest.fail(f"{where}: {capsys.readouterr().err}")
+    code, output = ran[line, *words]
+    assert code == 0 and output, f"{where}: {output}"
+
+
+@pytest.mark.parametrize(("line", "words"), WITHIN_SENTENCES, ids=[f"{line}: {w[1:3]}" for line, w in WITHIN_SENTENCES])
+def test_readme_command_within_a_sentence_is_understood(stand_ins, monkeypatch, capsys, line, words):
+    monkeypatch.chdir(stand_ins)
+    parse_command(words, f"README.md, line {line}: {' '.join(words)!r}", monkeypatch, capsys)
+
+
+@pytest.mark.timeout(600)
+def test_readme_commands_leave_what_they_promise(stand_ins, ran):
+    made_files = (
+        "my_tokenizer/tokenizer.json", "my-model/model.safetensors", "my-model/README.md",
+        "outputs/demo/trainer/report.html", "access/my-exp/organiser.key", "access/my-exp/aux.token",
+        "access/my-exp/aux.key", "ivan.key", "access/my-exp/ivan.token", "access/my-exp/revoked.txt",
+    )  # fmt: skip
+    for made in made_files:
+        assert (stand_ins / made).stat().st_size > 0, made
+    output = {words[2]: said for (_, *words), (_, said) in ran.items() if words[1] == "-m"}
+    assert "would send" in output["src.models.export"] and "largest batch for 4 GB" in output["src.models.memory"]
 
 
 def expand(word: str) -> list[str]:
@@ -207,7 +307,7 @@ def expand(word: str) -> list[str]:
 
 
 @pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[f"line {block.line}" for block in PYTHON_BLOCKS])
-def test_readme_python_runs(stand_ins, monkeypatch, capsys, block):
+def test_readme_python_runs(stand_ins, ran, monkeypatch, capsys, block):
     monkeypatch.chdir(stand_ins)
     code = compile(block.text, f"README.md, block at line {block.line}", "exec")
     if NEEDS_NETWORK.search(block.text):
