@@ -90,7 +90,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
     from src.training.journal import claim_run_directory
     from src.training.report import Reporter
-    from src.training.swarm import join_run, start_averaging
+    from src.training.swarm import join_run, record_start, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
@@ -131,6 +131,7 @@ def build(peer, collaboration, training, *, progress, stop):
             threads.append(
                 Uploader(store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop)
             )
+    record_start(journal, node.settings, role="auxiliary peer")
     return swarm, journal, store, threads
 
 

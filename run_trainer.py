@@ -153,7 +153,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.callback import CollaborativeCallback
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import claim_run_directory
-    from src.training.swarm import join_run, start_averaging
+    from src.training.swarm import join_run, record_start, start_averaging
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
@@ -188,6 +188,7 @@ def build(peer, collaboration, training, *, progress, stop):
         workers=workers,
     )
     callback.resume()
+    record_start(journal, node.settings, role="trainer")
     trainer = CollaborativeTrainer(
         collaborative=swarm.optimizer,
         meter=meter,

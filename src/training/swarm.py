@@ -75,7 +75,7 @@ def start_averaging(
     training,
     auxiliary: bool = False,
 ) -> tuple[Swarm, Journal]:
-    """Start this peer's averagers and begin its metrics file.
+    """Start this peer's averagers and open its metrics file, see `record_start`.
 
     Must be called on the main thread, before other threads or data loaders start: hivemind forks its processes.
     """
@@ -95,12 +95,10 @@ def start_averaging(
         tensorboard_dir=peer.tensorboard_dir,
         run_name=f"{peer.run_id}-aux" if auxiliary else peer.run_id,
     )
-    journal.write(
-        "start",
-        role="auxiliary peer" if auxiliary else "trainer",
-        run_id=peer.run_id,
-        total_steps=training.total_steps,
-        target_batch_size=collaboration.target_batch_size,
-        arguments=node.settings,
-    )
     return Swarm(node.dht, node.public_key, optimizer), journal
+
+
+def record_start(journal: Journal, settings: dict, *, role: str) -> None:
+    """A metrics file's first record; to be written when nothing of the start can fail any more."""
+    named = {name: settings[name] for name in ("run_id", "total_steps", "target_batch_size")}
+    journal.write("start", role=role, **named, arguments=settings)
