@@ -117,7 +117,7 @@ def byte_rows(device):
                 "per token and layer",
                 name,
                 units,
-                "x 4 * hidden",
+                "units of 4 * hidden",
                 target=UNITS.get(name),
                 peer=PEER,
             )

@@ -24,7 +24,7 @@ FIRST_STEP_LIMIT = 75.0  # seconds after which we stop waiting, and say so
 
 def main() -> int:
     flags = options(__doc__).parse_args()
-    rows = measure_help(rounds=1 if flags.quick else 4)
+    rows = measure_help(rounds=1 if flags.quick else 3)
     seconds = first_step_seconds()
     rows.append(Row("start-up", "to the first global step of the demo", "ours", seconds, "s", target="<= 30"))
     notes = ["--help: CPU seconds of the program; first step: wall time."]
