@@ -121,6 +121,10 @@ class Row:
         limit = self._limit()[1]
         return abs(self.measured - limit) / abs(limit) if limit else abs(self.measured)
 
+    @property
+    def missed(self) -> str:
+        return f"missed by {self.missed_by:.{0 if self.missed_by >= 0.01 else 1}%}"
+
 
 def growth_rows(claim: str, points: Iterable[tuple[str, int, float, float]], side: str = "ours") -> list[Row]:
     """Of points (case, size, seconds, expected work): the seconds, and the exponents of both from point to point."""
@@ -197,7 +201,7 @@ def format_table(rows: list[Row]) -> str:
     cells = [("case", "side", "value", "ratio", "target", "")]
     for row in rows:
         relative = "" if row.ratio is None else f"{row.ratio:.3g}"
-        verdict = {None: "", True: "met", False: f"missed by {row.missed_by:.0%}"}[row.met]
+        verdict = {None: "", True: "met", False: row.missed}[row.met]
         cells.append((row.case, row.side, f"{number(row.value)} {row.unit}", relative, row.target or "", verdict))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

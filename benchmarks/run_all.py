@@ -158,7 +158,7 @@ def claims_table(rows: list[Row]) -> list[str]:
         other = peer_of(row, rows)
         peer = f"{other.side}: {number(other.value)} {other.unit}" if other else ""
         relative = "" if row.ratio is None else f"{row.ratio:.3g}"
-        verdict = "met" if row.met else f"**missed by {row.missed_by:.0%}**"
+        verdict = "met" if row.met else f"**{row.missed}**"
         ours = f"{row.side}: {number(row.value)} {row.unit}"
         lines.append(f"| {row.claim} | {row.case} | {ours} | {peer} | {relative} | {row.target} | {verdict} |")
     return lines
