@@ -213,7 +213,7 @@ def main() -> None:
         size = (15 if arguments.quick else 50) * (rounds + 1)  # 0.6 million characters a round
         rows = measure_speed(documents[:size], tokenizer, directory, rounds=rounds)
         rows += measure_warm_speed(documents[: 4 * size], tokenizer, directory, rounds=rounds)
-        rows += measure_padding(documents[-40:], tokenizer, directory, num_batches=20 if arguments.quick else 60)
+        rows += measure_padding(documents[-40:], tokenizer, directory, num_batches=20 if arguments.quick else 40)
     notes = [f"Text: {text}. Speeds: one thread, CPU time. Padding: batches of {BATCH_SIZE}."]
     report("data_pipeline", "From raw text to padded batches", rows, notes, arguments.results)
 
