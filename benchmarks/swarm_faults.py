@@ -252,6 +252,7 @@ class Faults:
 
     def full_disk(self) -> str:
         (victim,) = self.choose()
+        self.swarm.wait_until(victim.backup.exists, "a first backup", seconds=60)
         size = victim.backup.stat().st_size
         self.mark(victim)
         with file_size_limit(victim, size // 2):

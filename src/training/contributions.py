@@ -23,6 +23,7 @@ from hivemind.utils.asyncio import attach_event_on_finished
 logger = logging.getLogger(__name__)
 
 MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
+FEW_VALUES = 32  # of so few values the norm is a matter of chance: a gradient of two is tiny in one batch of twenty
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
 WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
@@ -74,11 +75,17 @@ class Judge:
         self.usual_norms: dict[int, float] = {}  # number of a part -> what its norm was in recent rounds
 
     def combine(
-        self, part: int, contributions: dict[int, tuple[torch.Tensor, float]], *, shape, own: int | None, own_rms: float
+        self,
+        part: int,
+        contributions: dict[int, tuple[torch.Tensor, float]],
+        *,
+        shape: torch.Size,
+        own: int | None,
+        harmless: float,
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
 
-        ``own``: which contribution is this peer's; ``own_rms``: root mean square of all this peer's values.
+        ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large.
         """
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
@@ -90,7 +97,7 @@ class Judge:
                 refused[sender] = "is not finite"
             else:
                 weights[sender], norms[sender] = min(weight, self.max_weight), norm
-        unlike = self._too_large(part, norms, weights, shape, own, own_rms)
+        unlike = self._too_large(part, norms, weights, shape, own, harmless)
         unlike.update(self._too_far(contributions, norms, own))
         for sender in unlike:
             del weights[sender], norms[sender]
@@ -108,14 +115,14 @@ class Judge:
             average.add_(contributions[sender][0], alpha=weight)
         return average.div_(total), refused
 
-    def _too_large(self, part, norms, weights, shape, own, own_rms) -> dict[int, str]:
+    def _too_large(self, part, norms, weights, shape, own, harmless) -> dict[int, str]:
         if not norms:
             return {}
         reference = max(self.usual_norms.get(part, 0.0), median_low(norms.values()))
         typical_weight = median_low(weights.values())
         if own in norms and weights[own] > 0:
             reference, typical_weight = max(reference, norms[own]), weights[own]
-        harmless = max(own_rms, self.harmless_rms) * math.sqrt(shape.numel())
+        harmless = max(harmless, self.harmless_rms * math.sqrt(shape.numel()))
         refused = {}
         for sender, norm in norms.items():
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
@@ -137,10 +144,10 @@ class Judge:
     def _allowed_distance(self, own_norm: float, num_values: int) -> float:
         return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
 
-    def check_average(self, part: int, own: torch.Tensor, delta: torch.Tensor, *, own_rms: float) -> None:
+    def check_average(self, part: int, own: torch.Tensor, delta: torch.Tensor, *, harmless: float) -> None:
         """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
 
-        ``own_rms`` is infinite if this peer's own values say nothing (it tags along with a weight of zero).
+        ``harmless``: a norm up to which it is never too large.
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
@@ -148,7 +155,7 @@ class Judge:
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
         reference = max(own_norm, self.usual_norms.get(part, 0.0))
-        harmless = max(own_rms, self.harmless_rms) * math.sqrt(own.numel())
+        harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
         if norm > max(MAX_NORM_RATIO * reference, harmless):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
         if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
@@ -264,26 +271,36 @@ class JudgingAllReduce(AllReduceRunner):
             len(self.parts_for_local_averaging), len(self.sender_peer_ids), self._combine
         )
         self.is_sender = self.peer_id in self.sender_peer_ids
-        self.own_rms = self._root_mean_square(tensors) if self.is_sender and self.weight > 0 else 0.0
+        self.own_norm, self.num_values = self._norm(tensors), max(1, sum(tensor.numel() for tensor in tensors))
         self._refusals: Counter = Counter()
         self._first_reasons: dict = {}
 
     @staticmethod
-    def _root_mean_square(tensors: Sequence[torch.Tensor]) -> float:
-        total_norm = math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
-        return total_norm / math.sqrt(max(1, sum(tensor.numel() for tensor in tensors)))
+    def _norm(tensors: Sequence[torch.Tensor]) -> float:
+        return math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
+
+    def _harmless(self, num_values: int, *, without_own: float) -> float:
+        """A norm up to which so many values can do no harm: as large as this peer's own are on average.
+
+        A few values may have all of this peer's norm: to a gradient they cannot matter more, for it is clipped.
+        ``without_own`` is for a peer whose own values say nothing, as it is auxiliary or tags along.
+        """
+        if not self.is_sender or self.weight == 0:
+            return math.inf if num_values <= FEW_VALUES else without_own
+        return self.own_norm if num_values <= FEW_VALUES else self.own_norm * math.sqrt(num_values / self.num_values)
 
     def _number(self, peer_index: int, part_index: int) -> int:
         """A part's place among all parts of all tensors, which does not depend on who averages it."""
         return sum(self.tensor_part_container.num_parts_by_peer[:peer_index]) + part_index
 
     def _combine(self, part_index: int, contributions: dict) -> torch.Tensor:
+        shape = self.parts_for_local_averaging[part_index].shape
         average, refused = self.judge.combine(
             self._number(self.own_index, part_index),
             contributions,
-            shape=self.parts_for_local_averaging[part_index].shape,
+            shape=shape,
             own=self.sender_peer_ids.index(self.peer_id) if self.is_sender else None,
-            own_rms=self.own_rms,
+            harmless=self._harmless(shape.numel(), without_own=0.0),
         )
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
@@ -293,8 +310,8 @@ class JudgingAllReduce(AllReduceRunner):
 
     def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
         if peer_index != self.own_index:
-            own_rms = self.own_rms if self.weight > 0 else math.inf
-            self.judge.check_average(self._number(peer_index, part_index), own, delta, own_rms=own_rms)
+            harmless = self._harmless(own.numel(), without_own=math.inf)
+            self.judge.check_average(self._number(peer_index, part_index), own, delta, harmless=harmless)
 
     @property
     def refused(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from hivemind.averaging.partition import AllreduceException, BannedException
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
 
 from src.training.averagers import LeanStateAverager
-from src.training.contributions import Judge, JudgingReducer, check_wire_tensor, checked_messages
+from src.training.contributions import Judge, JudgingAllReduce, JudgingReducer, check_wire_tensor, checked_messages
 from src.training.rounds import RoundReporting
 
 SIZE = 400
@@ -29,7 +29,7 @@ def like(value: float, seed: int = 0) -> torch.Tensor:
 
 def combine(judge: Judge, *contributions, own: int | None = 0, own_rms: float = 1.0, part: int = 0):
     numbered = {index: pair if isinstance(pair, tuple) else (pair, 1.0) for index, pair in enumerate(contributions)}
-    return judge.combine(part, numbered, shape=SHAPE, own=own, own_rms=own_rms)
+    return judge.combine(part, numbered, shape=SHAPE, own=own, harmless=own_rms * math.sqrt(SIZE))
 
 
 BAD = {
@@ -88,6 +88,20 @@ def test_judge_of_an_auxiliary_peer_remembers_what_is_usual():
     assert list(combine(newcomer, like(1.0), like(0.001), own=None, own_rms=0.0)[1]) == [0]
 
 
+@pytest.mark.parametrize("role", ["trainer", "tags along", "auxiliary"])
+def test_norm_of_a_few_values_is_a_matter_of_chance(role):
+    runner = JudgingAllReduce.__new__(JudgingAllReduce)
+    runner.is_sender, runner.weight = role != "auxiliary", float(role == "trainer")
+    runner.own_norm, runner.num_values = 2.0, 10_000
+    shape, own = torch.Size([2]), torch.tensor([1e-3, -1e-3])
+    others = {1: (50 * own, 1.0), 2: (torch.tensor([math.nan, 0.0]), 1.0), 3: (torch.tensor([3e3, 0.0]), 1.0)}
+    judge, harmless = Judge(max_weight=1.0), runner._harmless(2, without_own=0.0)
+    _, refused = judge.combine(0, {0: (own, 1.0), **others}, shape=shape, own=0, harmless=harmless)
+    assert set(refused) == ({2, 3} if role == "trainer" else {2}), "an average of the last is for trainers to refuse"
+    many = runner._harmless(400, without_own=0.5)
+    assert many == (pytest.approx(2.0 * math.sqrt(400 / 10_000)) if role == "trainer" else 0.5)
+
+
 def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
     average, refused = combine(Judge(max_weight=4.0), (like(1.0), 4.0), (like(1.0, 1), 39.0))
     assert not refused
@@ -124,7 +138,7 @@ def test_parameters_far_from_the_own_are_refused(kind):
     refused = combine(judge, own, values)[1]
     assert list(refused) == ([] if good else [1])
     with contextlib.nullcontext() if good else pytest.raises(AllreduceException, match="lies"):
-        judge.check_average(0, own, values - own, own_rms=0.02)
+        judge.check_average(0, own, values - own, harmless=0.02 * math.sqrt(SIZE))
 
 
 @pytest.mark.parametrize(
@@ -132,15 +146,15 @@ def test_parameters_far_from_the_own_are_refused(kind):
 )
 def test_average_that_comes_back_is_checked(delta):
     judge = Judge(max_weight=1.0)
-    judge.check_average(0, like(1.0), like(5.0, 1), own_rms=1.0)
+    judge.check_average(0, like(1.0), like(5.0, 1), harmless=math.sqrt(SIZE))
     with pytest.raises(AllreduceException, match="sent an average"):
-        judge.check_average(0, like(1.0), delta, own_rms=1.0)
+        judge.check_average(0, like(1.0), delta, harmless=math.sqrt(SIZE))
 
 
 def test_peer_that_tags_along_takes_any_finite_average():
-    Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), like(5.0), own_rms=math.inf)
+    Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), like(5.0), harmless=math.inf)
     with pytest.raises(AllreduceException):
-        Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), BAD["NaN"], own_rms=math.inf)
+        Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), BAD["NaN"], harmless=math.inf)
 
 
 # -- the reducer ------------------------------------------------------------------------------------------------------
