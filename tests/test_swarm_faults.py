@@ -17,7 +17,6 @@ from benchmarks.swarm_faults import LONG, SHORT, Faults, schedule
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_swarm_keeps_its_promises_while_peers_die_and_freeze(tmp_path):
     results = tmp_path / "faults.json"
