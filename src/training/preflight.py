@@ -299,8 +299,11 @@ def attempt(name: str, action: Callable[[], object], describe: Callable[[object]
 
 
 def join(peer):
-    """As the run would: in a private one with this peer's token."""
-    return start_dht(peer, load_identity(peer) if peer.token_file is not None else None)
+    """As the run would, in a private one with this peer's token; but a key that the run would make is not made here."""
+    if peer.token_file is None and peer.identity_path and not Path(peer.identity_path).expanduser().exists():
+        peer = copy.copy(peer)
+        peer.identity_path = None
+    return start_dht(peer, load_identity(peer))
 
 
 def check_run_card(dht, run_id: str, owner: bytes, card: dict[str, str]) -> Check:

@@ -19,6 +19,7 @@ from arguments import PeerArguments
 from src import LeanAlbertConfig
 from src.models.memory import predict_memory
 from src.training import preflight
+from src.training.auth import create_key, load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.preflight import FAILED, OK, WARNING, Workload, describe_speed, explain_knock, run_checks
 from src.training.probe import Knock, Ping, Speed, address_of, ask_to_knock, measure_bandwidth, measure_speed, ping
@@ -166,6 +167,20 @@ def test_check_says_that_the_data_are_wrong(tmp_path):
     code, output = checked(peer_arguments(), tmp_path, read_data=read_data)
     assert code == 2
     assert "FAILED  data: --dataset_sources: empty.txt has no text" in output
+
+
+def test_check_makes_no_key_and_names_a_peer_that_runs_with_it(tmp_path):
+    path = tmp_path / "keys" / "own.key"
+    code, output = checked(peer_arguments(identity_path=str(path)), tmp_path)
+    assert code == 0 and f"{path} will be made" in output, output
+    assert not path.parent.exists()
+    create_key(path)
+    holder = load_identity(peer_arguments(identity_path=str(path)))
+    code, output = checked(peer_arguments(identity_path=str(path)), tmp_path)
+    assert code == 2
+    assert "FAILED  peer-to-peer daemon: --identity_path" in output
+    assert "a running peer on this machine has this identity" in output, output
+    os.close(holder.lock)
 
 
 def test_check_does_not_mind_that_one_of_several_peers_is_away(running, closed_port, tmp_path):
