@@ -392,8 +392,8 @@ def calibrate(folder: Path, *, trainers: int) -> int:
         model(**next(batches)).loss.backward()
         count += 1
     rate = count * MICRO_BATCH / (time.monotonic() - began)
-    # the auxiliary peer, p2p daemons and averagers want their share of the cores, too
-    return max(64, round(rate * EPOCH_SECONDS * 0.6 * min(trainers, os.cpu_count() or 1) / MICRO_BATCH) * MICRO_BATCH)
+    # the auxiliary peer, p2p daemons and averagers want their share of the cores, and steps are tiny
+    return max(64, round(rate * EPOCH_SECONDS * 0.35 * min(trainers, os.cpu_count() or 1) / MICRO_BATCH) * MICRO_BATCH)
 
 
 def tiny_model(folder: Path):
