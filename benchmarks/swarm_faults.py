@@ -318,6 +318,7 @@ def schedule(generator: random.Random, names: list[str]):
 
 def main() -> int:
     options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that nothing is left behind
     quiet_libraries()
     torch.set_num_threads(1)
     folder = options.work_dir / time.strftime("run-%Y%m%d-%H%M%S")
@@ -412,17 +413,17 @@ def run(swarm: FaultySwarm, options, *, no_link: str, began: float) -> tuple[dic
     """Start the swarm, let the faults happen, end it in order; returns what can be said without further computing."""
     faults: list[Fault] = []
     methods = Faults(swarm, random.Random(options.seed))
-    swarm.start(swarm.auxiliary)
-    swarm.wait_until_up(swarm.auxiliary)
-    swarm.start(*swarm.trainers)  # all in the same second: they must not found two swarms
-    swarm.wait_until_up(*swarm.trainers)
-    swarm.wait_until_in_step(*swarm.trainers, since=began)
-    print(f"{len(swarm.trainers)} trainers are in step after {time.time() - began:.0f} s", flush=True)
-    end = time.time() + options.seconds
     names = schedule(random.Random(options.seed), LONG)
     if options.short or options.faults:
         names = iter(options.faults or SHORT)
     try:
+        swarm.start(swarm.auxiliary)
+        swarm.wait_until_up(swarm.auxiliary)
+        swarm.start(*swarm.trainers)  # all in the same second: they must not found two swarms
+        swarm.wait_until_up(*swarm.trainers)
+        swarm.wait_until_in_step(*swarm.trainers, since=began)
+        print(f"{len(swarm.trainers)} trainers are in step after {time.time() - began:.0f} s", flush=True)
+        end = time.time() + options.seconds
         for name in names:
             if time.time() > end:
                 break
@@ -437,7 +438,8 @@ def run(swarm: FaultySwarm, options, *, no_link: str, began: float) -> tuple[dic
         if all(fault.survived for fault in faults):
             leave_in_step(swarm)
     except NotSurvived as reason:
-        faults.append(Fault("end", detail=str(reason), survived=False))
+        faults.append(Fault("start" if not faults else "end", detail=str(reason), survived=False))
+        print(describe(faults[-1]), flush=True)
     swarm.check_for_orphans(wait=True)
     return summarise(swarm, options, faults, began), faults
 

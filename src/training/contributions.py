@@ -23,7 +23,9 @@ from hivemind.utils.asyncio import attach_event_on_finished
 logger = logging.getLogger(__name__)
 
 MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
-FEW_VALUES = 32  # of so few values the norm is a matter of chance: a gradient of two is tiny in one batch of twenty
+# The gradient of a part may have one direction only, as those of the order head have at first: then its norm is that of
+# one random number, which is tiny in one batch of twenty. So a part that is a small share of the whole has more room.
+SMALL_SHARE, MAX_SMALL_RATIO = 0.1, 300.0
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
 WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
@@ -82,10 +84,12 @@ class Judge:
         shape: torch.Size,
         own: int | None,
         harmless: float,
+        small: float = 0.0,
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
 
-        ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large.
+        ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large;
+        ``small``: one up to which it matters little to the whole.
         """
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
@@ -97,7 +101,7 @@ class Judge:
                 refused[sender] = "is not finite"
             else:
                 weights[sender], norms[sender] = min(weight, self.max_weight), norm
-        unlike = self._too_large(part, norms, weights, shape, own, harmless)
+        unlike = self._too_large(part, norms, weights, shape, own, harmless, small)
         unlike.update(self._too_far(contributions, norms, own))
         for sender in unlike:
             del weights[sender], norms[sender]
@@ -115,7 +119,7 @@ class Judge:
             average.add_(contributions[sender][0], alpha=weight)
         return average.div_(total), refused
 
-    def _too_large(self, part, norms, weights, shape, own, harmless) -> dict[int, str]:
+    def _too_large(self, part, norms, weights, shape, own, harmless, small) -> dict[int, str]:
         if not norms:
             return {}
         reference = max(self.usual_norms.get(part, 0.0), median_low(norms.values()))
@@ -127,9 +131,13 @@ class Judge:
         for sender, norm in norms.items():
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
             allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
-            if norm > max(MAX_NORM_RATIO * reference * allowance, harmless):
+            if norm > self._highest(reference * allowance, harmless, small):
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
+
+    @staticmethod
+    def _highest(reference: float, harmless: float, small: float) -> float:
+        return max(MAX_NORM_RATIO * reference, min(MAX_SMALL_RATIO * reference, small), harmless)
 
     def _too_far(self, contributions, norms, own) -> dict[int, str]:
         if self.max_distance is None or own not in norms:
@@ -144,10 +152,12 @@ class Judge:
     def _allowed_distance(self, own_norm: float, num_values: int) -> float:
         return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
 
-    def check_average(self, part: int, own: torch.Tensor, delta: torch.Tensor, *, harmless: float) -> None:
+    def check_average(
+        self, part: int, own: torch.Tensor, delta: torch.Tensor, *, harmless: float, small: float = 0.0
+    ) -> None:
         """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
 
-        ``harmless``: a norm up to which it is never too large.
+        ``harmless`` and ``small`` as for `combine`.
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
@@ -156,7 +166,7 @@ class Judge:
             raise AllreduceException("sent an average that is not finite")
         reference = max(own_norm, self.usual_norms.get(part, 0.0))
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
-        if norm > max(MAX_NORM_RATIO * reference, harmless):
+        if norm > self._highest(reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
         if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
             raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
@@ -279,15 +289,17 @@ class JudgingAllReduce(AllReduceRunner):
     def _norm(tensors: Sequence[torch.Tensor]) -> float:
         return math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
 
-    def _harmless(self, num_values: int, *, without_own: float) -> float:
-        """A norm up to which so many values can do no harm: as large as this peer's own are on average.
+    def _limits(self, num_values: int, *, without_own: float) -> dict[str, float]:
+        """Up to which norms so many values can do no harm, or little, see `Judge.combine`.
 
-        A few values may have all of this peer's norm: to a gradient they cannot matter more, for it is clipped.
         ``without_own`` is for a peer whose own values say nothing, as it is auxiliary or tags along.
         """
         if not self.is_sender or self.weight == 0:
-            return math.inf if num_values <= FEW_VALUES else without_own
-        return self.own_norm if num_values <= FEW_VALUES else self.own_norm * math.sqrt(num_values / self.num_values)
+            return {"harmless": without_own, "small": math.inf}
+        return {
+            "harmless": self.own_norm * math.sqrt(num_values / self.num_values),  # as large as the own are on average
+            "small": SMALL_SHARE * self.own_norm,
+        }
 
     def _number(self, peer_index: int, part_index: int) -> int:
         """A part's place among all parts of all tensors, which does not depend on who averages it."""
@@ -300,7 +312,7 @@ class JudgingAllReduce(AllReduceRunner):
             contributions,
             shape=shape,
             own=self.sender_peer_ids.index(self.peer_id) if self.is_sender else None,
-            harmless=self._harmless(shape.numel(), without_own=0.0),
+            **self._limits(shape.numel(), without_own=0.0),
         )
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
@@ -310,8 +322,8 @@ class JudgingAllReduce(AllReduceRunner):
 
     def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
         if peer_index != self.own_index:
-            harmless = self._harmless(own.numel(), without_own=math.inf)
-            self.judge.check_average(self._number(peer_index, part_index), own, delta, harmless=harmless)
+            limits = self._limits(own.numel(), without_own=math.inf)
+            self.judge.check_average(self._number(peer_index, part_index), own, delta, **limits)
 
     @property
     def refused(self) -> tuple[str, ...]:

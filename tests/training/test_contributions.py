@@ -89,17 +89,21 @@ def test_judge_of_an_auxiliary_peer_remembers_what_is_usual():
 
 
 @pytest.mark.parametrize("role", ["trainer", "tags along", "auxiliary"])
-def test_norm_of_a_few_values_is_a_matter_of_chance(role):
+def test_part_that_is_a_small_share_of_the_whole_has_more_room(role):
     runner = JudgingAllReduce.__new__(JudgingAllReduce)
     runner.is_sender, runner.weight = role != "auxiliary", float(role == "trainer")
-    runner.own_norm, runner.num_values = 2.0, 10_000
-    shape, own = torch.Size([2]), torch.tensor([1e-3, -1e-3])
-    others = {1: (50 * own, 1.0), 2: (torch.tensor([math.nan, 0.0]), 1.0), 3: (torch.tensor([3e3, 0.0]), 1.0)}
-    judge, harmless = Judge(max_weight=1.0), runner._harmless(2, without_own=0.0)
-    _, refused = judge.combine(0, {0: (own, 1.0), **others}, shape=shape, own=0, harmless=harmless)
-    assert set(refused) == ({2, 3} if role == "trainer" else {2}), "an average of the last is for trainers to refuse"
-    many = runner._harmless(400, without_own=0.5)
-    assert many == (pytest.approx(2.0 * math.sqrt(400 / 10_000)) if role == "trainer" else 0.5)
+    runner.own_norm, runner.num_values = 20.0, 10**6
+    own, limits = torch.tensor([1e-2, -1e-2]), runner._limits(2, without_own=0.0)
+
+    def is_refused(own, other) -> bool:
+        contributions = {0: (own, 1.0), 1: (other, 1.0)}
+        return 1 in Judge(max_weight=1.0).combine(0, contributions, shape=own.shape, own=0, **limits)[1]
+
+    assert not is_refused(own, 50 * own)
+    assert is_refused(own, 1000 * own) and is_refused(own, math.nan * own)
+    assert is_refused(100 * own, 5000 * own) is (role == "trainer"), "that would be most of the whole"
+    harmless = runner._limits(400, without_own=0.5)["harmless"]
+    assert harmless == (pytest.approx(20.0 * math.sqrt(400 / 10**6)) if role == "trainer" else 0.5)
 
 
 def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
