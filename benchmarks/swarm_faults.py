@@ -55,7 +55,7 @@ MODEL = {
     "num_attention_heads": 2,
     "intermediate_size": 128,
 }
-LENGTH, MICRO_BATCH = 64, 4
+LENGTH, MICRO_BATCH, UNDISTURBED_BATCH = 64, 4, 32
 LEARNING_RATE, WARMUP = 7e-3, 4
 EPOCH_SECONDS = 3.5  # of an epoch that nothing disturbs
 FROZEN_SECONDS = CUT_SECONDS = 20.0
@@ -401,12 +401,12 @@ def tiny_model(folder: Path):
     return build_model(PeerArguments(run_id="faults", model_config_path=str(folder / "config.json")), seed=0)
 
 
-def training_batches(tokenizer):
+def training_batches(tokenizer, *, size: int = MICRO_BATCH):
     dataset = make_training_dataset(
-        tokenizer, sources=[CORPUS], shuffle_seed=1, max_sequence_length=LENGTH, batch_size=MICRO_BATCH
+        tokenizer, sources=[CORPUS], shuffle_seed=1, max_sequence_length=LENGTH, batch_size=size
     )
     collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=8, seed=1)
-    return iter(DataLoader(dataset, batch_size=MICRO_BATCH, collate_fn=collator))
+    return iter(DataLoader(dataset, batch_size=size, collate_fn=collator))
 
 
 def run(swarm: FaultySwarm, options, *, no_link: str, began: float) -> tuple[dict, list[Fault]]:
@@ -515,11 +515,11 @@ def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int
         use_cpu=True,
     )
     optimizer = make_lamb(parameter_groups(model, training.weight_decay), training)
-    factor, batches = make_learning_rate(training), training_batches(tokenizer)
+    factor, batches = make_learning_rate(training), training_batches(tokenizer, size=UNDISTURBED_BATCH)
     for epoch, samples in enumerate(samples_by_epoch):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate * factor(epoch)
-        micro_batches = max(1, round(samples / MICRO_BATCH))
+        micro_batches = max(1, round(samples / UNDISTURBED_BATCH))
         for _ in range(micro_batches):
             (model(**next(batches)).loss / micro_batches).backward()
         optimizer.step()

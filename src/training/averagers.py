@@ -14,8 +14,11 @@ from concurrent.futures import InvalidStateError
 from statistics import median_low
 
 import torch
+from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
+from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.key_manager import GroupKeyManager
+from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
@@ -95,6 +98,18 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
                     group["lr"] = base * factor(self.scheduler.last_epoch)
 
     # -- in the averager's process
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
+        # Peers of different epochs would wait for each other, one here, the other in a round of gradients. Nor may an
+        # epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
+        members = [self.serializer.loads(gathered) for gathered in group_info.gathered]
+        epochs = [data for _, mode, data in members if mode != AveragingMode.AUX.value]  # serialized
+        own = self.serializer.loads(members[group_info.peer_ids.index(self.peer_id)][2])
+        if len(set(epochs)) > 1:
+            raise MatchmakingException("the group's trainers are in different epochs")
+        result = await super()._aggregate_with_group(group_info, **kwargs)
+        result.update(dict.fromkeys(result, own))
+        return result
 
     async def rpc_sample_state(
         self, request: averaging_pb2.AveragingData, context: P2PContext

@@ -102,7 +102,7 @@ class Judge:
             else:
                 weights[sender], norms[sender] = min(weight, self.max_weight), norm
         unlike = self._too_large(part, norms, weights, shape, own, harmless, small)
-        unlike.update(self._too_far(contributions, norms, own))
+        unlike.update(self._too_far(contributions, norms, weights, own))
         for sender in unlike:
             del weights[sender], norms[sender]
         refused.update(unlike)
@@ -139,11 +139,12 @@ class Judge:
     def _highest(reference: float, harmless: float, small: float) -> float:
         return max(MAX_NORM_RATIO * reference, min(MAX_SMALL_RATIO * reference, small), harmless)
 
-    def _too_far(self, contributions, norms, own) -> dict[int, str]:
-        if self.max_distance is None or own not in norms:
+    def _too_far(self, contributions, norms, weights, own) -> dict[int, str]:
+        # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
+        if self.max_distance is None or not weights.get(own):
             return {}
         refused, own_values = {}, contributions[own][0]
-        for sender in norms:
+        for sender in (sender for sender, weight in weights.items() if weight > 0):
             distance = float((contributions[sender][0] - own_values).norm())
             if distance > self._allowed_distance(norms[own], own_values.numel()):
                 refused[sender] = f"lies {distance:.3g} from this peer's values, which have the norm {norms[own]:.3g}"
@@ -157,13 +158,15 @@ class Judge:
     ) -> None:
         """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
 
-        ``harmless`` and ``small`` as for `combine`.
+        ``harmless`` and ``small`` as for `combine`; an infinite ``harmless`` means that the own values say nothing.
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
         norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
+        if harmless == math.inf:
+            return
         reference = max(own_norm, self.usual_norms.get(part, 0.0))
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
         if norm > self._highest(reference, harmless, small):

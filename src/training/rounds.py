@@ -30,9 +30,11 @@ from src.training.journal import append_record, printable
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
+OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER_WAITS")  # [since when], or empty
 # p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
 # machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
+ROUND_ALLOWANCE = 3.0  # seconds a search and its round may take beyond next_chunk_timeout
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 
@@ -185,12 +187,26 @@ class RoundReporting:
             raise MatchmakingException("the group has no second trainer")
         self._enter("averaging", num_peers=len(modes))
         self._collect_failures()
+        kwargs.update(self._remaining_patience())
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
         return result
+
+    def _remaining_patience(self) -> dict[str, float]:
+        """Shorter timeouts for a round whose owner has waited for the group already: the sum of both is a stall.
+
+        Without a search, those of hivemind's options; after a long one at least a third of them.
+        """
+        limits = {name: self.allreduce_kwargs.get(name) for name in ("sender_timeout", "reducer_timeout")}
+        since = OWNER_WAITS.get([])
+        if not since or not self.next_chunk_timeout or None in limits.values():
+            return {}
+        left = self.next_chunk_timeout + ROUND_ALLOWANCE - (time.monotonic() - since[0])
+        share = min(1.0, max(left / self.next_chunk_timeout, 1 / 3))
+        return {name: share * limit for name, limit in limits.items()}
 
     async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, group_id: bytes | None = None, **kwargs):
         """As hivemind's, with a reducer that looks at what it averages."""
@@ -251,6 +267,7 @@ class RoundReporting:
         started = time.monotonic()
         self._num_active_steps += 1
         CURRENT_STEP.set(next(self._step_numbers))
+        OWNER_WAITS.set([])
         self._enter("matchmaking")
         limit = asyncio.create_task(self._limit_search(step))
         try:
@@ -293,15 +310,16 @@ class RoundReporting:
         hivemind searches until averaging_timeout. When a swarm's last partner dies, its record outlives it for a while,
         and the survivor would stand still for that long at the end of each epoch.
         """
-        began, waiting_since = time.monotonic(), None
+        began, waiting_since = time.monotonic(), OWNER_WAITS.get([])
         while not step.done():
             await asyncio.sleep(POLL_SECONDS)
             if step._trigger is None or not step.triggered:
                 continue
-            waiting_since = waiting_since or time.monotonic()
+            if not waiting_since:
+                waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
             patience = self._search_seconds if self._vain_search.value < began else 0.0
-            if searching and time.monotonic() - waiting_since > patience:
+            if searching and time.monotonic() - waiting_since[0] > patience:
                 self._vain_search.value = time.monotonic()
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)

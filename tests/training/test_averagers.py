@@ -38,7 +38,7 @@ from src.training.averagers import (
 )
 from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
-from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, Round, RoundReporting
+from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, OWNER_WAITS, Round, RoundReporting
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
@@ -164,9 +164,9 @@ def test_state_averaging_yields_the_mean_of_parameters(two_nodes, shut_down_at_e
         for value, node in zip((1.0, 1.2), two_nodes, strict=True)
     ]
     results = run_together(
-        lambda: [DecentralizedAverager.step(a, wait=False, timeout=15, gather=n) for n, a in enumerate(averagers)]
+        lambda: [DecentralizedAverager.step(averager, wait=False, timeout=15, gather=5) for averager in averagers]
     )
-    assert [sorted(result.values()) for result in results] == [[0, 1]] * 2
+    assert [list(result.values()) for result in results] == [[5, 5]] * 2
     for averager in averagers:
         assert_last_round_complete(averager, "parameters")
         with averager.get_tensors() as averaged:
@@ -252,7 +252,7 @@ class FakeAverager:
     """Stands in for `DecentralizedAverager`: ends a step with what the test says."""
 
     outcome: object
-    serializer = MSGPackSerializer
+    serializer, allreduce_kwargs = MSGPackSerializer, {}
     modes = (AveragingMode.NODE, AveragingMode.CLIENT, AveragingMode.AUX)
 
     async def _step(self, *, step, future_for_init):
@@ -430,6 +430,48 @@ def test_stream_stays_open_after_its_last_message_until_the_reader_hangs_up(call
         ending.cancel()  # as hivemind does with a handler whose caller has hung up
 
     asyncio.run(scenario())
+
+
+def test_round_after_a_long_search_is_waited_for_less_long():
+    averager = LingeringAverager()
+    averager.next_chunk_timeout = 8.0
+    averager.allreduce_kwargs = {"sender_timeout": 6.0, "reducer_timeout": 8.0}
+
+    def patience_after(*waited: float) -> dict:
+        OWNER_WAITS.set([time.monotonic() - seconds for seconds in waited])
+        return {name: round(seconds, 1) for name, seconds in averager._remaining_patience().items()}
+
+    assert patience_after() == {}, "nobody waits for it yet"
+    assert patience_after(1.0) == {"sender_timeout": 6.0, "reducer_timeout": 8.0}
+    assert patience_after(7.0) == {"sender_timeout": 3.0, "reducer_timeout": 4.0}, "11 s in all"
+    assert patience_after(60.0) == {"sender_timeout": 2.0, "reducer_timeout": 2.7}
+    averager.next_chunk_timeout = None
+    assert patience_after(7.0) == {}
+
+
+@pytest.mark.parametrize("epochs", [(4, 4, 9), (4, 5, 4)], ids=["only the auxiliary peer's differs", "trainers'"])
+def test_parameters_are_averaged_among_trainers_of_one_epoch_only(monkeypatch, epochs):
+    names = ("me", "other", "auxiliary")
+
+    async def average(self, group_info, **kwargs):
+        return dict(zip(names, epochs, strict=True))
+
+    monkeypatch.setattr(RoundReporting, "_aggregate_with_group", average)
+    averager = LeanStateAverager.__new__(LeanStateAverager)
+    averager._parent_pid, averager._ident = None, None
+    monkeypatch.setattr(LeanStateAverager, "peer_id", "me")
+    modes = (AveragingMode.NODE, AveragingMode.NODE, AveragingMode.AUX)
+    dumps = averager.serializer.dumps
+    group = SimpleNamespace(
+        peer_ids=names,
+        gathered=[dumps([100.0, mode.value, dumps(epoch)]) for mode, epoch in zip(modes, epochs, strict=True)],
+    )
+    if epochs[0] != epochs[1]:
+        with pytest.raises(MatchmakingException, match="different epochs"):
+            asyncio.run(averager._aggregate_with_group(group))
+    else:
+        result = asyncio.run(averager._aggregate_with_group(group))
+        assert result == {"me": 4, "other": 4, "auxiliary": 4}, "hivemind would go to epoch 9"
 
 
 def test_part_that_comes_before_the_round_begins_is_served_once_it_does():

@@ -88,6 +88,19 @@ def test_judge_of_an_auxiliary_peer_remembers_what_is_usual():
     assert list(combine(newcomer, like(1.0), like(0.001), own=None, own_rms=0.0)[1]) == [0]
 
 
+def test_old_parameters_of_an_auxiliary_peer_say_nothing_of_others():
+    judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+    old, trained = like(1.0, 1), (like(1.0, 2), like(1.0, 2) + like(0.01, 3))
+    contributions = {0: (old, 0.0), **{1 + index: (values, 1.0) for index, values in enumerate(trained)}}
+    for own in (0, 1):  # hivemind lets it take part with a weight of zero
+        average, refused = judge.combine(0, contributions, shape=SHAPE, own=own, harmless=0.0)
+        assert not refused
+        torch.testing.assert_close(average, (trained[0] + trained[1]) / 2)
+    judge.check_average(0, old, trained[0] - old, harmless=math.inf)
+    with pytest.raises(AllreduceException, match="lies"):
+        judge.check_average(0, old, trained[0] - old, harmless=0.0)
+
+
 @pytest.mark.parametrize("role", ["trainer", "tags along", "auxiliary"])
 def test_part_that_is_a_small_share_of_the_whole_has_more_room(role):
     runner = JudgingAllReduce.__new__(JudgingAllReduce)
