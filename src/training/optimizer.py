@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hivemind
 import torch
+from hivemind.averaging.control import AveragingStage
 from hivemind.compression import BlockwiseQuantization, Float16Compression, SizeAdaptiveCompression
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -198,8 +199,20 @@ class LeanOptimizer(hivemind.Optimizer):
     def load_state_from_peers(self, **kwargs) -> None:
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         super().load_state_from_peers(**kwargs)
+        if self.local_epoch != epoch:
+            self._leave_scheduled_state_averaging()
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
         self._check_claims(progressed=self.local_epoch > epoch)
+
+    def _leave_scheduled_state_averaging(self) -> None:
+        """Parameters are averaged among peers of one epoch, and the search was for an earlier one."""
+        scheduled, self.scheduled_state = self.scheduled_state, None
+        if scheduled is None or scheduled.done():
+            return
+        if scheduled.stage == AveragingStage.LOOKING_FOR_GROUP:
+            scheduled.cancel()
+        else:  # its group is waiting
+            self._tag_along_with_zero_weight(scheduled)
 
     def _check_claims(self, *, progressed: bool) -> None:
         """After a download: if the swarm's newest state is older than somebody claims, do not ask for it for ever."""

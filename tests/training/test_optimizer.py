@@ -9,6 +9,7 @@ import hivemind
 import pytest
 import torch
 from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.control import AveragingStage
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.progress_tracker import ProgressTracker
@@ -311,6 +312,7 @@ USED_INTERNALS = {
         "_should_load_state_from_peers",
         "_update_global_epoch",
         "_load_averaged_gradients_into_optimizer_",
+        "_tag_along_with_zero_weight",
         "_load_local_gradients_into_optimizer",
     ),
     GradientAverager: ("load_accumulators_into_averager_", "reset_accumulated_grads_"),
@@ -400,3 +402,31 @@ def test_optimizer_tells_its_epoch_to_those_it_averages_with(start_optimizer):
     data = optimizer.grad_averager.serializer.loads(control.data_for_gather)
     control.cancel()
     assert optimizer.grad_averager.serializer.loads(data[-1]) == 7
+
+
+@pytest.mark.parametrize(
+    ("stage", "jumps", "expected"),
+    [
+        (AveragingStage.LOOKING_FOR_GROUP, True, ["cancelled"]),
+        (AveragingStage.AWAITING_TRIGGER, True, ["tagged along"]),
+        (AveragingStage.LOOKING_FOR_GROUP, False, []),
+    ],
+)
+def test_state_averaging_that_was_scheduled_for_an_earlier_epoch_is_left(monkeypatch, stage, jumps, expected):
+    done = []
+    optimizer = LeanOptimizer.__new__(LeanOptimizer)
+    optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
+    optimizer.state_averager = SimpleNamespace(local_epoch=4)
+    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
+    optimizer.tracker = SimpleNamespace(global_epoch=5)
+    scheduled = SimpleNamespace(stage=stage, done=lambda: False, cancel=lambda: done.append("cancelled"))
+    optimizer.scheduled_state = scheduled
+    monkeypatch.setattr(LeanOptimizer, "_tag_along_with_zero_weight", lambda self, control: done.append("tagged along"))
+
+    def download(self):
+        self.state_averager.local_epoch = 6 if jumps else 4
+
+    monkeypatch.setattr(hivemind.Optimizer, "load_state_from_peers", download)
+    monkeypatch.setattr(LeanOptimizer, "_check_claims", lambda self, progressed: None)
+    optimizer.load_state_from_peers()
+    assert done == expected and (optimizer.scheduled_state is None) is jumps
