@@ -144,6 +144,7 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
     monkeypatch.setattr("src.training.optimizer.time.sleep", pauses.append)
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
+    optimizer.scheduled_state = None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
     optimizer.state_averager = SimpleNamespace(local_epoch=before)
     optimizer.tracker = SimpleNamespace(
