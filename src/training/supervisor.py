@@ -178,12 +178,7 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
         _run_child(main, supervisor_pid, mask, grace_seconds)
     interpreter = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: starts in 30 ms
     second_interrupt = TORCHRUN_SECONDS if under_torchrun else SECOND_INTERRUPT_SECONDS
-    arguments = [
-        str(child_pid),
-        str(grace_seconds),
-        str(second_interrupt),
-        *sys.argv,
-    ]  # the script's own ones only to be seen in `ps`
+    arguments = [str(child_pid), str(grace_seconds), str(second_interrupt)]
     # the script's own arguments only to be seen in `ps`
     os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments, *sys.argv])
 
