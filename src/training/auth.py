@@ -315,6 +315,23 @@ class GatedStub:
         return call
 
 
+class Gated:
+    """Mixin for a servicer whose calls, in both directions, are for the members of a private run only.
+
+    ``_gate`` is set on the class, in the process that answers, which holds one servicer of it; None: an open run.
+    """
+
+    _gate: MemberGate | None = None
+
+    async def _admits(self, peer: PeerID) -> bool:
+        return self._gate is None or not await self._gate.objection(peer)
+
+    @classmethod
+    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
+        stub = super().get_stub(p2p, peer, namespace=namespace)
+        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
+
+
 class MembershipKeeper(threading.Thread):
     """Publishes this member's token again and again, and spreads the organiser's revocations."""
 

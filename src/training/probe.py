@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
-from hivemind.p2p import P2P, P2PContext, PeerID, ServicerBase
+from hivemind.p2p import P2PContext, PeerID, ServicerBase
 from hivemind.proto import dht_pb2
 from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
 
-from src.training.auth import GatedStub, MemberAuthorizer, MemberGate
+from src.training.auth import Gated, MemberAuthorizer, MemberGate
 
 logger = logging.getLogger(__name__)
 
@@ -67,21 +67,11 @@ async def knock(host: str, port: int, *, timeout: float = KNOCK_SECONDS) -> Knoc
     return Knock(host, port, False, error=error)
 
 
-class ConnectionProbe(ServicerBase):
+class ConnectionProbe(Gated, ServicerBase):
     """The answering side. Its name is part of the protocol."""
-
-    _gate: MemberGate | None = None  # of a private run; a DHT's process has one node only
 
     def __init__(self, p2p):
         self.p2p, self.spent, self.hour, self.busy = p2p, 0, 0, asyncio.Lock()
-
-    async def _admits(self, peer: PeerID) -> bool:
-        return self._gate is None or not await self._gate.objection(peer)
-
-    @classmethod
-    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
-        stub = super().get_stub(p2p, peer, namespace=namespace)
-        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
 
     def _spend(self, count: int) -> bool:
         """Whether so many bytes may still be exchanged in this hour."""

@@ -19,12 +19,12 @@ from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
-from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 
-from src.training.auth import GatedStub, MemberGate, Membership
+from src.training.auth import Gated, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record, printable
 
@@ -84,7 +84,7 @@ class _FailureCollector(logging.Handler):
         return failures
 
 
-class RoundReporting:
+class RoundReporting(Gated):
     """Mixin for a `DecentralizedAverager`: sends a `Round` from the averager's process to its owner after each step.
 
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
@@ -148,8 +148,6 @@ class RoundReporting:
 
     # -- only members of a private run may call, and are called
 
-    _gate: MemberGate | None = None  # of the averager's process, which has no other averager
-
     def _run_internal(self) -> None:
         if self._membership is not None:
             look_up = partial(self.dht.get, latest=True, return_future=True)
@@ -157,14 +155,6 @@ class RoundReporting:
                 self._membership, look_up, lambda peer, objection: self._report_refusal(str(peer), objection)
             )
         super()._run_internal()
-
-    async def _admits(self, peer: PeerID) -> bool:
-        return self._gate is None or not await self._gate.objection(peer)
-
-    @classmethod
-    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
-        stub = super().get_stub(p2p, peer, namespace=namespace)
-        return stub if cls._gate is None else GatedStub(stub, peer, cls._gate)
 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
