@@ -182,7 +182,9 @@ class CollaborativeCallback(TrainerCallback):
         return self._lead_workers(control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Let delayed updates finish, then write the last backup."""
+        """Let delayed updates finish, then write the last backup; after a stop nobody is searched for any more."""
+        if self.stop.is_set():
+            self.optimizer.give_up_waiting()
         deadline = time.monotonic() + WAIT_FOR_PENDING_SECONDS
         averager = self.optimizer.state_averager
         while averager.pending_updates and time.monotonic() < deadline:

@@ -23,7 +23,7 @@ from src.training.averagers import (
 )
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.progress import LeanProgressTracker
-from src.training.rounds import Round
+from src.training.rounds import SHORTEST_ROUND, Patience, Round
 from src.training.schedules import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,18 @@ logger = logging.getLogger(__name__)
 # Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
 EIGHT_BIT_THRESHOLD = 2**16 + 1
 MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
+# At the end of an epoch a trainer waits for its rounds so much longer than --next_chunk_timeout. If a search has taken
+# most of it, the round that follows is given the shortest time; both stay below --next_chunk_timeout + 5 s.
+PATIENCE_ALLOWANCE = 2.0
+SEARCH_ALLOWANCE = 5.0  # a search lasts --matchmaking_time, and so much longer if the network is slow
+
+
+def patience_seconds(*, matchmaking_time: float, next_chunk_timeout: float) -> float:
+    """How long a trainer waits at the end of an epoch for all its searches and rounds together."""
+    return max(
+        next_chunk_timeout + PATIENCE_ALLOWANCE,
+        matchmaking_time + SEARCH_ALLOWANCE + SHORTEST_ROUND * next_chunk_timeout,
+    )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
@@ -174,6 +186,7 @@ class LeanOptimizer(hivemind.Optimizer):
         # parameters and epoch belong together. hivemind would wait for the update next.
         if self.delay_optimizer_step:
             self.state_averager.step(wait_for_delayed_updates=True)
+        self._patience.renew()
         self.before_epoch_ends()
         super()._update_global_epoch(grad_scaler)
 
@@ -196,7 +209,20 @@ class LeanOptimizer(hivemind.Optimizer):
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()
 
+    @property
+    def _patience(self) -> Patience:
+        return self.grad_averager.patience  # the state averager's, too
+
+    def give_up_waiting(self) -> None:
+        """Until the next epoch ends: end searches at once, and let rounds take no longer than they must."""
+        self._patience.give_up()
+
+    def shutdown(self) -> None:
+        self.give_up_waiting()
+        super().shutdown()
+
     def load_state_from_peers(self, **kwargs) -> None:
+        self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         super().load_state_from_peers(**kwargs)
         if self.local_epoch != epoch:
@@ -264,6 +290,9 @@ def make_collaborative_optimizer(
     end_searches_without_waiting()
     request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
     vain_search = multiprocessing.Value("d", float("-inf"))
+    patience = patience_seconds(
+        matchmaking_time=collaboration.matchmaking_time, next_chunk_timeout=collaboration.next_chunk_timeout
+    )
     averager_options = {
         "min_vector_size": peer.min_vector_size,
         "bandwidth": peer.bandwidth,
@@ -272,7 +301,7 @@ def make_collaborative_optimizer(
         # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
         "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
         "reducer_timeout": collaboration.next_chunk_timeout,
-        "search_seconds": max(collaboration.next_chunk_timeout, collaboration.matchmaking_time + 5.0),
+        "patience": Patience(patience),
         "vain_search": vain_search,
         "phases_path": metrics_path,
         "membership": membership,

@@ -34,7 +34,7 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 # p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
 # machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
-ROUND_ALLOWANCE = 3.0  # seconds a search and its round may take beyond next_chunk_timeout
+SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 
@@ -84,13 +84,37 @@ class _FailureCollector(logging.Handler):
         return failures
 
 
+class Patience:
+    """How long a peer still waits for others at the end of an epoch: ``seconds`` for all its rounds and searches.
+
+    Its averagers' processes share it, so it must be made before they are forked.
+    """
+
+    def __init__(self, seconds: float = float("inf")):
+        self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
+
+    @property
+    def spent(self) -> float:
+        return self._spent.value
+
+    def renew(self) -> None:
+        self._spent.value = 0.0
+
+    def spend(self, seconds: float) -> None:
+        with self._spent.get_lock():
+            self._spent.value += seconds
+
+    def give_up(self) -> None:
+        """Until renewed: wait for no search, and for no round longer than it takes at least."""
+        self._spent.value = float("inf")
+
+
 class RoundReporting(Gated):
     """Mixin for a `DecentralizedAverager`: sends a `Round` from the averager's process to its owner after each step.
 
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
     ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
-    ``search_seconds``: how long the owner of a step is kept waiting for a group. ``vain_search``, which the averagers
-    of a peer share, is when that time was last up: nobody is waited for twice.
+    The averagers of a peer share ``patience``, and ``vain_search``: when one of them last searched long and in vain.
     Values that ``judge`` refuses are left out of the average.
     """
 
@@ -101,14 +125,14 @@ class RoundReporting(Gated):
         self,
         *args,
         phases_path: Path | None = None,
-        search_seconds: float = float("inf"),
+        patience: Patience | None = None,
         vain_search: Synchronized | None = None,
         membership: Membership | None = None,
         **kwargs,
     ):
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
-        self._phases_path, self._search_seconds = phases_path, search_seconds
+        self._phases_path, self.patience = phases_path, patience or Patience()
         self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
         self._step_numbers = itertools.count(1)
         self._refusals_receiver, self._refusals_sender = multiprocessing.Pipe(duplex=False)
@@ -177,7 +201,7 @@ class RoundReporting(Gated):
             raise MatchmakingException("the group has no second trainer")
         self._enter("averaging", num_peers=len(modes))
         self._collect_failures()
-        kwargs.update(self._remaining_patience())
+        kwargs.update(self._round_timeouts())
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
@@ -185,17 +209,20 @@ class RoundReporting(Gated):
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
         return result
 
-    def _remaining_patience(self) -> dict[str, float]:
-        """Shorter timeouts for a round whose owner has waited for the group already: the sum of both is a stall.
-
-        Without a search, those of hivemind's options; after a long one at least a third of them.
-        """
-        limits = {name: self.allreduce_kwargs.get(name) for name in ("sender_timeout", "reducer_timeout")}
+    def _seconds_left(self) -> float:
+        """Of this peer's patience, while the owner of the present step waits for it."""
         since = OWNER_WAITS.get([])
-        if not since or not self.next_chunk_timeout or None in limits.values():
+        return self.patience.seconds - self.patience.spent - (time.monotonic() - since[0] if since else 0.0)
+
+    def _shortest_round(self) -> float:
+        return SHORTEST_ROUND * (self.next_chunk_timeout or 0.0)
+
+    def _round_timeouts(self) -> dict[str, float]:
+        """Those of hivemind's options, but shorter when patience is running out: what a peer waits for is the sum."""
+        limits = {name: self.allreduce_kwargs.get(name) for name in ("sender_timeout", "reducer_timeout")}
+        if not self.next_chunk_timeout or None in limits.values():
             return {}
-        left = self.next_chunk_timeout + ROUND_ALLOWANCE - (time.monotonic() - since[0])
-        share = min(1.0, max(left / self.next_chunk_timeout, 1 / 3))
+        share = min(1.0, max(self._seconds_left() / self.next_chunk_timeout, SHORTEST_ROUND))
         return {name: share * limit for name, limit in limits.items()}
 
     async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, group_id: bytes | None = None, **kwargs):
@@ -264,8 +291,10 @@ class RoundReporting(Gated):
             await super()._step(step=step, future_for_init=future_for_init)
         finally:
             self._num_active_steps -= 1
-            gave_up = limit.done() and not limit.cancelled() and limit.result()
+            given_up = limit.result() if limit.done() and not limit.cancelled() else ""
             limit.cancel()
+            for since in OWNER_WAITS.get():
+                self.patience.spend(time.monotonic() - since)
             self._enter("idle")
             seconds = time.monotonic() - started
             reasons = self._failures.take() if self._failures is not None else ()
@@ -284,9 +313,8 @@ class RoundReporting(Gated):
                         num_refused,
                     )
                 )
-            elif gave_up:
-                message = f"no other trainer was ready within {self._search_seconds:.0f} s"
-                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
+            elif given_up:
+                self._rounds_sender.send(Round(self.round_kind, seconds, error=given_up, reasons=reasons))
             elif not step.cancelled():
                 error = step._exception
                 message = (
@@ -294,13 +322,13 @@ class RoundReporting(Gated):
                 )
                 self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
 
-    async def _limit_search(self, step: StepControl) -> bool:
-        """Cancel a step whose owner waits for it in vain; returns whether it did.
+    async def _limit_search(self, step: StepControl) -> str:
+        """Cancel a step whose owner waits for it in vain; returns why, or nothing if the search was over before.
 
         hivemind searches until averaging_timeout. When a swarm's last partner dies, its record outlives it for a while,
         and the survivor would stand still for that long at the end of each epoch.
         """
-        began, waiting_since = time.monotonic(), OWNER_WAITS.get([])
+        waiting_since = OWNER_WAITS.get()
         while not step.done():
             await asyncio.sleep(POLL_SECONDS)
             if step._trigger is None or not step.triggered:
@@ -308,13 +336,21 @@ class RoundReporting(Gated):
             if not waiting_since:
                 waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
-            patience = self._search_seconds if self._vain_search.value < began else 0.0
-            if searching and time.monotonic() - waiting_since[0] > patience:
-                self._vain_search.value = time.monotonic()
+            if searching and self._seconds_left() < self._shortest_round():
+                reason = self._give_up_search(time.monotonic() - waiting_since[0])
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)
-                return True
-        return False
+                return reason
+        return ""
+
+    def _give_up_search(self, seconds: float) -> str:
+        """The reason; ``seconds`` is how long the search's owner has waited for it."""
+        if self.patience.spent == float("inf"):
+            return "the search was given up"
+        if self.patience.spent > self._shortest_round():
+            return f"after the epoch's other round only {seconds:.0f} s were left, and no other trainer was ready"
+        self._vain_search.value = time.monotonic()
+        return f"no other trainer was ready within {seconds:.0f} s"
 
     async def rpc_download_state(
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
@@ -331,4 +367,4 @@ class RoundReporting(Gated):
             self._enter("served", peer=str(context.remote_id))
 
 
-__all__ = ["Round", "RoundReporting"]
+__all__ = ["Patience", "Round", "RoundReporting"]

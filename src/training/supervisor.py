@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -158,7 +159,8 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
       Until ``main`` calls :func:`install_stop_handler`, the child ends at once on it.
     - ``grace_seconds`` after that, or at a second Ctrl+C, the child is killed. So is, when the child has ended in
       whatever way, everything it has started, daemons in sessions of their own included.
-    - If the supervisor is killed, the child receives SIGTERM and kills its own descendants when it ends.
+    - If the supervisor is killed, the child receives SIGTERM and kills its own descendants when it ends. Caught in a
+      library's loop it could not; so a guard process kills whatever is left of them ``grace_seconds`` later.
 
     Exit code: ``main``'s, or 128 + n if signal n ended the child (130 after Ctrl+C).
     """
@@ -189,6 +191,7 @@ def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[in
     end_with_parent()
     if os.getppid() != supervisor_pid:  # killed before PDEATHSIG was set
         os._exit(1)
+    _start_guard(supervisor_pid, grace_seconds)
     _install_in_this_process_only(_end_at_once)
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     child_pid = os.getpid()
@@ -208,6 +211,38 @@ def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[in
     if os.getpid() == child_pid:
         start_deadline(grace_seconds)  # a hanging exit handler must not keep the process alive
     sys.exit(code)
+
+
+def _start_guard(supervisor_pid: int, grace_seconds: float) -> None:
+    """Fork a process that ends with this one, or ends this one and all below it when it outlives its supervisor."""
+    program_pid, supervisor = os.getpid(), os.pidfd_open(supervisor_pid)
+    if os.fork() != 0:
+        os.close(supervisor)
+        return
+    for signal_number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signal_number, signal.SIG_IGN)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == program_pid:  # else it was killed before PDEATHSIG was set
+        select.select([supervisor], [], [])  # until it has ended
+        time.sleep(grace_seconds)
+        _kill_tree(program_pid)
+    os._exit(0)
+
+
+def _kill_tree(root: int) -> None:
+    """Kill a process and all below it but this one; all are stopped first, so that none can start another."""
+    stopped, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        if pid == os.getpid() or _is_cleaner(pid):
+            continue
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        stopped.append(pid)
+        waiting += children_of(pid)
+    for pid in reversed(stopped):  # the root last: its death is this process' end, too
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def leave_at_once(code: int) -> NoReturn:

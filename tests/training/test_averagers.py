@@ -38,7 +38,7 @@ from src.training.averagers import (
 )
 from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
-from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, OWNER_WAITS, Round, RoundReporting
+from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, OWNER_WAITS, Patience, Round, RoundReporting
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
@@ -226,7 +226,7 @@ def test_round_is_given_up_when_its_owner_has_waited_for_a_partner_long_enough(t
     averager = PlainAverager(
         [torch.ones(2000)],
         two_nodes[0],
-        search_seconds=2.0,
+        patience=Patience(2.0 + 8.0 / 3),  # a search, and the shortest round
         phases_path=metrics,
         **averager_options("vain", NoCompression()),
     )
@@ -243,6 +243,28 @@ def test_round_is_given_up_when_its_owner_has_waited_for_a_partner_long_enough(t
     assert failed.error == "no other trainer was ready within 2 s" and not failed.complete
     phases = [(record["kind"], record["phase"]) for record in read_journal(metrics)]
     assert phases == [("anything", "matchmaking"), ("anything", "idle")]
+    assert averager._vain_search.value > triggered
+    assert 1.9 < averager.patience.spent < 6, "the next round of this epoch's end is not searched for as long"
+
+
+def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shut_down_at_end):
+    correct_step_cancellation()
+    averager = PlainAverager(
+        [torch.ones(2000)], two_nodes[0], patience=Patience(30.0), **averager_options("leaving", NoCompression())
+    )
+    shut_down_at_end(averager)
+    step = averager.step(wait=False, timeout=60, require_trigger=True)
+    step.allow_allreduce()
+    time.sleep(1.0)
+    assert not step.done()
+    averager.patience.give_up()
+    began = time.monotonic()
+    with pytest.raises(BaseException):  # noqa: B017, as above
+        step.result(30)
+    assert time.monotonic() - began < 2
+    (failed,) = reported_rounds(averager)
+    assert failed.error == "the search was given up"
+    assert averager._vain_search.value == float("-inf"), "this says nothing about the others"
 
 
 # Below no process is started: the averagers' methods are called as in the averager's own process.
@@ -252,7 +274,7 @@ class FakeAverager:
     """Stands in for `DecentralizedAverager`: ends a step with what the test says."""
 
     outcome: object
-    serializer, allreduce_kwargs = MSGPackSerializer, {}
+    serializer, allreduce_kwargs, next_chunk_timeout = MSGPackSerializer, {}, None
     modes = (AveragingMode.NODE, AveragingMode.CLIENT, AveragingMode.AUX)
 
     async def _step(self, *, step, future_for_init):
@@ -308,6 +330,17 @@ def test_flood_of_refusals_does_not_make_an_averager_wait_for_its_owner():
     assert len(first) == MAX_REASONS and first[0][0] == "stranger 0" and len(first[0][1]) == MAX_REASON_LENGTH
     averager._report_refusal("late", "has shown no valid token")
     assert averager.take_refusals() == [("late", "has shown no valid token")]
+
+
+@pytest.mark.parametrize(("spent", "vain"), [(0.2, True), (9.0, False)])
+def test_only_a_long_search_in_vain_speaks_against_the_others(spent, vain):
+    averager = ReportingFakeAverager({})
+    averager.next_chunk_timeout, averager.patience = 8.0, Patience(10.0)
+    averager.patience.spend(spent)
+    before = time.monotonic()
+    reason = averager._give_up_search(7.1)
+    assert (averager._vain_search.value >= before) is vain
+    assert ("only 7 s were left" in reason) is not vain and "no other trainer was ready" in reason
 
 
 def test_round_report_counts_what_was_lost():
@@ -413,6 +446,7 @@ class LingeringAverager(RoundReporting, Answering):
     next_chunk_timeout = _phases_path = None
     _running_groups = ()
     _num_active_steps = 0
+    patience = Patience()
 
     def __init__(self):
         pass
@@ -432,21 +466,25 @@ def test_stream_stays_open_after_its_last_message_until_the_reader_hangs_up(call
     asyncio.run(scenario())
 
 
-def test_round_after_a_long_search_is_waited_for_less_long():
+def test_round_is_given_less_time_when_patience_is_running_out():
     averager = LingeringAverager()
     averager.next_chunk_timeout = 8.0
     averager.allreduce_kwargs = {"sender_timeout": 6.0, "reducer_timeout": 8.0}
 
-    def patience_after(*waited: float) -> dict:
+    def timeouts_after(*waited: float, spent: float = 0.0) -> dict:
+        averager.patience = Patience(10.0)
+        averager.patience.spend(spent)
         OWNER_WAITS.set([time.monotonic() - seconds for seconds in waited])
-        return {name: round(seconds, 1) for name, seconds in averager._remaining_patience().items()}
+        return {name: round(seconds, 1) for name, seconds in averager._round_timeouts().items()}
 
-    assert patience_after() == {}, "nobody waits for it yet"
-    assert patience_after(1.0) == {"sender_timeout": 6.0, "reducer_timeout": 8.0}
-    assert patience_after(7.0) == {"sender_timeout": 3.0, "reducer_timeout": 4.0}, "11 s in all"
-    assert patience_after(60.0) == {"sender_timeout": 2.0, "reducer_timeout": 2.7}
+    usual, shortest = {"sender_timeout": 6.0, "reducer_timeout": 8.0}, {"sender_timeout": 2.0, "reducer_timeout": 2.7}
+    assert timeouts_after() == timeouts_after(1.0) == timeouts_after(spent=1.5) == usual
+    assert timeouts_after(6.0) == timeouts_after(spent=6.0) == timeouts_after(2.0, spent=4.0) == {
+        "sender_timeout": 3.0, "reducer_timeout": 4.0
+    }, "10 s in all"  # fmt: skip
+    assert timeouts_after(60.0) == timeouts_after(spent=float("inf")) == shortest
     averager.next_chunk_timeout = None
-    assert patience_after(7.0) == {}
+    assert timeouts_after(6.0) == {}
 
 
 @pytest.mark.parametrize("epochs", [(4, 4, 9), (4, 5, 4)], ids=["only the auxiliary peer's differs", "trainers'"])

@@ -262,6 +262,22 @@ def test_callback_lets_a_delayed_update_finish_before_the_last_backup(tmp_path):
     averager.step = finish
     run(callback.on_train_end)
     assert read_backup(callback.state_path)["model"]["sop_classifier.classifier.bias"].tolist() == [7.0, 7.0]
+    assert not callback.optimizer.gave_up_waiting, "the last update of a whole run is averaged, too"
+
+
+def test_callback_does_not_wait_for_partners_after_a_stop(tmp_path):
+    callback = make_callback(tmp_path)
+    averager = callback.optimizer.state_averager
+    averager.pending_updates, given_up = {"update"}, []
+
+    def finish(**kwargs):
+        given_up.append(callback.optimizer.gave_up_waiting)
+        averager.pending_updates = set()
+
+    averager.step = finish
+    callback.stop.set()
+    run(callback.on_train_end)
+    assert given_up == [True]
 
 
 # -- backups and rollback ---------------------------------------------------------------------------------------------

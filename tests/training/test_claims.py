@@ -15,6 +15,7 @@ from src.training.claims import BoundedProgressTracker
 from src.training.dht import TrainerMetrics
 from src.training.monitor import MetricsMonitor
 from src.training.optimizer import LeanOptimizer
+from src.training.rounds import Patience
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 TARGET = 1000
@@ -145,7 +146,7 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.scheduled_state = None
-    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
+    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience())
     optimizer.state_averager = SimpleNamespace(local_epoch=before)
     optimizer.tracker = SimpleNamespace(
         global_epoch=claimed,

@@ -19,7 +19,14 @@ from transformers import Trainer
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.training.averagers import LeanGradientAverager, LeanStateAverager
-from src.training.optimizer import LeanOptimizer, make_collaborative_optimizer, make_learning_rate, parameter_groups
+from src.training.optimizer import (
+    LeanOptimizer,
+    make_collaborative_optimizer,
+    make_learning_rate,
+    parameter_groups,
+    patience_seconds,
+)
+from src.training.rounds import SHORTEST_ROUND, Patience
 
 
 def tiny_model(**kwargs) -> LeanAlbertForPreTraining:
@@ -291,7 +298,8 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
         assert 0 < averager.matchmaking_kwargs["request_timeout"] < 1.5  # else peers wait for each other
         # all of a round that waits for a silent peer, as sender or as reducer, is over after --next_chunk_timeout
         assert (averager.allreduce_kwargs["sender_timeout"], averager.allreduce_kwargs["reducer_timeout"]) == (3, 4)
-        assert averager._search_seconds == optimizer.matchmaking_time + 5
+        assert averager.patience is optimizer.grad_averager.patience
+        assert averager.patience.seconds == pytest.approx(1.5 + 5 + 4 / 3)
         assert averager._vain_search is optimizer.tracker._vain_search
     of_gradients = optimizer.grad_averager.allreduce_kwargs["compression"]
     for size, expected in ((2**16, Float16Compression), (2**16 + 1, BlockwiseQuantization)):
@@ -363,10 +371,13 @@ def test_optimizer_says_that_an_epoch_ends_when_no_update_is_under_way(monkeypat
     optimizer._should_check_synchronization_on_update = False
     optimizer.tracker = SimpleNamespace(global_epoch=3)
     optimizer.state_averager = SimpleNamespace(local_epoch=3, step=lambda **options: order.append(options))
+    optimizer.grad_averager = SimpleNamespace(patience=Patience(10.0))
+    optimizer.grad_averager.patience.spend(9.0)  # at the end of the last epoch
     optimizer.before_epoch_ends = lambda: order.append("epoch ends")
     monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", lambda self, scaler: order.append("update"))
     optimizer._update_global_epoch(None)
     assert order == [{"wait_for_delayed_updates": True}] * delayed + ["epoch ends", "update"]
+    assert optimizer.grad_averager.patience.spent == 0
 
 
 @pytest.mark.parametrize(
@@ -383,7 +394,7 @@ def test_optimizer_does_not_stay_behind_those_it_averages_with(monkeypatch, epoc
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer.delay_optimizer_step, optimizer.auxiliary = None, False, False
     optimizer._should_check_synchronization_on_update = False
-    optimizer.grad_averager = SimpleNamespace(peer_id="me")
+    optimizer.grad_averager = SimpleNamespace(peer_id="me", patience=Patience())
     optimizer.tracker = SimpleNamespace(global_epoch=of_swarm)
     optimizer.state_averager = SimpleNamespace(local_epoch=4)
     optimizer.before_epoch_ends = lambda: None
@@ -417,7 +428,7 @@ def test_state_averaging_that_was_scheduled_for_an_earlier_epoch_is_left(monkeyp
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.state_averager = SimpleNamespace(local_epoch=4)
-    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0)
+    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience())
     optimizer.tracker = SimpleNamespace(global_epoch=5)
     scheduled = SimpleNamespace(stage=stage, done=lambda: False, cancel=lambda: done.append("cancelled"))
     optimizer.scheduled_state = scheduled
@@ -430,3 +441,25 @@ def test_state_averaging_that_was_scheduled_for_an_earlier_epoch_is_left(monkeyp
     monkeypatch.setattr(LeanOptimizer, "_check_claims", lambda self, progressed: None)
     optimizer.load_state_from_peers()
     assert done == expected and (optimizer.scheduled_state is None) is jumps
+
+
+@pytest.mark.parametrize(
+    ("matchmaking_time", "next_chunk_timeout", "seconds"), [(1.5, 8, 10), (15, 30, 32), (60, 60, 85)]
+)
+def test_patience_leaves_time_for_a_round_after_a_whole_search(matchmaking_time, next_chunk_timeout, seconds):
+    patience = patience_seconds(matchmaking_time=matchmaking_time, next_chunk_timeout=next_chunk_timeout)
+    assert patience == pytest.approx(seconds)
+    assert patience - SHORTEST_ROUND * next_chunk_timeout >= matchmaking_time + 5 - 1e-9
+
+
+@pytest.mark.parametrize("leave", ["load_state_from_peers", "shutdown"])
+def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
+    optimizer, seen = LeanOptimizer.__new__(LeanOptimizer), []
+    optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
+    optimizer.state_averager, optimizer.scheduled_state = SimpleNamespace(local_epoch=4), None
+    optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience(10.0))
+    optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True)
+    # what hivemind does first is to wait for them
+    monkeypatch.setattr(hivemind.Optimizer, leave, lambda self: seen.append(self.grad_averager.patience.spent))
+    getattr(optimizer, leave)()
+    assert seen == [float("inf")]

@@ -266,6 +266,21 @@ def test_deadline_ends_a_hanging_program_after_a_killed_supervisor(program):
     started.assert_nothing_left(seconds=4)
 
 
+def test_program_that_cannot_run_python_does_not_outlive_a_killed_supervisor_for_long(program):
+    started = program(
+        """
+    import collections, itertools
+    start_family()
+    note("ready", 1)
+    collections.deque(itertools.repeat(0), maxlen=0)  # an endless loop in C: no handler and no thread gets its turn
+""",
+        grace_seconds=1.0,
+    )
+    started.launch("ready", *FAMILY)
+    started.process.kill()
+    started.assert_nothing_left(seconds=6)
+
+
 def test_program_that_hangs_in_an_exit_handler_is_ended_after_the_grace_period(program):
     started = program("    import atexit\n    atexit.register(time.sleep, 60)\n    start_family()", grace_seconds=0.5)
     began = time.monotonic()
