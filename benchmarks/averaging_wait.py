@@ -1,6 +1,6 @@
 """How much of their time two trainers wait for averaging, and what the second one adds.
 
-    python -m benchmarks.averaging_wait            # about three minutes
+    python -m benchmarks.averaging_wait            # about two minutes
     python -m benchmarks.averaging_wait --growth   # instead: 1, 2, 4 and 8 trainers of a tiny model
 
 Trainers on loopback with one thread each, gradients averaged and applied in the background (`--delay_optimizer_step
@@ -58,9 +58,9 @@ def main() -> int:
         return measure_growth(flags)
     seconds = 3.0 if flags.quick else 20.0
     model = TINY if flags.quick else MODEL
-    alone = train(1, model, samples=60, epochs=4, matchmaking=3.0)
+    alone = train(1, model, samples=60, epochs=3, matchmaking=3.0)
     samples = max(8, round(2 * seconds * alone.samples_per_second / 8) * 8)
-    pair = train(2, model, samples=samples, epochs=4, matchmaking=min(5.0, seconds))
+    pair = train(2, model, samples=samples, epochs=3, matchmaking=min(5.0, seconds))
     case = f"{'tiny model' if flags.quick else '10 M parameters'}, epochs of {pair.epoch_seconds:.0f} s"
     rows = [
         Row(CLAIM, case, "share of wall time, 2 trainers", pair.waited_share, "share", target="<= 0.05"),

@@ -103,6 +103,7 @@ def measure_speed(documents: list[str], tokenizer, directory: Path, *, rounds: i
             "ours": lambda: next(ours).read(),
         },
         rounds=rounds,
+        seconds=35,
     )
     characters = sum(part.num_characters for part in parts[1:]) / rounds / 1e6
     case = f"{characters:.2f} million characters of unseen text, length 512"
@@ -129,6 +130,7 @@ def measure_warm_speed(documents: list[str], tokenizer, directory: Path, *, roun
             "ours": lambda: encode_in_batches(encoder, next(ours)),
         },
         rounds=rounds,
+        seconds=15,
     )
     case = f"sentences to ids after {whole.num_characters / 1e6:.1f} million characters"
     characters = sum(len(sentence) for batch in batches[1:] for sentence in batch) / rounds / 1e6
@@ -213,7 +215,7 @@ def main() -> None:
         size = (15 if arguments.quick else 50) * (rounds + 1)  # 0.6 million characters a round
         rows = measure_speed(documents[:size], tokenizer, directory, rounds=rounds)
         rows += measure_warm_speed(documents[: 4 * size], tokenizer, directory, rounds=rounds)
-        rows += measure_padding(documents[-40:], tokenizer, directory, num_batches=20 if arguments.quick else 40)
+        rows += measure_padding(documents[-40:], tokenizer, directory, num_batches=20 if arguments.quick else 30)
     notes = [f"Text: {text}. Speeds: one thread, CPU time. Padding: batches of {BATCH_SIZE}."]
     report("data_pipeline", "From raw text to padded batches", rows, notes, arguments.results)
 

@@ -43,7 +43,7 @@ def main() -> int:
     rows += measure_memory(sizes[0][0] * MILLION)
     rows += measure_pause(sizes[0][0] * MILLION)
     for spread in (1.0, 1.5, 2.0):
-        rows += measure_distance(spread, num_values=2**16 if flags.quick else 2**19)
+        rows += measure_distance(spread, num_values=2**16 if flags.quick else 2**18)
     notes = [
         "One thread: CPU seconds; two threads: wall time. Lower is better, except for cosines.",
         "bitsandbytes' own LAMB8bit is timed at one million parameters; on CPU it computes Adam.",
@@ -75,7 +75,8 @@ def time_steps(num_values: int, *, threads: int, rounds: int) -> list[Row]:
     buffer = torch.zeros(num_values)
     sides = {name: optimizer.step for name, optimizer in make_sides(parameter).items()}
     sides["copy, 8 bytes"] = lambda: buffer.copy_(parameter.detach())
-    timings = interleave(sides, rounds=rounds, clock=time.process_time if threads == 1 else time.perf_counter)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    timings = interleave(sides, rounds=rounds, clock=clock, seconds=20)
     case = f"{num_values // MILLION} M parameters, {threads} thread{'s' if threads > 1 else ''}"
     return [
         Row(

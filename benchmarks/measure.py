@@ -56,25 +56,33 @@ def interleave(
     rounds: int,
     warmup: int = 1,
     clock: Callable[[], float] = time.process_time,
+    seconds: float = float("inf"),
 ) -> dict[str, Timing]:
     """Run the sides by turns, A B A B; garbage is collected between runs, not during them.
+
+    On a slow machine there are fewer ``rounds``, but at least one: none is begun that would not end within ``seconds``
+    (wall time, warm-up included) if it took as long as the last one.
 
     The default clock counts CPU seconds of all threads of this process, without those of its children;
     ``time.perf_counter`` is wall time. The first ``warmup`` rounds are not counted.
     """
     samples: dict[str, list[float]] = {name: [] for name in sides}
+    began = turned = time.monotonic()
     for number in range(warmup + rounds):
+        last_round, turned = time.monotonic() - turned, time.monotonic()
+        if number > warmup and turned + last_round > began + seconds:
+            break
         for name, run in sides.items():
             gc.collect()
             gc.disable()
             try:
                 started = clock()
                 run()
-                seconds = clock() - started
+                took = clock() - started
             finally:
                 gc.enable()
             if number >= warmup:
-                samples[name].append(seconds)
+                samples[name].append(took)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 

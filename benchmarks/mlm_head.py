@@ -62,7 +62,7 @@ def peak_megabytes(side, num_positions, vocab_size, device, answers):
 
 
 def time_rows(steps, case, clock):
-    timings = interleave(steps, rounds=3, warmup=0, clock=clock)
+    timings = interleave(steps, rounds=3, warmup=0, clock=clock, seconds=25)
     return [
         Row("time", case, side, timing.median, "s", ratio(timing, timings[ALL]), TARGETS.get(side, [None])[0], peer=ALL)
         for side, timing in timings.items()
@@ -86,10 +86,13 @@ def main():
         torch.set_num_threads(number)
         rows += time_rows(steps, case if device != "cpu" else f"{case}, threads {number}", clock_of(device, number))
     processes = multiprocessing.get_context("spawn")
-    for side in steps:
+    started = []
+    for side in steps:  # each has its own memory, so all can run at once
         answers = processes.Queue()
         process = processes.Process(target=peak_megabytes, args=(side, num_positions, vocab_size, device, answers))
         process.start()
+        started.append((side, process, answers))
+    for side, process, answers in started:
         megabytes = answers.get(timeout=300)
         process.join()
         rows.append(Row("extra memory", case, side, megabytes, "MB", target=TARGETS.get(side, [None] * 2)[1], peer=ALL))

@@ -39,7 +39,7 @@ def measure_help(*, rounds: int) -> list[Row]:
         HELP: lambda: run([sys.executable, "run_trainer.py", "--help"]),
         BARE: lambda: run([sys.executable, "-c", "from transformers import TrainingArguments"]),
     }
-    timings = interleave(sides, rounds=rounds, clock=children_seconds)
+    timings = interleave(sides, rounds=rounds, clock=children_seconds, seconds=30)
     case = "--help"
     return [
         Row(

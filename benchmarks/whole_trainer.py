@@ -192,7 +192,7 @@ def main() -> int:
             for name, make in makers.items():
                 torch.manual_seed(0)
                 sides[name] = CountedSide(*make(sizes, tokenizer, files, length, arguments))
-            timings = interleave(sides, rounds=2 if text == "long" and not flags.quick else 1)
+            timings = interleave(sides, rounds=2 if text == "long" and not flags.quick else 1, seconds=70)
             tokens = {name: side.tokens for name, side in sides.items()}
             rows += make_rows(timings, tokens, f"length {length}, {text} documents, 1 thread")
     notes = [

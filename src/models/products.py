@@ -8,7 +8,7 @@ def linear_product(inputs, weight, bias=None):
     """inputs @ weight.T + bias for [..., in_features], [out_features, in_features] and [out_features] or None.
 
     On CPU torch multiplies fp32 matrices by MKL, and oneDNN is faster on AVX-512 machines for the shapes of a
-    transformer; torch has it, but offers it to its compiler only. Not differentiable there.
+    transformer (on AVX2 ones it is slower); torch has it, but offers it to its compiler only. Not differentiable there.
     """
     if _suits_onednn(inputs, weight):
         return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
@@ -20,6 +20,7 @@ def _suits_onednn(*matrices):
         all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
         and all(matrix.numel() for matrix in matrices)
         and not torch.is_autocast_enabled("cpu")
+        and torch.cpu._is_avx512_supported()
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,6 +33,15 @@ def test_interleave_takes_turns_and_does_not_count_the_warm_up():
     )
     assert calls == ["a", "b"] * 3
     assert timings["a"].samples == timings["b"].samples == (1, 1)
+
+
+def test_interleave_makes_fewer_rounds_where_they_take_long_but_at_least_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.measure.time", SimpleNamespace(monotonic=lambda: now[0]))
+    for seconds, rounds in ((0.0, 1), (39.0, 2), (60.0, 4)):  # a round takes 10, one of them is the warm-up
+        run = lambda: now.append(now.pop() + 10)  # noqa: E731
+        timings = interleave({"a": run}, rounds=4, seconds=seconds, clock=lambda: now[0])
+        assert timings["a"].samples == (10,) * rounds, seconds
 
 
 def test_ratio_is_the_median_of_the_rounds():
