@@ -25,7 +25,7 @@ from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import DHTExpiration, MPFuture
-from hivemind.utils.asyncio import aiter_with_timeout
+from hivemind.utils.asyncio import achain, aiter_with_timeout, anext, as_aiter
 from hivemind.utils.streaming import combine_from_streaming
 
 from src.training.contributions import Judge, check_wire_tensor
@@ -35,6 +35,8 @@ from src.training.state_check import check_state, far_apart, sample_parameters
 logger = logging.getLogger(__name__)
 
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
+ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
+NUM_WITNESSES = 3
 
 
 class LeanGradientAverager(RoundReporting, GradientAverager):
@@ -138,7 +140,9 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
                 return
             for number, donor in enumerate(donors):
                 try:
-                    metadata, tensors = await self._download(donor)
+                    # who stands still must not keep this peer from asking the next one
+                    answers_within = self._answer_seconds() if number + 1 < len(donors) else math.inf
+                    metadata, tensors = await self._download(donor, answers_within)
                     check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
                     await self._compare_donors(donor, metadata["epoch"], tensors, donors)
                 except Exception as error:
@@ -168,17 +172,25 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
         highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
         return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
 
-    async def _in_time(self, answer, who: str):
+    async def _in_time(self, answer, who: str, *, at_most: float = math.inf):
         """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""
-        seconds = self.next_chunk_timeout or self.request_timeout
+        seconds = min(at_most, self.next_chunk_timeout or self.request_timeout)
         try:
             return await asyncio.wait_for(answer, seconds)
         except TimeoutError as error:
             raise TimeoutError(f"{who} did not answer within {seconds:.0f} s") from error
 
-    async def _download(self, donor: PeerID) -> tuple[dict, list[torch.Tensor]]:
+    def _answer_seconds(self) -> float:
+        return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
+
+    async def _download(self, donor: PeerID, answers_within: float) -> tuple[dict, list[torch.Tensor]]:
         stub = self.get_stub(self._p2p, donor, namespace=self.prefix)
-        stream = await self._in_time(stub.rpc_download_state(averaging_pb2.DownloadRequest()), "it")
+
+        async def begin():
+            stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
+            return await anext(stream), stream
+
+        first, stream = await self._in_time(begin(), "it", at_most=answers_within)
         _, own_tensors = dump_optimizer_state(self.optimizer)
         bytes_left = 2**20 + sum(2 * t.numel() * t.element_size() for t in (*self._averaged_tensors, *own_tensors))
         metadata, parts, tensors = None, [], []
@@ -189,7 +201,8 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
             tensors.append(deserialize_torch_tensor(tensor).detach())
             parts.clear()
 
-        async for message in aiter_with_timeout(stream, self.next_chunk_timeout or self.request_timeout):
+        rest = aiter_with_timeout(stream, self.next_chunk_timeout or self.request_timeout)
+        async for message in achain(as_aiter(first), rest):
             bytes_left -= message.ByteSize()
             if bytes_left < 0:
                 raise ValueError("it is larger than a state can be")
@@ -211,26 +224,30 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
             raise ValueError(f"it claims epoch {epoch}, the swarm is at {expected:.0f}")
         samples = sample_parameters(tensors[: len(self._averaged_tensors)], seed)
         confirmed, contradictions = 0, []
-        for witness in [peer for peer in donors if peer != donor][:3]:
-            try:
-                stub = self.get_stub(self._p2p, witness, namespace=self.prefix)
-                answer = await stub.rpc_sample_state(
-                    averaging_pb2.AveragingData(group_id=seed), timeout=self.next_chunk_timeout or self.request_timeout
-                )
-                check_wire_tensor(answer.tensor_part)
-                theirs = deserialize_torch_tensor(answer.tensor_part)
-            except Exception as error:
-                logger.debug("no samples from %s: %r", witness, error)
-                continue
-            if not expected - 3 <= answer.weight < math.inf:
-                continue  # it has just joined, and has no state of its own yet
-            difference = far_apart(samples, theirs)
-            if not difference:
+        witnesses = [peer for peer in donors if peer != donor][:NUM_WITNESSES]
+        answers = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
+        for witness, answer in zip(witnesses, answers, strict=True):
+            if answer is None or not expected - 3 <= answer[0] < math.inf:
+                continue  # it is silent, or has just joined and has no state of its own yet
+            difference = far_apart(samples, answer[1])
+            if difference:
+                contradictions.append(f"{witness} has another one, {difference}")
+            else:
                 confirmed += 1
-                break
-            contradictions.append(f"{witness} has another one, {difference}")
         if len(contradictions) > confirmed:
             raise ValueError("; ".join(contradictions))
+
+    async def _samples_of(self, witness: PeerID, seed: bytes) -> tuple[float, torch.Tensor] | None:
+        """Another donor's epoch and samples of its parameters, if it sends them in time."""
+        try:
+            stub = self.get_stub(self._p2p, witness, namespace=self.prefix)
+            request = stub.rpc_sample_state(averaging_pb2.AveragingData(group_id=seed))
+            answer = await self._in_time(request, "it", at_most=self._answer_seconds())
+            check_wire_tensor(answer.tensor_part)
+            return answer.weight, deserialize_torch_tensor(answer.tensor_part)
+        except Exception as error:
+            logger.debug("no samples from %s: %r", witness, error)
+            return None
 
 
 def correct_step_cancellation() -> None:

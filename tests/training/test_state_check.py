@@ -5,6 +5,7 @@ import math
 import time
 
 import hivemind
+import psutil
 import pytest
 import torch
 from hivemind.optim.state_averager import dump_optimizer_state, load_optimizer_state
@@ -152,7 +153,7 @@ def start_peers():
     with contextlib.ExitStack() as stack:
         nodes = []
 
-        def start(seed: int, *, spoil: str = "nothing", epoch: int = 0) -> LeanStateAverager:
+        def start(seed: int, *, spoil: str = "nothing", epoch: int = 0, **options) -> LeanStateAverager:
             peers = [str(address) for node in nodes for address in node.get_visible_maddrs()]
             node = hivemind.DHT(start=True, initial_peers=peers, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
             stack.callback(node.shutdown)
@@ -165,8 +166,7 @@ def start_peers():
                 offload_optimizer=True,
                 prefix="donors",
                 start=True,
-                next_chunk_timeout=20.0,
-                declare_state_period=5.0,
+                **{"next_chunk_timeout": 20.0, "declare_state_period": 5.0, **options},
             )
             stack.callback(averager.shutdown)
             averager.spoil, averager.local_epoch, averager.swarm_epoch = spoil, epoch, lambda: 7
@@ -223,3 +223,25 @@ def test_options_of_the_optimizer_are_not_taken_from_a_donor(start_peers):
     assert joining.local_epoch == 7
     for group in joining.optimizer.param_groups:
         assert group["initial_lr"] == 0.01 and group["lr"] == pytest.approx(0.01 / 8)
+
+
+@pytest.mark.timeout(200)
+def test_donor_that_stands_still_does_not_keep_a_peer_waiting(start_peers):
+    good, frozen = (start_peers(1, epoch=epoch, declare_state_period=60.0) for epoch in (7, 8))
+    joining = start_peers(2, next_chunk_timeout=9.0)
+    processes = psutil.Process(frozen.dht.pid).children(recursive=True)
+    assert any("p2pd" in process.name() for process in processes)
+    time.sleep(2)  # until both have told their epochs; whoever is ahead is asked first
+    for process in processes:
+        process.suspend()
+    try:
+        began = time.monotonic()
+        joining.load_state_from_peers(timeout=60)
+        seconds = time.monotonic() - began
+    finally:
+        for process in processes:
+            process.resume()
+    ((peer, reason),) = joining.take_refusals()
+    assert peer == str(frozen.peer_id) and "did not answer within 3 s; asking the next donor" in reason
+    assert joining.local_epoch == 7 and seconds < 15, "twice 3 s, as a donor and as a witness, not twice 9"
+    assert all(torch.equal(one, other) for one, other in zip(parameters_of(joining), parameters_of(good), strict=True))
