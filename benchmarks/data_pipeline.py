@@ -103,7 +103,7 @@ def measure_speed(documents: list[str], tokenizer, directory: Path, *, rounds: i
             "ours": lambda: next(ours).read(),
         },
         rounds=rounds,
-        seconds=35,
+        seconds=25,
     )
     characters = sum(part.num_characters for part in parts[1:]) / rounds / 1e6
     case = f"{characters:.2f} million characters of unseen text, length 512"
@@ -130,7 +130,7 @@ def measure_warm_speed(documents: list[str], tokenizer, directory: Path, *, roun
             "ours": lambda: encode_in_batches(encoder, next(ours)),
         },
         rounds=rounds,
-        seconds=15,
+        seconds=10,
     )
     case = f"sentences to ids after {whole.num_characters / 1e6:.1f} million characters"
     characters = sum(len(sentence) for batch in batches[1:] for sentence in batch) / rounds / 1e6

@@ -184,9 +184,9 @@ def main():
     for number in sorted({1, threads}) if device == "cpu" else [threads]:
         torch.set_num_threads(number)
         for (hidden_size, length), targets in cases.items():
-            names = (PEER, ORIGINAL, *LEVELS)
+            names = (PEER, ORIGINAL, *LEVELS) if number == 1 or device != "cpu" else (PEER, *targets)
             rows += timed(hidden_size, length, claim="time, fp32", names=names, targets=targets)
-        for hidden_size, length in in_bf16:
+        for hidden_size, length in in_bf16 if number == 1 or computes_in_bf16(device) else ():
             names = (PEER, "default", "lean")
             claim = "time, bf16 autocast"
             rows += timed(hidden_size, length, claim=claim, names=names, autocast=True, targets=no_worse)

@@ -76,7 +76,7 @@ def time_steps(num_values: int, *, threads: int, rounds: int) -> list[Row]:
     sides = {name: optimizer.step for name, optimizer in make_sides(parameter).items()}
     sides["copy, 8 bytes"] = lambda: buffer.copy_(parameter.detach())
     clock = time.process_time if threads == 1 else time.perf_counter
-    timings = interleave(sides, rounds=rounds, clock=clock, seconds=20)
+    timings = interleave(sides, rounds=rounds, clock=clock, seconds=12)
     case = f"{num_values // MILLION} M parameters, {threads} thread{'s' if threads > 1 else ''}"
     return [
         Row(

@@ -160,6 +160,7 @@ def machine() -> dict[str, object]:
     """What the figures depend on beside the code."""
     return {
         "cpu": _cpu_name(),
+        "simd": torch.backends.cpu.get_cpu_capability(),
         "cpus": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

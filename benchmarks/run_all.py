@@ -35,6 +35,17 @@ LIMITS = {
 # Tables too long for `make bench`; what an earlier run of theirs wrote to the same folder is shown with its date.
 EXTRAS = {"averaging_growth": "averaging_wait --growth", "tried_designs": "tried_designs"}
 TOTAL_SECONDS = 14.5 * 60
+# Where NOTES.md says which designs were tried for the claims of a script.
+SECTIONS = {
+    "start_up": "Start-up",
+    "collator": "Data: instances, masks, padding",
+    "data_pipeline": "Data: instances, masks, padding",
+    "mlm_head": "Masked-LM head",
+    "lamb_step": "8-bit LAMB step",
+    "encoder": "Encoder",
+    "whole_trainer": "Whole trainer",
+    "averaging_wait": "Averaging",
+}
 GRACE_SECONDS = 20.0  # for a script that is told to end, and ends its own programs first
 MEMORY_UNITS = {"MB", "bytes", "bytes/parameter", "units"}
 
@@ -119,10 +130,13 @@ def write_results(directory: Path, records: dict[str, dict], failures: dict[str,
     lines = ["# Benchmarks", "", "Written by `make bench` (`python -m benchmarks.run_all`).", ""]
     lines += describe_machine(records)
     lines += [f"- **no result from `{name}`**: {failure}" for name, failure in failures.items()]
-    missed = [row for row, _ in rows if row.met is False]
+    missed = [(row, record["name"]) for row, record in rows if row.met is False]
     judged = sum(row.met is not None for row, _ in rows)
     lines += ["", f"{judged - len(missed)} of {judged} targets are met." if judged else "No target was measured.", ""]
     lines += claims_table([row for row, _ in rows])
+    if missed:
+        lines += ["", "Missed, with the section of [NOTES.md](NOTES.md) that says which designs were tried:", ""]
+        lines += [f"- {row.claim}, {row.case}, {row.side}: {row.missed}; {SECTIONS[name]}" for row, name in missed]
     lines += [f"\n![{chart}]({chart})" for chart, drawn in charts.items() if drawn]
     for name, record in records.items():
         lines += [
@@ -144,7 +158,8 @@ def describe_machine(records: dict[str, dict]) -> list[str]:
         machine = record["machine"]
         versions = ", ".join(f"{key} {machine[key]}" for key in ("python", "torch", "transformers", "tokenizers"))
         gpu = machine.get("gpu") or "no GPU"
-        line = f"{record['date'].partition(' ')[0]}: {machine['cpu']}, {machine['cpus']} cores, {gpu}; {versions}"
+        processor = f"{machine['cpu']}, {machine.get('simd', '?')}, {machine['cpus']} cores, {gpu}"
+        line = f"{record['date'].partition(' ')[0]}: {processor}; {versions}"
         lines.setdefault(line, []).append(f"{name} (load {machine.get('load', '?')})")
     return [f"- {line}: {', '.join(names)}" for line, names in lines.items()]
 

@@ -15,14 +15,29 @@ from src.models.products import linear_product
 HEAD_SIZE = 64
 
 
+def by_onednn(inputs, weight):
+    """inputs @ weight.T"""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
+
+
+def products(rows, out_features, in_features):
+    """A layer's outputs and the gradients of its inputs."""
+    inputs, gradients = torch.randn(rows, in_features), torch.randn(rows, out_features)
+    weight = torch.randn(out_features, in_features)
+    return {
+        name: lambda product=product: (product(inputs, weight), product(gradients, weight.t()))
+        for name, product in (("as taken", linear_product), ("torch's product", F.linear), ("oneDNN", by_onednn))
+    }
+
+
 def weight_gradients(rows, out_features, in_features):
     """gradients.T @ inputs, [out_features, in_features]"""
     inputs, gradients = torch.randn(rows, in_features), torch.randn(rows, out_features)
     return {
         "torch's product (taken)": lambda: gradients.t() @ inputs,
-        "oneDNN": lambda: linear_product(gradients.t(), inputs.t()),
-        "oneDNN, transposed": lambda: linear_product(inputs.t(), gradients.t()).t().contiguous(),
-        "oneDNN, operands copied": lambda: linear_product(gradients.t().contiguous(), inputs.t().contiguous()),
+        "oneDNN": lambda: by_onednn(gradients.t(), inputs.t()),
+        "oneDNN, transposed": lambda: by_onednn(inputs.t(), gradients.t()).t().contiguous(),
+        "oneDNN, operands copied": lambda: by_onednn(gradients.t().contiguous(), inputs.t().contiguous()),
     }
 
 
@@ -109,9 +124,8 @@ def main():
     rows = []
     length, vocab_size, num_tokens = (128, 5000, 256) if flags.quick else (2048, 50257, 2048)
     cases = {
-        f"weight gradient {out_features} x {in_features}, {num_tokens} rows": weight_gradients(
-            num_tokens, out_features, in_features
-        )
+        f"{what} {out_features} x {in_features}, {num_tokens} rows": sides(num_tokens, out_features, in_features)
+        for what, sides in (("outputs and inputs' gradients", products), ("weight gradient", weight_gradients))
         for out_features, in_features in ((1536, 512), (512, 512), (2048, 512), (512, 2048))
     }
     cases |= {

@@ -73,7 +73,13 @@ def test_results_name_what_failed_what_is_missing_and_what_missed(tmp_path):
     text = (tmp_path / "RESULTS.md").read_text()
     assert "**no result from `encoder`**: ended with code 1" in text and "`start_up`**: not run yet" in text
     assert "0 of 1 targets are met." in text and "**missed by 100%**" in text and "theirs: 2 s" in text
+    assert "- speed, small, ours: missed by 100%; 8-bit LAMB step\n" in text
     assert (tmp_path / "bench_time.png").exists() and json.loads((tmp_path / "results" / "lamb_step.json").read_text())
+
+
+def test_notes_have_a_section_for_each_script_with_targets():
+    notes = (run_all.HERE / "NOTES.md").read_text(encoding="utf-8")
+    assert all(f"\n## {section}" in notes for section in run_all.SECTIONS.values())
 
 
 def test_script_is_not_started_when_it_is_missing_or_time_is_up(tmp_path, monkeypatch):
