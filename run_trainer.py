@@ -152,7 +152,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from arguments import run_settings
     from src.training.callback import CollaborativeCallback
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
-    from src.training.journal import claim_run_directory
+    from src.training.journal import claim_run_directory, num_starts
     from src.training.swarm import join_run, record_start, start_averaging
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
@@ -164,7 +164,9 @@ def build(peer, collaboration, training, *, progress, stop):
     settings = run_settings(peer, collaboration, training)
     node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
     workers = LocalWorkers(size=training.world_size, device=training.device)
-    peer_seed = workers.share_bytes(node.dht.peer_id.to_bytes())
+    # A peer that is started again under the same identity goes on with other data than it began with last time.
+    start = num_starts(directory / "metrics.jsonl").to_bytes(8, "big")
+    peer_seed = workers.share_bytes(node.dht.peer_id.to_bytes() + start)
     dataset, collator, current_length = build_data(tokenizer, peer, training, peer_seed=peer_seed)
     if workers.size > 1:
         # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.

@@ -94,7 +94,8 @@ def build_data(
 ) -> tuple[IterableDataset, DataCollatorForWholeWordMask, Synchronized]:
     """Endless training instances, their collator, and the shared sequence length that the data follow while it grows.
 
-    ``peer_seed`` (the peer's id) decides the order of documents and the masks, so that trainers see different data.
+    ``peer_seed`` (the peer's id, and which start of it this is) decides the order of documents and the masks, so that
+    trainers see different data, and none sees the same again and again when it is restarted often.
     The first instance is read here, so that a wrong source is an error before the peer joins the swarm.
     """
     seed = int.from_bytes(hashlib.sha256(peer_seed).digest()[:4], "big")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from src.training.journal import Journal, append_record, claim_run_directory, printable, read_journal
+from src.training.journal import Journal, append_record, claim_run_directory, num_starts, printable, read_journal
 
 # the module from its own folder: `import src` loads torch and transformers, which takes seconds
 MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
@@ -50,6 +50,17 @@ def test_journal_adds_to_the_file_of_an_earlier_run(tmp_path):
         journal.write("epoch", epoch=number)
         journal.close()
     assert [record["epoch"] for record in read_journal(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_starts_of_a_peer_are_counted(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert num_starts(path) == 0
+    for number in range(1, 4):
+        journal = Journal(path)
+        journal.write("start", role="trainer")
+        journal.write("round", error='says "event": "start"')
+        journal.close()
+        assert num_starts(path) == number
 
 
 @pytest.mark.parametrize("torn", [b'{"event": "epoch", "epo', '{"text": "поте'.encode()[:-1], b"{"])
