@@ -58,6 +58,7 @@ MODEL = {
 LENGTH, MICRO_BATCH, UNDISTURBED_BATCH = 64, 4, 32
 LEARNING_RATE, WARMUP = 7e-3, 4
 EPOCH_SECONDS = 3.5  # of an epoch that nothing disturbs
+MIN_EPOCHS = 20  # the loss of a model that has learnt next to nothing would say nothing
 FROZEN_SECONDS = CUT_SECONDS = 20.0
 SLOW_SECONDS = 20.0
 
@@ -439,6 +440,7 @@ def run(swarm: FaultySwarm, options, *, no_link: str, began: float) -> tuple[dic
             if not faults[-1].survived:
                 break
         if all(fault.survived for fault in faults):
+            swarm.wait_until(lambda: swarm.epoch() >= MIN_EPOCHS, f"{MIN_EPOCHS} epochs", seconds=180)
             leave_in_step(swarm)
     except NotSurvived as reason:
         faults.append(Fault("start" if not faults else "end", detail=str(reason), survived=False))
