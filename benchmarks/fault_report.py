@@ -159,7 +159,7 @@ def describe(fault: Fault) -> str:
 
 
 def number(value) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_report(path: Path, results: dict, faults: list[Fault], swarm: FaultySwarm, began: float) -> None:
