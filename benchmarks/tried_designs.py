@@ -8,8 +8,10 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from benchmarks.encoder import computes_in_bf16
 from benchmarks.measure import Row, interleave, options, ratio, report
 from src.models import linear_cross_entropy
+from src.models.attention_core import BlockedAttention, attention_core
 from src.models.products import linear_product
 
 HEAD_SIZE = 64
@@ -34,7 +36,8 @@ def weight_gradients(rows, out_features, in_features):
     """gradients.T @ inputs, [out_features, in_features]"""
     inputs, gradients = torch.randn(rows, in_features), torch.randn(rows, out_features)
     return {
-        "torch's product (taken)": lambda: gradients.t() @ inputs,
+        "as taken": lambda: linear_product(gradients.t(), inputs.t()),
+        "torch's product": lambda: gradients.t() @ inputs,
         "oneDNN": lambda: by_onednn(gradients.t(), inputs.t()),
         "oneDNN, transposed": lambda: by_onednn(inputs.t(), gradients.t()).t().contiguous(),
         "oneDNN, operands copied": lambda: by_onednn(gradients.t().contiguous(), inputs.t().contiguous()),
@@ -60,7 +63,9 @@ def attention(length, num_heads, dtype):
 
     kernel = F.scaled_dot_product_attention
     return {
-        "torch's kernel, keys and values by head (taken)": partial(run, kernel, query, key, value),
+        "as taken": partial(run, attention_core, query, key, value),
+        "blocks of queries": partial(run, lambda *parts: BlockedAttention.apply(*parts, None), query, key, value),
+        "torch's kernel, keys and values by head": partial(run, kernel, query, key, value),
         "torch's kernel, all by head": partial(run, kernel, *torch.randn(by_head, dtype=dtype)),
         "torch's kernel, all by token in one tensor": partial(run, kernel, *projected.unbind(2)),
         "plain products, 256 queries at a time": partial(run, in_blocks, query, key, value),
@@ -130,10 +135,11 @@ def main():
     }
     cases |= {
         f"attention, 8 heads, length {length}, fp32": attention(length, 8, torch.float32),
-        f"attention, 8 heads, length {length}, bf16": attention(length, 8, torch.bfloat16),
         f"activation, forward and backward, {num_tokens} x 2048": activation(num_tokens, 2048),
         f"masked-LM loss, 614 rows, vocabulary {vocab_size}": masked_loss(614, vocab_size, 128),
     }
+    if computes_in_bf16("cpu"):
+        cases[f"attention, 8 heads, length {length}, bf16"] = attention(length, 8, torch.bfloat16)
     for case, sides in cases.items():
         timings = interleave(sides, rounds=2 if flags.quick else 5)
         taken = next(iter(timings))

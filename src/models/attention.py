@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import torch.nn.functional as F
 from torch import nn
 
+from .attention_core import attention_core
 from .recompute import recomputed
 from .rotary import split_and_rotate
 
@@ -52,9 +53,7 @@ class LeanSelfAttention(nn.Module):
             keeping = recomputed(query, lambda: self._project(hidden_states, rotary_angles)[0])
         dropout_prob = self.attention_probs_dropout_prob if self.training else 0.0
         with keeping:
-            attended = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=attention_mask, dropout_p=dropout_prob
-            )
+            attended = attention_core(query, key, value, attention_mask, dropout_prob)
         return attended.transpose(1, 2).flatten(2)
 
     def add(self, hidden_states, attended):

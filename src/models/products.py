@@ -15,12 +15,15 @@ def linear_product(inputs, weight, bias=None):
     return F.linear(inputs, weight, bias)
 
 
+def onednn_is_faster():
+    """Whether torch has oneDNN and the processor AVX-512."""
+    return torch.cpu._is_avx512_supported() and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
 def _suits_onednn(*matrices):
     return (
         all(matrix.device.type == "cpu" and matrix.dtype == torch.float32 for matrix in matrices)
         and all(matrix.numel() for matrix in matrices)
         and not torch.is_autocast_enabled("cpu")
-        and torch.cpu._is_avx512_supported()
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and onednn_is_faster()
     )

@@ -45,7 +45,7 @@ class PreparedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if needs_weight:
             prepared_rows = prepared.detach().flatten(0, -2).to(grad_rows.dtype)  # [rows, in_features]
-            grad_weight = (grad_rows.t() @ prepared_rows).to(weight.dtype)
+            grad_weight = linear_product(grad_rows.t(), prepared_rows.t()).to(weight.dtype)
         if needs_bias:
             grad_bias = grad_rows.sum(0, dtype=ctx.bias_dtype)
 
