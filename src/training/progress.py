@@ -1,5 +1,6 @@
 """Who is there: the swarm's progress, without trainers that have fallen silent."""
 
+import threading
 import time
 from multiprocessing.sharedctypes import Synchronized
 
@@ -8,8 +9,19 @@ from hivemind.utils import get_dht_time
 
 from src.training.claims import BoundedProgressTracker
 
-# A trainer that lives reports at each local step, and in any case every half of the time for which a report is kept.
+# A trainer that lives reports at its local steps, and in any case every half of the time for which a report is kept.
 REPORT_SECONDS, SILENT_SECONDS = 30.0, 22.0
+PAUSE_SECONDS = 1.0  # between two reports of an epoch's samples; between them others count on by this trainer's speed
+
+
+class MutableEvent(threading.Event):
+    """An event that can be told to ignore `set`."""
+
+    is_muted = False
+
+    def set(self) -> None:
+        if not self.is_muted:
+            super().set()
 
 
 class LeanProgressTracker(BoundedProgressTracker):
@@ -23,7 +35,25 @@ class LeanProgressTracker(BoundedProgressTracker):
     def __init__(self, *args, vain_search: Synchronized, **kwargs):
         self._vain_search = vain_search
         self._reports: dict[bytes, tuple[float, float]] = {}  # (time in the newest report, when it was first seen)
+        self._published_at = -float("inf")
         super().__init__(*args, metadata_expiration=REPORT_SECONDS, **kwargs)
+
+    def start(self) -> None:
+        self.should_report_progress = MutableEvent()  # hivemind sets it at each local step
+        super().start()
+
+    def report_local_progress(self, local_epoch: int, samples_accumulated: int, update_global_samples: bool = True):
+        """As hivemind's, but samples are published once a second at most: signing, sending and checking a report takes
+        milliseconds of everybody's processor. A new epoch, and its first samples, are published at once."""
+        event, previous, now = self.should_report_progress, self.local_progress, time.monotonic()
+        is_routine = local_epoch == previous.epoch and samples_accumulated > previous.samples_accumulated > 0
+        event.is_muted = is_routine and now < self._published_at + PAUSE_SECONDS
+        try:
+            super().report_local_progress(local_epoch, samples_accumulated, update_global_samples)
+        finally:
+            if not event.is_muted:
+                self._published_at = now
+            event.is_muted = False
 
     def announce(self) -> None:
         """Tell the others that this peer is about to train, and see who else is; hivemind waits for the first samples.

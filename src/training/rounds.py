@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import itertools
 import logging
+import math
 import multiprocessing
 import time
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 # p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
 # machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
+SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -107,6 +109,19 @@ class Patience:
     def give_up(self) -> None:
         """Until renewed: wait for no search, and for no round longer than it takes at least."""
         self._spent.value = float("inf")
+
+
+def paced(function, pause: float):
+    """The coroutine function, but its calls begin ``pause`` seconds apart at least."""
+    next_start = -math.inf
+
+    async def wait_and_call(*args, **kwargs):
+        nonlocal next_start
+        await asyncio.sleep(max(0.0, next_start - time.monotonic()))
+        next_start = time.monotonic() + pause
+        return await function(*args, **kwargs)
+
+    return wait_and_call
 
 
 class RoundReporting(Gated):
@@ -192,6 +207,16 @@ class RoundReporting(Gated):
         await asyncio.sleep(LINGER_SECONDS)  # who does not hear that the group is complete leaves it, unknown to others
 
     # -- rounds
+
+    @property
+    def _matchmaking(self):
+        return self._paced_matchmaking
+
+    @_matchmaking.setter
+    def _matchmaking(self, matchmaking) -> None:
+        key_manager = matchmaking.group_key_manager
+        key_manager.get_averagers = paced(key_manager.get_averagers, SEARCH_PAUSE)
+        self._paced_matchmaking = matchmaking
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
         # A trainer whom only auxiliary peers have found would get its own values back, count the round, and be one

@@ -38,7 +38,15 @@ from src.training.averagers import (
 )
 from src.training.journal import read_journal
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
-from src.training.rounds import MAX_REASON_LENGTH, MAX_REASONS, OWNER_WAITS, Patience, Round, RoundReporting
+from src.training.rounds import (
+    MAX_REASON_LENGTH,
+    MAX_REASONS,
+    OWNER_WAITS,
+    SEARCH_PAUSE,
+    Patience,
+    Round,
+    RoundReporting,
+)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
@@ -466,6 +474,27 @@ def test_stream_stays_open_after_its_last_message_until_the_reader_hangs_up(call
     asyncio.run(scenario())
 
 
+def test_searches_for_partners_are_a_while_apart():
+    """hivemind repeats a search as soon as it has found nobody."""
+
+    async def scenario():
+        begun = []
+
+        async def get_averagers(group_key, only_active):
+            begun.append(time.monotonic())
+            return [group_key, only_active]
+
+        averager = LingeringAverager()
+        averager._matchmaking = SimpleNamespace(group_key_manager=SimpleNamespace(get_averagers=get_averagers))
+        asked = time.monotonic()
+        for _ in range(3):
+            assert await averager._matchmaking.group_key_manager.get_averagers("key", only_active=True) == ["key", True]
+        assert begun[0] - asked < SEARCH_PAUSE / 2, "the first search begins at once"
+        assert min(begun[1] - begun[0], begun[2] - begun[1]) > 0.9 * SEARCH_PAUSE
+
+    asyncio.run(scenario())
+
+
 def test_round_is_given_less_time_when_patience_is_running_out():
     averager = LingeringAverager()
     averager.next_chunk_timeout = 8.0
@@ -612,6 +641,7 @@ def test_step_cancellation_marks_the_step_before_it_wakes_the_averager():
         (GradientAverager, "load_accumulators_into_averager_"),
         (TrainingStateAverager, "_load_local_tensors_into_averager_"),
         (StepControl, "cancel"),
+        (GroupKeyManager, "get_averagers"),
     ],
 )
 def test_hivemind_has_what_the_averagers_override_or_rely_on(owner, name):

@@ -1,6 +1,7 @@
 """A trainer that has fallen silent is no partner and brings no samples; one that is only slow still counts."""
 
 import multiprocessing
+import threading
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
 
+from src.training import progress
 from src.training.progress import SILENT_SECONDS, LeanProgressTracker
 
 
@@ -94,3 +96,35 @@ def test_trainer_that_announces_itself_is_counted_before_its_first_samples(track
     tracker.announce()
     assert tracker.global_progress.num_peers == 2, "and it knows at once who else is there"
     assert tracker.dht.records[b"own"].value["time"] > first["time"], "or it would seem to have fallen silent"
+
+
+@pytest.fixture
+def publishes(monkeypatch):
+    """Reports `publishes(epoch, samples, at=second)` to a tracker as if it ran; returns whether that is published."""
+    clock = [0.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: None)
+    vain_search = multiprocessing.Value("d", float("-inf"))
+    tracker = LeanProgressTracker(SilentDHT(), "run", 100, start=True, vain_search=vain_search)
+
+    def report_and_see(epoch: int, samples: int, *, at: float) -> bool:
+        clock[0] = at
+        tracker.report_local_progress(epoch, samples)
+        assert tracker.local_progress.samples_accumulated == samples, "this peer itself always knows"
+        is_published = tracker.should_report_progress.is_set()
+        tracker.should_report_progress.clear()  # as the thread that publishes does
+        return is_published
+
+    return report_and_see
+
+
+def test_samples_are_published_once_a_second_and_whatever_else_happens_at_once(publishes):
+    assert publishes(0, 4, at=10.0), "the first samples"
+    assert not publishes(0, 8, at=10.2)
+    assert not publishes(0, 12, at=10.9)
+    assert publishes(0, 16, at=11.1)
+    assert not publishes(0, 20, at=11.2)
+    assert publishes(1, 0, at=11.3), "a new epoch"
+    assert publishes(1, 4, at=11.4), "its first samples"
+    assert not publishes(1, 8, at=11.5)
+    assert publishes(1, 4, at=11.6), "samples that were given up"
