@@ -58,7 +58,7 @@ def main() -> int:
         return measure_growth(flags)
     seconds = 3.0 if flags.quick else 20.0
     model = TINY if flags.quick else MODEL
-    alone = train(1, model, samples=40, epochs=3, matchmaking=3.0)
+    alone = train(1, model, samples=80, epochs=3, matchmaking=3.0)
     samples = max(8, round(2 * seconds * alone.samples_per_second / 8) * 8)
     pair = train(2, model, samples=samples, epochs=3, matchmaking=min(5.0, seconds))
     case = f"{'tiny model' if flags.quick else '10 M parameters'}, epochs of {pair.epoch_seconds:.0f} s"

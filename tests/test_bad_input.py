@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -419,8 +420,13 @@ def outcomes(request, tmp_path_factory):
             arguments = prepare(case, folders[case.id], address)
             before[case.id] = contents(folders[case.id])
             orders.append((str(REPOSITORY / case.script), arguments, str(folders[case.id]), case.environment))
-        subprocess.run([sys.executable, "-c", WARM], input=json.dumps(orders), text=True, check=True, timeout=900,
-                       env={**os.environ, **environment})  # fmt: skip
+
+        def run(some_orders) -> None:
+            subprocess.run([sys.executable, "-c", WARM], input=json.dumps(some_orders), text=True, check=True,
+                           timeout=900, env={**os.environ, **environment})  # fmt: skip
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, [orders[start::4] for start in range(4)]))
     found = {}
     for key, folder in folders.items():
         code, out, err = ((folder.parent / f"{name}.log").read_text() for name in ("code", "stdout", "stderr"))
