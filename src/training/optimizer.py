@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
 EIGHT_BIT_THRESHOLD = 2**16 + 1
 MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
+LEAVE_SECONDS = 2.0  # for progress, parameters and gradients each; with 3 for the DHT less than the 10 of a promise
 # At the end of an epoch a trainer waits for its rounds so much longer than --next_chunk_timeout. When that time is used
 # up, a second round whose group waits already still gets the shortest time: with 8 s, 12.7 s in all.
 PATIENCE_ALLOWANCE = 2.0
@@ -344,6 +345,7 @@ def make_collaborative_optimizer(
             "private_key": None if identity is None else identity.private_key,
             "is_member": None if membership is None else lambda owner: not membership.is_revoked(owner),
         },
+        shutdown_timeout=LEAVE_SECONDS,
         client_mode=peer.client_mode,
         auxiliary=auxiliary,
         verbose=logger.isEnabledFor(logging.DEBUG),
