@@ -320,13 +320,15 @@ class FaultySwarm:
         in_round = {peer.name: any(peer.phase(kind) == "averaging" for kind in KINDS) for peer in peers}
         for peer in peers:
             peer.family()
-        asked = time.monotonic()
+        asked, moment = time.monotonic(), time.time()
         for peer in peers:
             (os.killpg if group else os.kill)(peer.running.process.pid, number)
         for peer in peers:
             code = self.expect_end(peer, seconds=40)
             seconds = time.monotonic() - asked
-            self.exits.append({"peer": peer.name, "seconds": round(seconds, 2), "inside_a_round": in_round[peer.name]})
+            # its group may have been complete before it was asked
+            inside = in_round[peer.name] or bool(peer.since(moment, "phase", phase="averaging"))
+            self.exits.append({"peer": peer.name, "seconds": round(seconds, 2), "inside_a_round": inside})
             if code != 0:
                 raise NotSurvived(f"{peer.name} ended with code {code}:\n{peer.running.output()[-2000:]}")
             if peer is not self.auxiliary and read_backup(peer.backup)["epoch"] < peer.epoch():

@@ -29,7 +29,7 @@ from hivemind.utils.asyncio import achain, aiter_with_timeout, anext, as_aiter
 from hivemind.utils.streaming import combine_from_streaming
 
 from src.training.contributions import Judge, check_wire_tensor
-from src.training.rounds import RoundReporting
+from src.training.rounds import POLL_SECONDS, RoundReporting
 from src.training.state_check import check_state, far_apart, sample_parameters
 
 logger = logging.getLogger(__name__)
@@ -131,30 +131,37 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
         )
 
     async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
-        """Download from donors until one's state is good; hand over ``None`` if none is."""
+        """Hand over a good state, or ``None`` if no donor has one or this peer is about to leave."""
+        search = asyncio.create_task(self._find_good_state())
         try:
-            try:
-                donors = await self._find_donors()
-            except TimeoutError as error:
-                self._report_refusal("?", f"no state was asked for: {error}")
-                return
-            for number, donor in enumerate(donors):
-                try:
-                    # who stands still must not keep this peer from asking the next one
-                    answers_within = self._answer_seconds() if number + 1 < len(donors) else math.inf
-                    metadata, tensors = await self._download(donor, answers_within)
-                    check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
-                    await self._compare_donors(donor, metadata["epoch"], tensors, donors)
-                except Exception as error:
-                    rest = "asking the next donor" if number + 1 < len(donors) else "there is no other donor"
-                    reason = str(error) or type(error).__name__
-                    self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
-                    continue
-                future.set_result((metadata, tensors))
-                return
+            while not search.done() and not self.patience.is_over:
+                await asyncio.wait([search], timeout=POLL_SECONDS)
+            future.set_result(search.result() if search.done() else None)
         finally:
+            search.cancel()
             if not future.done():
                 future.set_result(None)
+
+    async def _find_good_state(self) -> tuple[dict, list[torch.Tensor]] | None:
+        """Download from donors until one's state is good."""
+        try:
+            donors = await self._find_donors()
+        except TimeoutError as error:
+            self._report_refusal("?", f"no state was asked for: {error}")
+            return None
+        for number, donor in enumerate(donors):
+            try:
+                # who stands still must not keep this peer from asking the next one
+                answers_within = self._answer_seconds() if number + 1 < len(donors) else math.inf
+                metadata, tensors = await self._download(donor, answers_within)
+                check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
+                await self._compare_donors(donor, metadata["epoch"], tensors, donors)
+                return metadata, tensors
+            except Exception as error:
+                rest = "asking the next donor" if number + 1 < len(donors) else "there is no other donor"
+                reason = str(error) or type(error).__name__
+                self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
+        return None
 
     async def _find_donors(self) -> list[PeerID]:
         """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""

@@ -121,7 +121,7 @@ class CollaborativeCallback(TrainerCallback):
             self.scaler.update(finite)
         if not finite:
             self._discard_gradients(samples)
-        elif samples > 0:
+        elif samples > 0 and not self.stop.is_set():  # whoever leaves must not begin another round
             started = time.monotonic()
             self.optimizer.step(batch_size=samples)
             self.waits.append(time.monotonic() - started)
@@ -184,7 +184,7 @@ class CollaborativeCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Let delayed updates finish, then write the last backup; after a stop nobody is searched for any more."""
         if self.stop.is_set():
-            self.optimizer.give_up_waiting()
+            self.optimizer.stop_waiting()
         deadline = time.monotonic() + WAIT_FOR_PENDING_SECONDS
         averager = self.optimizer.state_averager
         while averager.pending_updates and time.monotonic() < deadline:

@@ -21,6 +21,7 @@ from src.training.averagers import (
     correct_step_cancellation,
     end_searches_without_waiting,
 )
+from src.training.dht import LEAVE_SECONDS
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.progress import LeanProgressTracker
 from src.training.rounds import SHORTEST_ROUND, Patience, Round
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 # Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
 EIGHT_BIT_THRESHOLD = 2**16 + 1
 MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
-LEAVE_SECONDS = 2.0  # for progress, parameters and gradients each; with 3 for the DHT less than the 10 of a promise
 # At the end of an epoch a trainer waits for its rounds so much longer than --next_chunk_timeout. When that time is used
 # up, a second round whose group waits already still gets the shortest time: with 8 s, 12.7 s in all.
 PATIENCE_ALLOWANCE = 2.0
@@ -218,8 +218,15 @@ class LeanOptimizer(hivemind.Optimizer):
         """Until the next epoch ends: end searches at once, and let rounds take no longer than they must."""
         self._patience.give_up()
 
+    def stop_waiting(self) -> None:
+        """As `give_up_waiting`, but for good, and for no download either; a signal handler may call it.
+
+        A trainer that is asked to stop may just wait at the end of an epoch: for its partners, who stop, too.
+        """
+        self._patience.end()
+
     def shutdown(self) -> None:
-        self.give_up_waiting()
+        self.stop_waiting()
         super().shutdown()
 
     def load_state_from_peers(self, **kwargs) -> None:

@@ -94,10 +94,16 @@ class Patience:
 
     def __init__(self, seconds: float = float("inf")):
         self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
+        self._is_over = multiprocessing.RawValue("b", False)  # without a lock: a signal handler may set it
 
     @property
     def spent(self) -> float:
-        return self._spent.value
+        return float("inf") if self.is_over else self._spent.value
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this peer leaves, and waits for nobody any more."""
+        return bool(self._is_over.value)
 
     def renew(self) -> None:
         self._spent.value = 0.0
@@ -109,6 +115,10 @@ class Patience:
     def give_up(self) -> None:
         """Until renewed: wait for no search, and for no round longer than it takes at least."""
         self._spent.value = float("inf")
+
+    def end(self) -> None:
+        """As `give_up`, but for good."""
+        self._is_over.value = True
 
 
 def paced(function, pause: float):
@@ -370,6 +380,8 @@ class RoundReporting(Gated):
 
     def _give_up_search(self, seconds: float) -> str:
         """The reason; ``seconds`` is how long the search's owner has waited for it."""
+        if self.patience.is_over:
+            return "this peer is leaving"
         if self.patience.spent == float("inf"):
             return "the search was given up"
         if self.patience.spent > self._shortest_round():

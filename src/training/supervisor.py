@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
 SECOND_INTERRUPT_SECONDS = 0.2  # `timeout -s INT` sends a signal twice within milliseconds, nobody types that fast
 TORCHRUN_SECONDS = 3.0  # torchrun passes Ctrl+C, which the terminal has sent to all, on to its processes later
 POLL_SECONDS = 0.02
-CLEANER_SECONDS = 2.0
+CLEANER_SECONDS = 3.0  # torch's ends two seconds after its last user
 GIVE_UP_SECONDS = 10.0  # a process that hangs inside the kernel cannot be killed by anyone
 
 

@@ -78,7 +78,7 @@ class FakeOptimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
         self.downloads = []
-        self.client_mode, self.refusals, self.gave_up_waiting = False, [], False
+        self.client_mode, self.refusals, self.waits = False, [], True
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         self.state_averager = SimpleNamespace(
@@ -148,8 +148,8 @@ class FakeOptimizer:
         downloads, self.downloads = self.downloads, []
         return downloads
 
-    def give_up_waiting(self) -> None:
-        self.gave_up_waiting = True
+    def stop_waiting(self) -> None:
+        self.waits = False
 
     @torch.no_grad()
     def load_state_from_peers(self) -> None:

@@ -255,7 +255,8 @@ def test_round_is_given_up_when_its_owner_has_waited_for_a_partner_long_enough(t
     assert 1.9 < averager.patience.spent < 6, "the next round of this epoch's end is not searched for as long"
 
 
-def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shut_down_at_end):
+@pytest.mark.parametrize("leave", ["the epoch", "the swarm"])
+def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shut_down_at_end, leave):
     correct_step_cancellation()
     averager = PlainAverager(
         [torch.ones(2000)], two_nodes[0], patience=Patience(30.0), **averager_options("leaving", NoCompression())
@@ -265,13 +266,17 @@ def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shu
     step.allow_allreduce()
     time.sleep(1.0)
     assert not step.done()
-    averager.patience.give_up()
+    if leave == "the epoch":
+        averager.patience.give_up()
+    else:
+        averager.patience.end()
+        averager.patience.renew()  # in vain
     began = time.monotonic()
     with pytest.raises(BaseException):  # noqa: B017, as above
         step.result(30)
     assert time.monotonic() - began < 2
     (failed,) = reported_rounds(averager)
-    assert failed.error == "the search was given up"
+    assert failed.error == ("the search was given up" if leave == "the epoch" else "this peer is leaving")
     assert averager._vain_search.value == float("-inf"), "this says nothing about the others"
 
 

@@ -248,6 +248,15 @@ def test_callback_stops_the_trainer_when_asked_to(tmp_path):
     assert (tmp_path / "backup.pth").exists()
 
 
+def test_callback_that_was_asked_to_stop_begins_no_further_round(tmp_path):
+    """The end of an epoch is a wait for partners."""
+    callback = make_callback(tmp_path)
+    local_step(callback)
+    callback.stop.set()
+    assert local_step(callback).should_training_stop
+    assert len(callback.optimizer.steps) == 1 and callback.optimizer.local_epoch == 0
+
+
 def test_callback_lets_a_delayed_update_finish_before_the_last_backup(tmp_path):
     callback = make_callback(tmp_path)
     averager = callback.optimizer.state_averager
@@ -262,7 +271,7 @@ def test_callback_lets_a_delayed_update_finish_before_the_last_backup(tmp_path):
     averager.step = finish
     run(callback.on_train_end)
     assert read_backup(callback.state_path)["model"]["sop_classifier.classifier.bias"].tolist() == [7.0, 7.0]
-    assert not callback.optimizer.gave_up_waiting, "the last update of a whole run is averaged, too"
+    assert callback.optimizer.waits, "the last update of a whole run is averaged, too"
 
 
 def test_callback_does_not_wait_for_partners_after_a_stop(tmp_path):
@@ -271,7 +280,7 @@ def test_callback_does_not_wait_for_partners_after_a_stop(tmp_path):
     averager.pending_updates, given_up = {"update"}, []
 
     def finish(**kwargs):
-        given_up.append(callback.optimizer.gave_up_waiting)
+        given_up.append(not callback.optimizer.waits)
         averager.pending_updates = set()
 
     averager.step = finish

@@ -462,4 +462,4 @@ def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
     # what hivemind does first is to wait for them
     monkeypatch.setattr(hivemind.Optimizer, leave, lambda self: seen.append(self.grad_averager.patience.spent))
     getattr(optimizer, leave)()
-    assert seen == [float("inf")]
+    assert seen == [float("inf")] and optimizer._patience.is_over == (leave == "shutdown")

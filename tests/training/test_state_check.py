@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 import time
 
 import hivemind
@@ -245,3 +246,22 @@ def test_donor_that_stands_still_does_not_keep_a_peer_waiting(start_peers):
     assert peer == str(frozen.peer_id) and "did not answer within 3 s; asking the next donor" in reason
     assert joining.local_epoch == 7 and seconds < 15, "twice 3 s, as a donor and as a witness, not twice 9"
     assert all(torch.equal(one, other) for one, other in zip(parameters_of(joining), parameters_of(good), strict=True))
+
+
+@pytest.mark.timeout(200)
+def test_download_ends_when_its_owner_leaves_the_swarm(start_peers):
+    frozen = start_peers(1, epoch=7, declare_state_period=60.0)
+    joining = start_peers(2, next_chunk_timeout=60.0)
+    processes = psutil.Process(frozen.dht.pid).children(recursive=True)
+    time.sleep(2)  # until the donor has told its epoch
+    for process in processes:
+        process.suspend()
+    threading.Timer(2.0, joining.patience.end).start()
+    try:
+        began = time.monotonic()
+        joining.load_state_from_peers(timeout=60)
+        seconds = time.monotonic() - began
+    finally:
+        for process in processes:
+            process.resume()
+    assert 1.5 < seconds < 4 and joining.local_epoch == 0

@@ -174,6 +174,51 @@ class LoneTrainer:
         return int(match.group(1))
 
 
+@pytest.mark.timeout(300)
+def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_path):
+    shared = swarm_arguments(tmp_path, target_batch_size=64, total_steps=10_000)
+    flags = [*shared, *TRAINER.split(), "--wait_for_peers", "2"]
+    flags += ["--delay_optimizer_step", "False", "--delay_grad_averaging", "False"]
+    flags += ["--next_chunk_timeout", "45", "--averaging_timeout", "100"]  # so that it would wait for half a minute
+    metrics = tmp_path / "outputs" / "test" / "trainer" / "metrics.jsonl"
+    with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
+        trainer, partner = (swarm.start(f"trainer {number}", "run_trainer.py", flags) for number in (1, 2))
+        trainer.wait_for_line(r"epoch 1/", timeout=120)
+        for peer in swarm.peers:
+            processes.update(family(peer))
+        for process in family(partner):
+            process.kill()
+        last = None
+        while (records := read_journal(metrics)) and records[-1] != last:  # until nothing happens any more
+            last = records[-1]
+            time.sleep(5)
+        asked = time.monotonic()
+        assert trainer.stop() == 0, trainer.output()
+        assert time.monotonic() - asked < 10, trainer.output()
+        assert not still_alive(processes, timeout=5)
+    searching = [record for record in records if record["event"] == "phase" and record["kind"] == "gradients"]
+    assert searching[-1]["phase"] == "matchmaking"
+
+
+@pytest.mark.timeout(200)
+def test_trainer_leaves_although_none_of_its_processes_answers(tmp_path):
+    with ending_all(set()) as processes, LoneTrainer(tmp_path) as trainer:
+        trainer.wait_for_epoch()
+        relatives = family(trainer)
+        processes.update(relatives)
+        program = next(process for process in relatives if process.ppid() == trainer.process.pid)
+        for process in program.children(recursive=True):
+            if "torch_shm_manager" not in process.name():  # without it torch itself cannot go on
+                process.suspend()
+        asked = time.monotonic()
+        trainer.process.terminate()
+        assert trainer.process.wait(30) == 0, trainer.output()
+        assert time.monotonic() - asked < 10
+        assert not still_alive(processes, timeout=5)
+        assert "stopped at epoch" in trainer.output()
+    assert read_backup(tmp_path / "outputs" / "test" / "trainer" / "backup.pth")["epoch"] >= 1
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_trainer_stops_resumes_and_dies_without_leaving_processes(tmp_path):
