@@ -501,6 +501,7 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, le
     model, tokenizer = tiny_model(folder)
     batches = held_out_batches(tokenizer, [HELD_OUT], num_instances=512, max_sequence_length=LENGTH)
     untrained = evaluate(model, batches).loss
+    print(f"now one process learns from {sum(final.values())} samples undisturbed, for comparison", flush=True)
     train_undisturbed(folder, model, tokenizer, [final[epoch] for epoch in sorted(final)], learning_rate)
     undisturbed = evaluate(model, batches)
     model.load_state_dict(read_backup(survivors[0].backup)["model"])
@@ -535,6 +536,8 @@ def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int
             (model(**next(batches)).loss / micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
+        if (epoch + 1) % 50 == 0:
+            print(f"  {epoch + 1} of {len(samples_by_epoch)} epochs", flush=True)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,11 @@ class CollaborativeCallback(TrainerCallback):
             torch._foreach_mul_(kept, self.scaler.scale)
         self.stashed_gradients = []
 
+    def on_substep_end(self, args, state, control, **kwargs):
+        """Stop after the batch at hand if asked to; several processes of a peer must stop together, after a step."""
+        control.should_training_stop |= self.stop.is_set() and self.workers.size == 1
+        return control
+
     def on_step_end(self, args, state, control, **kwargs):
         """Put the buffers back; at the end of an epoch report, check and back up."""
         self._restore_gradient_buffers()

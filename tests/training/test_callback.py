@@ -248,6 +248,23 @@ def test_callback_stops_the_trainer_when_asked_to(tmp_path):
     assert (tmp_path / "backup.pth").exists()
 
 
+def test_callback_stops_in_the_middle_of_a_long_local_step(tmp_path):
+    """With many batches a step it may take longer than the ten seconds that leaving may take."""
+    optimizer = FakeOptimizer(tiny_model())
+    trainer, callback = make_trainer(tmp_path, optimizer, gradient_accumulation_steps=8)
+    batches = []
+
+    def count(*args):
+        batches.append(1)
+        if len(batches) == 3:
+            callback.stop.set()
+
+    optimizer.model.register_forward_pre_hook(count)
+    trainer.train()
+    assert len(batches) == 3 and not optimizer.steps
+    assert (tmp_path / "backup.pth").exists()
+
+
 def test_callback_that_was_asked_to_stop_begins_no_further_round(tmp_path):
     """The end of an epoch is a wait for partners."""
     callback = make_callback(tmp_path)
