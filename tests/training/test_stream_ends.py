@@ -92,7 +92,7 @@ async def count_partial(kind: type, *, rounds: int, size: int) -> int:
                 "servicer_type": kind, "prefix": f"round{number}", "group_id": os.urandom(8),
                 "ordered_peer_ids": tuple(peer.peer_id for peer in peers), "peer_fractions": (1 / 3,) * 3,
                 "part_size_bytes": 2**19, "compression": Float16Compression(),
-                "sender_timeout": 20, "reducer_timeout": 40,
+                "sender_timeout": 10, "reducer_timeout": 20,
             }  # fmt: skip
             runners = [kind(p2p=peer, tensors=[torch.randn(size)], **options) for peer in peers]
             for peer, runner in zip(peers, runners, strict=True):
@@ -122,7 +122,8 @@ def test_rounds_with_lingering_writers_are_complete_and_do_not_wait_for_them(mon
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_no_part_is_lost_on_a_busy_machine():
-    # hivemind's own runner loses a part now and then while other programs keep the cores busy; the counts are printed
+    # hivemind's own runner loses a part now and then while other programs keep the cores busy. It then waits until it
+    # gives up, so it gets fewer rounds; the counts are printed.
     stop = multiprocessing.Event()
     burners = [
         multiprocessing.Process(target=burn, args=(stop,), daemon=True) for _ in range(2 * (os.cpu_count() or 1))
@@ -131,8 +132,8 @@ def test_no_part_is_lost_on_a_busy_machine():
         burner.start()
     try:
         partial = {
-            kind.__name__: asyncio.run(count_partial(kind, rounds=200, size=2_300_000))
-            for kind in (AllReduceRunner, Lingering)
+            kind.__name__: asyncio.run(count_partial(kind, rounds=rounds, size=2_300_000))
+            for kind, rounds in ((Lingering, 200), (AllReduceRunner, 30))
         }
     finally:
         stop.set()
