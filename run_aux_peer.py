@@ -32,12 +32,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
-
-    def request_stop() -> None:
-        stop.set()
-        swarm.optimizer.stop_waiting()
-
-    install_stop_handler(request_stop, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
+    # now, because hivemind has replaced the handlers
+    install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")

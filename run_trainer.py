@@ -43,12 +43,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
-
-    def request_stop() -> None:
-        stop.set()
-        swarm.optimizer.stop_waiting()
-
-    install_stop_handler(request_stop, deadline_seconds=STOP_SECONDS)  # hivemind has replaced the handlers
+    # now, because hivemind has replaced the handlers
+    install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
     joining = shlex.join(["python", "run_trainer.py", *console.joining_arguments(argv, visible_addresses(swarm.dht))])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")

@@ -119,8 +119,8 @@ def start_deadline(seconds: float) -> None:
     threading.Thread(target=enforce, name="deadline", daemon=True).start()
 
 
-def install_stop_handler(request_stop: Callable[[], None], *, deadline_seconds: float) -> None:
-    """On the first SIGTERM or SIGINT call ``request_stop`` and start a deadline; later ones change nothing.
+def install_stop_handler(*stop_requests: Callable[[], None], deadline_seconds: float) -> None:
+    """On the first SIGTERM or SIGINT call ``stop_requests`` and start a deadline; later ones change nothing.
 
     Call it on the main thread, and after ``hivemind.Optimizer`` has been created: that one ignores SIGINT. Processes
     forked later do not inherit the handler, they die of SIGTERM as usual.
@@ -132,7 +132,8 @@ def install_stop_handler(request_stop: Callable[[], None], *, deadline_seconds: 
         if not stopping:
             stopping = True
             start_deadline(deadline_seconds)
-            request_stop()
+            for request in stop_requests:
+                request()
 
     _install_in_this_process_only(handle)
 
