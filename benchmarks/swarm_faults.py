@@ -384,7 +384,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     options = parser.parse_args()
     options.seconds = options.seconds or (100.0 if options.short else 1200.0)
-    options.learning_rate = SHORT_LEARNING_RATE if options.short else LONG_LEARNING_RATE
+    options.learning_rate = SHORT_LEARNING_RATE if options.short or options.faults else LONG_LEARNING_RATE
     options.trainers = options.trainers or (2 if options.short else 3)
     if options.min_faults is None:
         options.min_faults = 0 if options.short or options.faults else 30

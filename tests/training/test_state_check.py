@@ -226,22 +226,27 @@ def test_options_of_the_optimizer_are_not_taken_from_a_donor(start_peers):
         assert group["initial_lr"] == 0.01 and group["lr"] == pytest.approx(0.01 / 8)
 
 
-@pytest.mark.timeout(200)
-def test_donor_that_stands_still_does_not_keep_a_peer_waiting(start_peers):
-    good, frozen = (start_peers(1, epoch=epoch, declare_state_period=60.0) for epoch in (7, 8))
-    joining = start_peers(2, next_chunk_timeout=9.0)
+def download_while_standing_still(joining, frozen) -> float:
+    """Seconds for which ``joining`` asks for a state while all processes of ``frozen`` are stopped."""
     processes = psutil.Process(frozen.dht.pid).children(recursive=True)
     assert any("p2pd" in process.name() for process in processes)
-    time.sleep(2)  # until both have told their epochs; whoever is ahead is asked first
     for process in processes:
         process.suspend()
     try:
         began = time.monotonic()
         joining.load_state_from_peers(timeout=60)
-        seconds = time.monotonic() - began
+        return time.monotonic() - began
     finally:
         for process in processes:
             process.resume()
+
+
+@pytest.mark.timeout(200)
+def test_donor_that_stands_still_does_not_keep_a_peer_waiting(start_peers):
+    good, frozen = (start_peers(1, epoch=epoch, declare_state_period=60.0) for epoch in (7, 8))
+    joining = start_peers(2, next_chunk_timeout=9.0)
+    time.sleep(2)  # until both have told their epochs; whoever is ahead is asked first
+    seconds = download_while_standing_still(joining, frozen)
     ((peer, reason),) = joining.take_refusals()
     assert peer == str(frozen.peer_id) and "did not answer within 3 s; asking the next donor" in reason
     assert joining.local_epoch == 7 and seconds < 15, "twice 3 s, as a donor and as a witness, not twice 9"
@@ -252,16 +257,7 @@ def test_donor_that_stands_still_does_not_keep_a_peer_waiting(start_peers):
 def test_download_ends_when_its_owner_leaves_the_swarm(start_peers):
     frozen = start_peers(1, epoch=7, declare_state_period=60.0)
     joining = start_peers(2, next_chunk_timeout=60.0)
-    processes = psutil.Process(frozen.dht.pid).children(recursive=True)
     time.sleep(2)  # until the donor has told its epoch
-    for process in processes:
-        process.suspend()
     threading.Timer(2.0, joining.patience.end).start()
-    try:
-        began = time.monotonic()
-        joining.load_state_from_peers(timeout=60)
-        seconds = time.monotonic() - began
-    finally:
-        for process in processes:
-            process.resume()
+    seconds = download_while_standing_still(joining, frozen)
     assert 1.5 < seconds < 4 and joining.local_epoch == 0
