@@ -115,7 +115,7 @@ def build(peer, collaboration, training, *, progress, stop):
     report = directory / "report.html"
     threads.append(Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop))
     if peer.assist_in_averaging:
-        threads.append(AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop))
+        threads.append(AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop))
     if peer.store_checkpoints:
         path = Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint"
         store = CheckpointStore(

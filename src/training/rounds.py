@@ -16,6 +16,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
+from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
@@ -28,6 +29,7 @@ from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 from src.training.auth import Gated, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record, printable
+from src.training.matchmaking import Attendance, LeanMatchmaking
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
@@ -36,6 +38,7 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 # machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
 SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
+LAST_CALL = 1.0  # seconds in which a leader whose patience is used up begins with those who are there
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -105,6 +108,11 @@ class Patience:
         """Whether this peer leaves, and waits for nobody any more."""
         return bool(self._is_over.value)
 
+    @property
+    def left(self) -> float:
+        """Seconds; below any number once this peer has given up."""
+        return self.seconds - self.spent if self.spent < float("inf") else -float("inf")
+
     def renew(self) -> None:
         self._spent.value = 0.0
 
@@ -139,18 +147,22 @@ class RoundReporting(Gated):
 
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
     ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
-    The averagers of a peer share ``patience``, and ``vain_search``: when one of them last searched long and in vain.
-    Values that ``judge`` refuses are left out of the average.
+    ``progress_key``: where in the DHT trainers report their progress; with it, a round begins as soon as all are there.
+    The averagers of a peer share ``patience``, ``attendance``, and ``vain_search``: when one of them last searched long
+    and in vain. Values that ``judge`` refuses are left out of the average.
     """
 
     round_kind = ""
+    averages_parameters = False
     judge = Judge(max_weight=1.0)
 
     def __init__(
         self,
         *args,
         phases_path: Path | None = None,
+        progress_key: str | None = None,
         patience: Patience | None = None,
+        attendance: Attendance | None = None,
         vain_search: Synchronized | None = None,
         membership: Membership | None = None,
         **kwargs,
@@ -158,6 +170,7 @@ class RoundReporting(Gated):
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
         self._phases_path, self.patience = phases_path, patience or Patience()
+        self._progress_key, self.attendance = progress_key, attendance or Attendance()
         self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
         self._step_numbers = itertools.count(1)
         self._refusals_receiver, self._refusals_sender = multiprocessing.Pipe(duplex=False)
@@ -195,6 +208,14 @@ class RoundReporting(Gated):
             self._num_refusals_unread.value += 1
         self._refusals_sender.send((peer, printable(reason, MAX_REASON_LENGTH)))
 
+    def assist(self, *, ahead: float) -> StepControl:
+        """As an auxiliary peer: take part in the next round, whenever it is.
+
+        It has nothing to get ready, so it always looks for a group. It announces itself for a moment ``ahead`` seconds
+        from now: later than any trainer, so that it follows one, and leads only those who cannot lead themselves.
+        """
+        return DecentralizedAverager.step(self, gather=None, scheduled_time=get_dht_time() + ahead, wait=False)
+
     # -- only members of a private run may call, and are called
 
     def _run_internal(self) -> None:
@@ -212,6 +233,7 @@ class RoundReporting(Gated):
         if not await self._admits(context.remote_id):
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
+        self.attendance.came(context.remote_id.to_bytes())
         async for message in super().rpc_join_group(request, context):
             yield message
         await asyncio.sleep(LINGER_SECONDS)  # who does not hear that the group is complete leaves it, unknown to others
@@ -226,6 +248,13 @@ class RoundReporting(Gated):
     def _matchmaking(self, matchmaking) -> None:
         key_manager = matchmaking.group_key_manager
         key_manager.get_averagers = paced(key_manager.get_averagers, SEARCH_PAUSE)
+        if self._progress_key is not None:
+            matchmaking = LeanMatchmaking.adopt(
+                matchmaking,
+                attendance=self.attendance,
+                progress_key=self._progress_key,
+                averages_parameters=self.averages_parameters,
+            )
         self._paced_matchmaking = matchmaking
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
@@ -247,7 +276,7 @@ class RoundReporting(Gated):
     def _seconds_left(self) -> float:
         """Of this peer's patience, while the owner of the present step waits for it."""
         since = OWNER_WAITS.get([])
-        return self.patience.seconds - self.patience.spent - (time.monotonic() - since[0] if since else 0.0)
+        return self.patience.left - (time.monotonic() - since[0] if since else 0.0)
 
     def _shortest_round(self) -> float:
         return SHORTEST_ROUND * (self.next_chunk_timeout or 0.0)
@@ -371,19 +400,26 @@ class RoundReporting(Gated):
             if not waiting_since:
                 waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
-            if searching and self._seconds_left() < self._shortest_round():
-                reason = self._give_up_search(time.monotonic() - waiting_since[0])
+            if searching and (reason := self._why_to_give_up(step, time.monotonic() - waiting_since[0])):
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)
                 return reason
         return ""
 
-    def _give_up_search(self, seconds: float) -> str:
-        """The reason; ``seconds`` is how long the search's owner has waited for it."""
+    def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
+        """Empty as long as there is hope; ``seconds`` is how long the search's owner has waited for it."""
         if self.patience.is_over:
             return "this peer is leaving"
         if self.patience.spent == float("inf"):
             return "the search was given up"
+        lean = self._matchmaking if isinstance(self._matchmaking, LeanMatchmaking) else None
+        if self._seconds_left() >= self._shortest_round():
+            if lean is not None and lean.is_in_vain(step):
+                return f"no other trainer was ready or about to be; looked for {seconds:.0f} s"
+            return ""
+        if lean is not None and lean.current_followers and self._seconds_left() > self._shortest_round() - LAST_CALL:
+            lean.time_is_up = True  # better a group of some than none
+            return ""
         if self.patience.spent > self._shortest_round():
             return f"after the epoch's other round only {seconds:.0f} s were left, and no other trainer was ready"
         self._vain_search.value = time.monotonic()
@@ -395,6 +431,7 @@ class RoundReporting(Gated):
         """Hand this peer's state to another one."""
         if not await self._admits(context.remote_id):
             return
+        self.attendance.came(context.remote_id.to_bytes())
         self._enter("serving", peer=str(context.remote_id))
         try:
             async for message in super().rpc_download_state(request, context):
