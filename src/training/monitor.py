@@ -80,7 +80,7 @@ def watch(swarm: Swarm, run_id: str, *, period: float, journal: Journal, store, 
             journal.write(
                 "peer", peer=name, epoch=record.epoch, samples=record.samples, total_samples=record.total_samples,
                 samples_per_second=round(record.samples_per_second, 3), failed_rounds=record.failed_rounds,
-                failure=printable(record.failure),
+                lone_epochs=record.lone_epochs, failure=printable(record.failure),
             )  # fmt: skip
         report_refusals(swarm.optimizer.take_refusals(), journal, progress.say)
         summary = monitor.summarise(metrics)

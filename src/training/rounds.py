@@ -29,7 +29,7 @@ from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 from src.training.auth import Gated, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record, printable
-from src.training.matchmaking import Attendance, LeanMatchmaking
+from src.training.matchmaking import Attendance, LeanMatchmaking, is_trainer
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
@@ -46,9 +46,11 @@ MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 
 @dataclass(frozen=True)
 class Round:
-    """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
-    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``num_refused``
-    those of whose values some were left out as bad, ``reasons`` is what went wrong between this peer and others."""
+    """One attempt to average, of which ``seconds`` includes the search for a group, except for an assistant.
+
+    ``received`` is the share of values that came back averaged, ``num_peers`` counts all members of the group including
+    this one, ``num_lost`` those that failed while sending to this peer, ``num_refused`` those of whose values some were
+    left out as bad, ``reasons`` is what went wrong between this peer and others."""
 
     kind: str
     seconds: float
@@ -70,6 +72,7 @@ class _RoundResult(dict):
     received = 1.0
     num_lost = 0
     refused: tuple[str, ...] = ()
+    began = 0.0  # `time.monotonic` when the group was complete
 
 
 class _FailureCollector(logging.Handler):
@@ -266,7 +269,9 @@ class RoundReporting(Gated):
         self._enter("averaging", num_peers=len(modes))
         self._collect_failures()
         kwargs.update(self._round_timeouts())
+        began = time.monotonic()
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        result.began = began
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
@@ -364,6 +369,8 @@ class RoundReporting(Gated):
             reasons = self._failures.take() if self._failures is not None else ()
             if isinstance(step._result, _RoundResult):
                 result = step._result
+                if not is_trainer(step.data_for_gather):  # an assistant has been looking since its last round
+                    seconds = time.monotonic() - result.began
                 num_refused, reasons = len(result.refused), result.refused + reasons
                 self._rounds_sender.send(
                     Round(
