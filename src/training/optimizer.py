@@ -106,7 +106,7 @@ class LeanOptimizer(hivemind.Optimizer):
     all are there, and it consists of those who are there then.
     """
 
-    _partner_is_ahead = False
+    _partner_is_ahead = _is_late = _was_left_behind = False
 
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
@@ -166,11 +166,15 @@ class LeanOptimizer(hivemind.Optimizer):
     # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
     # hivemind looks for that at the beginning of a step only, before it may learn where the others are.
 
+    #
+    # hivemind also gives up the first batch of an epoch when others have ended it meanwhile. But they may just be
+    # looking for this peer. So it looks for them, and takes their state if they have gone on.
+
     def _should_load_state_from_peers(self) -> bool:
-        if self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch:
-            self._partner_is_ahead = False
+        if (self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch) or self._was_left_behind:
+            self._partner_is_ahead = self._was_left_behind = False
             return True
-        return super()._should_load_state_from_peers()
+        return not self.is_synchronized_with_peers()
 
     def _notice_partners_ahead(self, epochs: dict) -> None:
         """``epochs``: those in which the members of a round of averaging began it, by peer; no epoch if auxiliary."""
@@ -184,11 +188,13 @@ class LeanOptimizer(hivemind.Optimizer):
             return
         # When rounds take as long as epochs, this is the only moment at which no delayed update is under way, so that
         # parameters and epoch belong together. hivemind would wait for the update next.
-        if self.delay_optimizer_step:
-            self.state_averager.step(wait_for_delayed_updates=True)
-        self._patience.renew()
-        self.before_epoch_ends()
-        super()._update_global_epoch(grad_scaler)
+        with self._patience.blocking():
+            if self.delay_optimizer_step:
+                self.state_averager.step(wait_for_delayed_updates=True)
+            self._patience.renew()
+            self.before_epoch_ends()
+            self._is_late = self.tracker.global_epoch > self.local_epoch
+            super()._update_global_epoch(grad_scaler)
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -207,6 +213,7 @@ class LeanOptimizer(hivemind.Optimizer):
             self._notice_partners_ahead(maybe_step_control.result(self.averaging_timeout))
         except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
             self.give_up_waiting()
+            self._was_left_behind = self._is_late
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()

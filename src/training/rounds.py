@@ -4,6 +4,7 @@ A mixin for hivemind's averagers, whose own rounds end without a word when they 
 """
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -101,6 +102,7 @@ class Patience:
     def __init__(self, seconds: float = float("inf")):
         self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
         self._is_over = multiprocessing.RawValue("b", False)  # without a lock: a signal handler may set it
+        self._owner_is_blocked = multiprocessing.RawValue("b", False)
 
     @property
     def spent(self) -> float:
@@ -115,6 +117,20 @@ class Patience:
     def left(self) -> float:
         """Seconds; below any number once this peer has given up."""
         return self.seconds - self.spent if self.spent < float("inf") else -float("inf")
+
+    @property
+    def owner_is_blocked(self) -> bool:
+        """Whether this peer stands still because of a round, instead of computing the next batch."""
+        return bool(self._owner_is_blocked.value)
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """For the time in which the owner stands still."""
+        self._owner_is_blocked.value = True
+        try:
+            yield
+        finally:
+            self._owner_is_blocked.value = False
 
     def renew(self) -> None:
         self._spent.value = 0.0
@@ -257,6 +273,7 @@ class RoundReporting(Gated):
                 attendance=self.attendance,
                 progress_key=self._progress_key,
                 averages_parameters=self.averages_parameters,
+                may_linger=lambda: not self.patience.owner_is_blocked,
             )
         self._paced_matchmaking = matchmaking
 

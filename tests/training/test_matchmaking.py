@@ -32,7 +32,7 @@ def leader(*, mode: AveragingMode = AveragingMode.NODE, parameters: bool = False
     matchmaking.peer_id, matchmaking.client_mode, matchmaking.current_leader = PeerID(b"leader"), False, None
     matchmaking.attendance, matchmaking.averages_parameters = Attendance(), parameters
     matchmaking.min_matchmaking_time, matchmaking.request_timeout = 60.0, 3.0
-    matchmaking.current_followers = {}
+    matchmaking.current_followers, matchmaking.may_linger = {}, lambda: False
     matchmaking._start_search()
     epoch = None if mode == AveragingMode.AUX else EPOCH
     return matchmaking, SimpleNamespace(data_for_gather=gathered(epoch, mode))
@@ -138,6 +138,40 @@ def test_search_is_in_vain_when_nobody_was_to_be_expected_for_a_while():
     matchmaking._somebody_awaited_at = matchmaking._computing_until = time.monotonic() - 3.1
     let_ask(matchmaking, b"one")
     assert not matchmaking.is_in_vain(step)
+
+
+def test_trainer_that_would_be_alone_waits_for_those_that_have_just_begun_if_it_loses_nothing():
+    matchmaking, step = leader()
+    see(matchmaking, progress(b"new", samples=0))
+    assert matchmaking.awaited(step) == set(), "it would stand still meanwhile"
+    matchmaking.may_linger = lambda: True
+    assert matchmaking.awaited(step) == {b"new"}
+    let_ask(matchmaking, b"assistant", epoch=None, mode=AveragingMode.AUX)
+    assert matchmaking.awaited(step) == {b"new"} and not matchmaking._may_begin(step)
+    see(matchmaking, progress(b"new", samples=0), progress(b"one"))
+    let_ask(matchmaking, b"one")
+    assert matchmaking.awaited(step) == set() and matchmaking._may_begin(step)
+
+
+def test_search_with_assistants_alone_is_in_vain_like_any_other():
+    matchmaking, step = leader()
+    see(matchmaking)
+    let_ask(matchmaking, b"assistant", epoch=None, mode=AveragingMode.AUX)
+    matchmaking._somebody_awaited_at = matchmaking._began = time.monotonic() - 3.1
+    assert matchmaking.is_in_vain(step)
+
+
+def test_search_that_found_nobody_is_held_against_those_who_could_have_come(monkeypatch):
+    matchmaking, step = leader()
+
+    async def search_in_vain(self, step):
+        see(self, progress(b"phantom"), progress(b"behind", epoch=EPOCH - 1))
+        self._began = time.monotonic() - 61.0
+
+    monkeypatch.setattr(Matchmaking, "look_for_group", search_in_vain)
+    matchmaking.step_control = None
+    assert asyncio.run(matchmaking.look_for_group(step)) is None
+    assert not matchmaking.attendance.is_awaited(b"phantom") and matchmaking.attendance.is_awaited(b"behind")
 
 
 def note(matchmaking, step, *, waited: float, members: set[bytes], last: Surroundings) -> None:
