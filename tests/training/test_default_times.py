@@ -229,7 +229,7 @@ def test_trainer_that_dies_is_not_waited_for_long_and_only_once(start_swarm):
         time.sleep(1.0)  # with samples of the next epoch
         swarm.trainers[2].dies = True
         tracker = swarm.trainers[2].optimizer.tracker
-        tracker.dht = SimpleNamespace(store=lambda **_: asyncio.sleep(0), get=tracker.dht.get)  # no more reports
+        tracker.dht = SimpleNamespace(store=lambda *_, **__: asyncio.sleep(0), get=tracker.dht.get)  # no more reports
 
     killer = threading.Thread(target=kill)
     killer.start()
