@@ -243,8 +243,10 @@ def test_watch_goes_on_when_the_end_was_only_claimed(tmp_path, monkeypatch):
     def claim(epoch):
         return lambda: setattr(tracker, "global_epoch", epoch)
 
-    swarm.look(claim(60), claim(3), swarm.report(20, shared=20), nothing, monkeypatch=monkeypatch)
-    assert [record["epoch"] for record in swarm.records("checkpoint")] == [20]
+    swarm.look(
+        claim(60), claim(3), swarm.report(12, shared=12), swarm.report(20, shared=20), nothing, monkeypatch=monkeypatch
+    )
+    assert [record["epoch"] for record in swarm.records("checkpoint")] == [20], "when they are due, as before"
     assert swarm.completed == []
 
 
