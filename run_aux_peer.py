@@ -121,7 +121,7 @@ def build(peer, collaboration, training, *, progress, stop):
     reporter = Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop)
     assistant = notice = evaluator = uploader = store = None
     if peer.assist_in_averaging:
-        assistant = AveragingAssistant(swarm.optimizer, swarm_lock, journal, period=peer.assist_refresh, stop=stop)
+        assistant = AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop)
         assistant.final_epoch = training.total_steps
     if peer.store_checkpoints:
         store = CheckpointStore(

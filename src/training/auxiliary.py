@@ -31,30 +31,26 @@ class AveragingAssistant(threading.Thread):
 
     final_epoch = math.inf  # of the run: in it nobody averages any more, and who still searches has missed nothing
 
-    def __init__(self, optimizer: LeanOptimizer, lock: threading.Lock, journal: Journal, *, period: float, stop):
+    def __init__(self, optimizer: LeanOptimizer, journal: Journal, *, period: float, stop):
         super().__init__(name="averaging assistant", daemon=True)
-        self.optimizer, self.lock, self.journal, self.period, self.stop = optimizer, lock, journal, period, stop
+        self.optimizer, self.journal, self.period, self.stop = optimizer, journal, period, stop
 
     def run(self) -> None:
         while not self.stop.wait(self.period):
-            with self.lock:
-                try:
-                    self.assist()
-                except Exception as error:
-                    logger.warning("could not assist in averaging: %r", error)
+            try:
+                self.assist()
+            except Exception as error:
+                logger.warning("could not assist in averaging: %r", error)
 
     def assist(self) -> None:
-        """Take part in a round if one is near, in the epoch the trainers are in."""
-        tracker, averager = self.optimizer.tracker, self.optimizer.state_averager
+        """Be ready for the next rounds, and record those that are over."""
+        tracker = self.optimizer.tracker
         if tracker.global_progress.num_peers > 1 and tracker.global_epoch < self.final_epoch:
-            if averager.local_epoch < tracker.global_epoch - 1:
-                averager.local_epoch = tracker.global_epoch  # an auxiliary has no state that would have to catch up
-                tracker.report_local_progress(averager.local_epoch, samples_accumulated=0)
-            self.optimizer.step()
+            self.optimizer.assist()
         for averaging_round in self.optimizer.finished_rounds():
             if averaging_round.error and tracker.global_epoch >= self.final_epoch:
                 continue
-            self.journal.write("round", epoch=self.optimizer.local_epoch, complete=averaging_round.complete,
+            self.journal.write("round", epoch=tracker.global_epoch, complete=averaging_round.complete,
                                **vars(averaging_round))  # fmt: skip
 
 

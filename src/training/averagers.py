@@ -71,6 +71,7 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     """
 
     round_kind = "parameters"
+    averages_parameters = True
 
     def __init__(self, *args, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
@@ -130,6 +131,7 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
         """A few parameters, by which a joining peer compares donors; ``weight`` is this peer's epoch."""
         if not self.allow_state_sharing or not await self._admits(context.remote_id):
             return averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+        self.attendance.came(context.remote_id.to_bytes())
         tensors = self._averaged_tensors
         if not self.reuse_tensors:  # then those of the averager are as old as the last round
             _, tensors, _ = await self._get_current_state_from_host_process()

@@ -65,7 +65,7 @@ class CollaborativeCallback(TrainerCallback):
         self.last_epoch = self.last_backup_epoch = -1
         self.epoch_started = time.monotonic()
         self.rounds: list = []
-        self.total_samples = 0
+        self.total_samples = self.lone_epochs = 0  # since the start
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.num_downloads = 0
         self.optimizer.state_averager.final_epoch = training.total_steps
@@ -278,11 +278,20 @@ class CollaborativeCallback(TrainerCallback):
             self.rounds.append(averaging_round)
             self.journal.write("round", epoch=self.optimizer.local_epoch, complete=averaging_round.complete,
                                **vars(averaging_round))  # fmt: skip
-            if not averaging_round.complete:
+            if averaging_round.kind == "gradients" and averaging_round.error:
+                self._stepped_alone(averaging_round)
+            elif not averaging_round.complete:
                 self.progress.say(describe_incomplete(averaging_round))
             elif averaging_round.num_refused:
                 self.progress.say(f"averaging {averaging_round.kind}: {'; '.join(averaging_round.reasons)}")
         report_refusals(self.optimizer.take_refusals(), self.journal, self.progress.say)
+
+    def _stepped_alone(self, failed) -> None:
+        """hivemind begins a round only when another trainer is there, and steps without one when it fails."""
+        self.lone_epochs += 1
+        epoch = self.optimizer.local_epoch
+        self.journal.write("lone_epoch", epoch=epoch, reason=failed.error)
+        self.progress.say(f"epoch {epoch} was stepped with this trainer's own gradients alone: {failed.error}")
 
     def _finish_epoch(self) -> None:
         seconds = time.monotonic() - self.epoch_started
@@ -299,6 +308,7 @@ class CollaborativeCallback(TrainerCallback):
             mini_steps=meter.mini_steps,
             failed_rounds=len(failed),
             total_samples=self.total_samples,
+            lone_epochs=self.lone_epochs,
             failure=describe_incomplete(failed[-1])[:MAX_REASON_LENGTH] if failed else "",
         )
         store_metrics(self.dht, self.peer.run_id, self.public_key, metrics, expiration=self.peer.statistics_expiration)
@@ -319,6 +329,7 @@ class CollaborativeCallback(TrainerCallback):
             longest_wait=round(max(self.waits, default=0.0), 3),
             failed_rounds=sum(bool(r.error) for r in self.rounds),
             partial_rounds=sum(not r.complete and not r.error for r in self.rounds),
+            lone_epochs=self.lone_epochs,
             state_downloads=self.num_downloads,
             learning_rate=self.optimizer.state_averager.optimizer.param_groups[0]["lr"],
             sequence_length=self.current_length.value,

@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from arguments import PeerArguments
 from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper
 from src.training.probe import offer_probe
+from src.training.progress import REPORT_SECONDS
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class TrainerMetrics(pydantic.BaseModel):
     """What a trainer reports when it finishes an epoch; before its first one, zeros that say that it is there.
 
     Losses are sums over ``mini_steps`` forward passes. ``total_samples`` counts from the trainer's start, so that the
-    shares of the work are right although nobody sees every report; ``failure`` is why its last failed round failed.
+    shares of the work are right although nobody sees every report; so does ``lone_epochs``: those that it stepped with
+    its own gradients alone although others trained. ``failure`` is why its last failed round failed.
     """
 
     epoch: pydantic.conint(ge=0, strict=True)
@@ -46,6 +48,7 @@ class TrainerMetrics(pydantic.BaseModel):
     mini_steps: pydantic.conint(ge=0, strict=True) = 0
     failed_rounds: pydantic.conint(ge=0, strict=True) = 0
     total_samples: pydantic.conint(ge=0, strict=True) = 0
+    lone_epochs: pydantic.conint(ge=0, strict=True) = 0
     failure: pydantic.constr(max_length=MAX_REASON_LENGTH, strict=True) = ""
 
     @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")
@@ -241,14 +244,17 @@ def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[
 
 
 def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingProgress]:
-    """What the trainers report within an epoch, several times in it, by short name."""
+    """What the trainers report within an epoch, several times in it, by short name; ``time``: of the last report."""
     record = dht.get(f"{run_id}_progress", latest=True)
     progress = {}
     if record is None or not isinstance(record.value, dict):
         return progress
     for public_key, entry in record.value.items():
         try:
-            progress[short_peer_name(public_key)] = LocalTrainingProgress.parse_obj(entry.value)
+            record = LocalTrainingProgress.parse_obj(entry.value)
+            # its time is that of the last batch, which may take minutes; a report is renewed meanwhile
+            record.time = max(record.time, entry.expiration_time - REPORT_SECONDS)
+            progress[short_peer_name(public_key)] = record
         except pydantic.ValidationError as error:
             logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])
     return progress

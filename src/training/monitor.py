@@ -135,7 +135,7 @@ class Watch:
             self.journal.write(
                 "peer", peer=name, epoch=record.epoch, samples=record.samples, total_samples=record.total_samples,
                 samples_per_second=round(record.samples_per_second, 3), failed_rounds=record.failed_rounds,
-                failure=printable(record.failure),
+                lone_epochs=record.lone_epochs, failure=printable(record.failure),
             )  # fmt: skip
         report_refusals(self.swarm.optimizer.take_refusals(), self.journal, self.progress.say)
         summary = self.monitor.summarise(metrics)
@@ -200,8 +200,6 @@ class Watch:
         while self.store is not None and self.store.last_epoch < self.total_steps:
             if self.stop.is_set() or not self.is_over():  # somebody had claimed an epoch that the run is not in
                 return False
-            # the assistant holds the optimizer while it searches, now for a round that nobody will begin
-            self.swarm.optimizer.give_up_waiting()
             self._store()
             if self.store.last_epoch >= self.total_steps:
                 break

@@ -38,6 +38,7 @@ from src.training.averagers import (
     end_searches_without_waiting,
 )
 from src.training.journal import read_journal
+from src.training.matchmaking import Attendance
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
 from src.training.rounds import (
     MAX_REASON_LENGTH,
@@ -323,8 +324,12 @@ class ReportingFakeAverager(RoundReporting, FakeAverager):
         self._running_groups = {b"group": runner}
 
 
-def fake_step(*, cancelled: bool = False):
-    return SimpleNamespace(_result=None, _exception=None, cancelled=lambda: cancelled)
+def fake_step(*, cancelled: bool = False, mode: AveragingMode = AveragingMode.NODE):
+    data = MSGPackSerializer.dumps([None, mode.value, b""])
+    return SimpleNamespace(
+        _result=None, _exception=None, _trigger=None, data_for_gather=data, done=lambda: False,
+        cancelled=lambda: cancelled,
+    )  # fmt: skip
 
 
 def report_of(averager: ReportingFakeAverager, **kwargs) -> list[Round]:
@@ -356,7 +361,10 @@ def test_only_a_long_search_in_vain_speaks_against_the_others(spent, vain):
     averager.next_chunk_timeout, averager.patience = 8.0, Patience(10.0)
     averager.patience.spend(spent)
     before = time.monotonic()
-    reason = averager._give_up_search(7.1)
+    averager.patience.spend(1.0)
+    OWNER_WAITS.set([time.monotonic() - 7.1])
+    averager._paced_matchmaking = None
+    reason = averager._why_to_give_up(None, 7.1)
     assert (averager._vain_search.value >= before) is vain
     assert ("only 7 s were left" in reason) is not vain and "no other trainer was ready" in reason
 
@@ -372,6 +380,18 @@ def test_round_report_counts_what_was_lost():
     (poisoned,) = report_of(ReportingFakeAverager(members, refused=["left out 3 of 3 parts of second: ..."]))
     assert (poisoned.num_refused, poisoned.complete) == (1, True)
     assert poisoned.reasons == ("left out 3 of 3 parts of second: ...",)
+
+
+def test_assistant_reports_how_long_a_round_took_and_not_its_search(monkeypatch):
+    averager = ReportingFakeAverager({PeerID(b"one"): 1})
+
+    async def look_for_group_first(self, group_info, **kwargs):
+        await asyncio.sleep(0.3)
+        return await RoundReporting._aggregate_with_group(self, group_info, **kwargs)
+
+    monkeypatch.setattr(ReportingFakeAverager, "_aggregate_with_group", look_for_group_first)
+    (of_trainer,), (of_assistant,) = report_of(averager), report_of(averager, mode=AveragingMode.AUX)
+    assert of_trainer.seconds >= 0.3 > of_assistant.seconds
 
 
 def test_round_report_names_the_error():
@@ -461,7 +481,8 @@ class Answering:
 
 
 class LingeringAverager(RoundReporting, Answering):
-    next_chunk_timeout = _phases_path = None
+    next_chunk_timeout = _phases_path = _progress_key = None
+    attendance = Attendance()
     _running_groups = ()
     _num_active_steps = 0
     patience = Patience()

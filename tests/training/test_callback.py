@@ -15,6 +15,7 @@ from src.training.backup import read_backup, save_backup
 from src.training.callback import describe_incomplete
 from src.training.dht import fetch_metrics, store_checkpoint_epoch
 from src.training.hf_trainer import LossScaler
+from src.training.history import THIS_PEER, RunHistory
 from src.training.journal import read_journal
 from src.training.optimizer import StateDownload
 from src.training.rounds import Round
@@ -92,7 +93,7 @@ def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
         local_step(callback)
     stored = callback.dht.records["fake_metrics"][b"key"].value
     assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
-                      "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8,
+                      "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8, "lone_epochs": 0,
                       "failure": describe_incomplete(callback_round)}  # fmt: skip
     assert journal_of(tmp_path, "epoch")[0]["loss"] == 3.0
     assert callback.meter.loss == 0.0
@@ -606,6 +607,24 @@ def test_callback_reports_rounds_that_are_not_complete(tmp_path):
     assert partial.startswith("averaging gradients was partial: 50.0% of the values came back from 3 peers, 1 failed")
     assert failed == "averaging parameters failed after 30 s: no group found"
     assert describe_incomplete(SimpleNamespace(error="x", kind="gradients", seconds=2.4)).endswith("after 2 s: x")
+
+
+def test_callback_says_and_counts_epochs_that_were_stepped_alone_although_others_train(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_callback(tmp_path, optimizer)
+    optimizer.rounds = [Round("gradients", 65.0, error="no other trainer was ready within 65 s")]
+    for _ in range(4):  # two epochs
+        local_step(callback)
+    (record,) = journal_of(tmp_path, "lone_epoch")
+    assert (record["epoch"], record["reason"]) == (0, "no other trainer was ready within 65 s")
+    assert "epoch 0 was stepped with this trainer's own gradients alone: no other trainer was ready" in said_by(
+        callback
+    )
+    lines = [line for line in said_by(callback).splitlines() if line.startswith("epoch 1/")]
+    assert len(lines) == 1 and "own gradients alone" in lines[0]
+    assert [epoch["lone_epochs"] for epoch in journal_of(tmp_path, "epoch")] == [1, 1], "since the start"
+    assert callback.dht.records["fake_metrics"][b"key"].value["lone_epochs"] == 1
+    assert RunHistory(read_journal(tmp_path / "metrics.jsonl")).peers[THIS_PEER].lone_epochs == 1
 
 
 def test_callback_says_whose_claims_were_not_believed(tmp_path):
