@@ -212,6 +212,8 @@ def auxiliary_cases() -> list[Case]:
         ("address", "--run_id r --initial_peers 203.0.113.5:31337", ("--initial_peers", "203.0.113.5:31337")),
         ("checkpoint over somebody's files", "--run_id r --store_checkpoints --local_path mine",
          ("--local_path", "mine", "thesis.txt"), {"mine/thesis.txt": "ten years"}),
+        ("checkpoint of another run", "--run_id r --store_checkpoints --local_path mine",
+         ("--local_path", "mine", "run 'other', epoch 7"), {"mine/checkpoint.json": '{"run_id": "other", "epoch": 7}'}),
         ("checkpoint is a file", "--run_id r --store_checkpoints --local_path mine", ("--local_path", "mine"),
          {"mine": ""}),
         ("no held-out text", "--run_id r --store_checkpoints --eval_sources none.txt", ("none.txt", "no such file")),
