@@ -6,10 +6,12 @@ of ordinary size that point the wrong way.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from statistics import median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
@@ -21,6 +23,7 @@ from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import attach_event_on_finished
 
 logger = logging.getLogger(__name__)
+failure_logger = logging.getLogger("hivemind.averaging.allreduce")  # `RoundReporting` collects what is said there
 
 MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
 # The gradient of a part may have one direction only, as those of the order head have at first: then its norm is that of
@@ -28,6 +31,9 @@ MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
 SMALL_SHARE, MAX_SMALL_RATIO = 0.1, 300.0
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
 WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
+MAX_OBJECTION_LENGTH = 200  # bytes
+OBJECTION_SECONDS = 1.0  # that a peer to whose averages there is an objection has to read it
+PARTING_SECONDS = 0.5  # that a round waits at its end for those who have not hung up yet: they may have an objection
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
 
 
@@ -61,6 +67,15 @@ async def checked_messages(stream) -> AsyncIterator[averaging_pb2.AveragingData]
             except ValueError as error:
                 raise AllreduceException(f"sent {error}") from error
         yield message
+
+
+def objection_message(code: int, reason: str) -> averaging_pb2.AveragingData:
+    """A message that says what is wrong with the other side's values, in a field that hivemind leaves empty there."""
+    return averaging_pb2.AveragingData(code=code, peer_id=reason.encode()[:MAX_OBJECTION_LENGTH])
+
+
+def objection_in(message: averaging_pb2.AveragingData) -> str:
+    return message.peer_id[:MAX_OBJECTION_LENGTH].decode(errors="replace")
 
 
 class Judge:
@@ -231,40 +246,106 @@ class JudgingReducer:
 
 
 class CheckedContainer(TensorPartContainer):
-    """Takes a result from another peer only if ``check(peer_index, part_index, own part, delta)`` has no objection."""
+    """Takes averages from another peer as long as ``check(peer_index, part_index, own part, delta)`` has no objection.
+
+    After one the peer's other averages are left, too: the own values stand in for them. ``when_over(peer_index,
+    objection)`` is called when no further average of a peer is wanted, with "" if all of them were good.
+    """
 
     check = staticmethod(lambda *arguments: None)
+    when_over = staticmethod(lambda *arguments: None)
 
     def register_processed_part(self, peer_index: int, part_index: int, part: torch.Tensor) -> None:
-        if part_index < len(self._input_parts_by_peer[peer_index]):
-            self.check(peer_index, part_index, self._input_parts_by_peer[peer_index][part_index][0], part)
+        num_parts = self.num_parts_by_peer[peer_index]
+        if self._outputs_registered_by_peer[peer_index] == num_parts:
+            return  # on its way before the peer heard of the objection
+        try:
+            if part_index < num_parts:
+                self.check(peer_index, part_index, self._input_parts_by_peer[peer_index][part_index][0], part)
+        except AllreduceException as error:
+            self._stand_in(peer_index)
+            self.when_over(peer_index, str(error))
+            return
         super().register_processed_part(peer_index, part_index, part)
+        if self._outputs_registered_by_peer[peer_index] == num_parts:
+            self.when_over(peer_index, "")
+
+    def register_failed_reducer(self, peer_index: int) -> None:
+        self._stand_in(peer_index)
+        self.when_over(peer_index, "")
+
+    def _stand_in(self, peer_index: int) -> None:
+        """As hivemind's `register_failed_reducer`; the own values are not judged."""
+        for part_index in range(self._outputs_registered_by_peer[peer_index], self.num_parts_by_peer[peer_index]):
+            own = self._input_parts_by_peer[peer_index][part_index][0]
+            super().register_processed_part(peer_index, part_index, torch.zeros_like(own))
+            self.failed_size += own.numel()
 
 
 class _CheckedStub:
-    """Calls a reducer, checks its messages, and hangs up after ``num_parts`` of them.
+    """Calls a reducer, checks its messages, and hangs up after ``num_parts`` of them or when told to `end`.
 
     The reducer lingers until then, see `RoundReporting.rpc_aggregate_part`. Hanging up waits until the end of the own
     parts is sent: without it the reducer would take the call for a broken one.
+
+    The own messages end when it is known whether the averages are good, so that the last one may be an objection. Until
+    the reducer has read that, what it sends is thrown away: a reducer that nobody reads from reads nothing, either, and
+    would stand until its own time is up. ``note(text)`` is called with what the reducer objects to.
     """
 
-    def __init__(self, stub, num_parts: int):
-        self.stub, self.num_parts = stub, num_parts
+    def __init__(self, stub, num_parts: int, note=lambda text: None):
+        self.stub, self.num_parts, self.note = stub, num_parts, note
+        self.objection, self.is_over = "", asyncio.Event()
+        self._caller: asyncio.Task | None = None
+
+    def end(self, objection: str = "") -> None:
+        """No further average is wanted; to be called in the task that takes the averages."""
+        if self.is_over.is_set():
+            return
+        self.objection = objection
+        self.is_over.set()
+        if objection:
+            self._caller = asyncio.current_task()
+            asyncio.get_running_loop().call_later(OBJECTION_SECONDS, self._caller.cancel)
 
     async def rpc_aggregate_part(self, inputs):
         sent_all = asyncio.Event()
-        stream = await self.stub.rpc_aggregate_part(attach_event_on_finished(inputs, sent_all))
+        stream = await self.stub.rpc_aggregate_part(attach_event_on_finished(self._with_verdict(inputs), sent_all))
         return self._take_parts(stream, sent_all)
+
+    async def _with_verdict(self, inputs) -> AsyncIterator[averaging_pb2.AveragingData]:
+        async for message in inputs:
+            if self.objection:
+                break
+            yield message
+        await self.is_over.wait()
+        if self.objection:
+            yield objection_message(averaging_pb2.PROTOCOL_VIOLATION, self.objection)
 
     async def _take_parts(self, stream, sent_all: asyncio.Event) -> AsyncIterator[averaging_pb2.AveragingData]:
         num_taken = 0
         async for message in checked_messages(stream):
+            if self.objection:
+                break
+            reason = objection_in(message)
+            if message.code != averaging_pb2.AVERAGED_PART and reason:
+                raise AllreduceException(f"ended the call, as this peer {reason}")
+            if reason:
+                self.note(f"left out values of this peer, the first {reason}")
             yield message
             num_taken += 1
             if num_taken == self.num_parts:
                 await sent_all.wait()
+                break
+        if self.objection:
+            with contextlib.suppress(Exception):
+                async for message in stream:
+                    if message.code != averaging_pb2.AVERAGED_PART:
+                        break  # it has heard
                 await stream.aclose()
-                return
+            self._caller.cancel()  # the reason is known; that parts are missing would be no other one
+        elif num_taken == self.num_parts:
+            await stream.aclose()
 
 
 class JudgingAllReduce(AllReduceRunner):
@@ -277,7 +358,11 @@ class JudgingAllReduce(AllReduceRunner):
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
         container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
-        container.check = self._check_average
+        container.check, container.when_over = self._check_average, self._end_call
+        self._calls: dict[int, _CheckedStub] = {}  # by place in the group
+        self._num_served, self._nobody_served = 0, asyncio.Event()
+        self._nobody_served.set()
+        self._untold: dict = {}  # peer -> why its values are left out
         self.tensor_part_container = container
         self.parts_for_local_averaging = container.get_raw_input_parts(self.own_index)
         self.tensor_part_reducer = JudgingReducer(
@@ -320,7 +405,8 @@ class JudgingAllReduce(AllReduceRunner):
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
             self._refusals[peer] += 1
-            self._first_reasons.setdefault(peer, reason)
+            if peer not in self._first_reasons:
+                self._first_reasons[peer] = self._untold[peer] = reason
         return average
 
     def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
@@ -336,9 +422,40 @@ class JudgingAllReduce(AllReduceRunner):
             for count in (self._refusals[peer],)
         )
 
+    def missing_peers(self) -> list:
+        """Those whose averages or values had not come when the round ended."""
+        container, reducer = self.tensor_part_container, self.tensor_part_reducer
+        counts = zip(container._outputs_registered_by_peer, container.num_parts_by_peer, strict=True)
+        missing = {self.ordered_peer_ids[i] for i, (came, due) in enumerate(counts) if self.is_sender and came < due}
+        for contributions, average in zip(reducer.contributions, reducer.averages, strict=True):
+            if not average.done() or average.cancelled():
+                senders = set(range(reducer.num_senders)) - contributions.keys() - reducer.failed
+                missing.update(self.sender_peer_ids[i] for i in senders)
+        return [peer for peer in self.ordered_peer_ids if peer in missing and peer != self.peer_id]
+
     def _get_peer_stub(self, peer):
-        num_parts = self.tensor_part_container.num_parts_by_peer[self.ordered_peer_ids.index(peer)]
-        return _CheckedStub(super()._get_peer_stub(peer), num_parts)
+        index = self.ordered_peer_ids.index(peer)
+        num_parts = self.tensor_part_container.num_parts_by_peer[index]
+        call = _CheckedStub(super()._get_peer_stub(peer), num_parts, note=partial(self._note_failure, peer))
+        self._calls[index] = call
+        return call
+
+    def _end_call(self, peer_index: int, objection: str) -> None:
+        if objection:
+            self._note_failure(self.ordered_peer_ids[peer_index], objection)
+        if peer_index in self._calls:
+            self._calls[peer_index].end(objection)
+
+    @staticmethod
+    def _note_failure(peer, reason: str) -> None:
+        failure_logger.debug("Caught %r when communicating with %s", AllreduceException(reason), peer)
+
+    async def run(self) -> AsyncIterator[torch.Tensor]:
+        """As hivemind's, but those who take this peer's averages may still say what they think of them."""
+        async for difference in super().run():
+            yield difference
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
 
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
@@ -348,12 +465,71 @@ class JudgingAllReduce(AllReduceRunner):
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """As hivemind's, with malformed tensors refused before they are read."""
-        if context.remote_id not in self.sender_peer_ids:
+        """As hivemind's, with malformed tensors refused before they are read, and reasons given to who is refused."""
+        peer = context.remote_id
+        if peer not in self.sender_peer_ids:
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        async for message in super().rpc_aggregate_part(checked_messages(stream), context):
+        messages = checked_messages(stream)
+        self._num_served += 1
+        self._nobody_served.clear()
+        try:
+            num_sent, code = 0, averaging_pb2.AVERAGED_PART
+            async for message in super().rpc_aggregate_part(self._parts_in(messages), context):
+                num_sent, code = num_sent + 1, message.code
+                if code == averaging_pb2.AVERAGED_PART and peer in self._untold:
+                    message.MergeFrom(objection_message(code, self._untold.pop(peer)))
+                with self._limit_reading(peer):
+                    yield message
+            if code != averaging_pb2.AVERAGED_PART:
+                return
+            if num_sent < self.tensor_part_reducer.num_parts:
+                yield objection_message(averaging_pb2.INTERNAL_ERROR, "was left out of the round")
+                return
+            objection = await self._last_word(messages)
+            if objection:
+                self._note_failure(peer, objection)
+                yield averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR)  # heard
+        finally:
+            self._num_served -= 1
+            if self._num_served == 0:
+                self._nobody_served.set()
+
+    async def _parts_in(self, messages) -> AsyncIterator[averaging_pb2.AveragingData]:
+        """The parts that a caller sends; its call stays open until it knows whether it objects to the averages."""
+        for _ in range(self.tensor_part_reducer.num_parts):
+            message = await anext(messages, None)
+            if message is None:
+                return
+            if message.code == averaging_pb2.PROTOCOL_VIOLATION:
+                raise AllreduceException(f"ended its call, as this peer {objection_in(message)}")
             yield message
+
+    @staticmethod
+    async def _last_word(messages) -> str:
+        """What a caller who has sent all its parts and was sent all averages objects to."""
+        with contextlib.suppress(TimeoutError, AllreduceException):
+            message = await asyncio.wait_for(anext(messages, None), OBJECTION_SECONDS)
+            if message is not None and message.code == averaging_pb2.PROTOCOL_VIOLATION:
+                return f"does not take all averages, as this peer {objection_in(message)}"
+        return ""
+
+    @contextlib.contextmanager
+    def _limit_reading(self, peer):
+        """Leave a sender out that does not take an average in time: hivemind would wait for it until the round ends."""
+        if self.sender_timeout is None:
+            yield
+            return
+
+        def leave_out() -> None:
+            self._note_failure(peer, f"does not read what it is sent, for {self.sender_timeout:.0f} s")
+            self._leaving_out = asyncio.ensure_future(self._ban_sender(peer))
+
+        timer = asyncio.get_running_loop().call_later(self.sender_timeout, leave_out)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 __all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "check_wire_tensor", "checked_messages"]

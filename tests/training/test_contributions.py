@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
 import hivemind
@@ -12,10 +14,26 @@ import pytest
 import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException, BannedException
-from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
+from hivemind.compression import (
+    BlockwiseQuantization,
+    CompressionInfo,
+    Float16Compression,
+    NoCompression,
+    serialize_torch_tensor,
+)
+from hivemind.p2p import PeerID
+from hivemind.proto import averaging_pb2
 
 from src.training.averagers import LeanStateAverager
-from src.training.contributions import Judge, JudgingAllReduce, JudgingReducer, check_wire_tensor, checked_messages
+from src.training.contributions import (
+    CheckedContainer,
+    Judge,
+    JudgingAllReduce,
+    JudgingReducer,
+    check_wire_tensor,
+    checked_messages,
+    objection_message,
+)
 from src.training.rounds import RoundReporting
 
 SIZE = 400
@@ -223,6 +241,97 @@ def test_reducer_tells_those_who_wait_that_the_round_has_ended():
             await waiting
 
     asyncio.run(scenario())
+
+
+class Partners:
+    """A round of two without a network: the runner of one, and calls of the other."""
+
+    own, other = PeerID(b"own"), PeerID(b"other")
+
+    def __init__(self, size: int = 30, **timeouts):
+        self.runner = JudgingAllReduce(
+            judge=Judge(max_weight=1.0),
+            p2p=SimpleNamespace(peer_id=self.own),
+            servicer_type=JudgingAllReduce,
+            prefix=None,
+            group_id=b"group",
+            tensors=[torch.ones(size)],
+            ordered_peer_ids=(self.own, self.other),
+            peer_fractions=(0.5, 0.5),
+            part_size_bytes=40,
+            **timeouts,
+        )
+
+    def call(self, num_parts: int, last=None):
+        """The answers to a call that sends parts and then stays open, or ends with another message."""
+
+        async def messages():
+            for index in range(num_parts):
+                yield averaging_pb2.AveragingData(
+                    code=averaging_pb2.NO_CODE if index else averaging_pb2.PART_FOR_AVERAGING,
+                    group_id=b"" if index else b"group",
+                    tensor_part=serialize_torch_tensor(torch.full((10,), 3.0)),
+                    weight=1.0,
+                )
+            if last is None:
+                await asyncio.Event().wait()
+            yield last
+
+        return self.runner.rpc_aggregate_part(messages(), SimpleNamespace(remote_id=self.other))
+
+
+def test_partner_that_takes_no_averages_is_left_out_in_time(caplog):
+    """Nothing else ends its call: who cannot send does not notice that nothing comes, either."""
+
+    async def scenario():
+        partners = Partners(size=50, sender_timeout=0.2)
+        runner = partners.runner
+        own = [asyncio.create_task(runner.tensor_part_reducer.accumulate_part(0, i, torch.ones(10))) for i in range(3)]
+        answers = partners.call(1)
+        await anext(answers)
+        began = time.monotonic()
+        await asyncio.wait_for(asyncio.gather(*own), 5)  # while the next answer is not asked for
+        return time.monotonic() - began, runner
+
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        seconds, runner = asyncio.run(scenario())
+    assert 0.1 < seconds < 2 and runner.banned_senders == {Partners.other}
+    assert "does not read what it is sent" in caplog.text and str(Partners.other) in caplog.text
+    assert runner.missing_peers() == [Partners.other], "of which no average has come"
+
+
+def test_objection_to_an_average_ends_the_call_for_both(caplog):
+    async def scenario():
+        partners = Partners(size=50)
+        reducer = partners.runner.tensor_part_reducer
+        own = [asyncio.create_task(reducer.accumulate_part(0, i, torch.ones(10))) for i in range(3)]
+        objection = objection_message(averaging_pb2.PROTOCOL_VIOLATION, "sent rubbish")
+        codes = [message.code async for message in partners.call(1, objection)]
+        await asyncio.wait_for(asyncio.gather(*own), 5)
+        return codes
+
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        codes = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert codes == [averaging_pb2.AVERAGED_PART, averaging_pb2.INTERNAL_ERROR]
+    assert "ended its call, as this peer sent rubbish" in caplog.text
+
+
+def test_own_values_stand_in_for_averages_that_are_refused():
+    """All of them from the first that is, and nothing is asked of the check any more."""
+    container = CheckedContainer([torch.ones(100)], (0.5, 0.5), part_size_bytes=40)
+    checked, over = [], []
+
+    def check(peer_index, part_index, own, delta):
+        checked.append(part_index)
+        if part_index == 1:
+            raise AllreduceException("sent rubbish")
+
+    container.check, container.when_over = check, lambda *arguments: over.append(arguments)
+    for part_index in range(5):
+        container.register_processed_part(1, part_index, torch.full((10,), 7.0))
+    assert checked == [0, 1] and over == [(1, "sent rubbish")]
+    assert [float(part[0]) for part in container._output_parts_by_peer[1]] == [7.0, 0.0, 0.0, 0.0, 0.0]
+    assert container.failed_size == 40
 
 
 # -- tensors as they come from the network ----------------------------------------------------------------------------
