@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from statistics import median_low
+from statistics import median_high, median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 import torch
@@ -25,10 +25,16 @@ from hivemind.utils.asyncio import attach_event_on_finished
 logger = logging.getLogger(__name__)
 failure_logger = logging.getLogger("hivemind.averaging.allreduce")  # `RoundReporting` collects what is said there
 
-MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
-# The gradient of a part may have one direction only, as those of the order head have at first: then its norm is that of
-# one random number, which is tiny in one batch of twenty. So a part that is a small share of the whole has more room.
-SMALL_SHARE, MAX_SMALL_RATIO = 0.1, 300.0
+MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one, whatever the rest of the contribution is
+# Honest peers differ by more than that in single parts: who has no labels of sentence order has no gradient there, nor
+# in the rows of words it never meets. So a part may be anything, as long as all of the sender's parts together stay
+# below this many times what is usual for a whole contribution. Measured in a tiny model at the end of its training: the
+# gradient of a language that it has not seen yet was 60 times that of the one it knows, in batches of equal size.
+MAX_WHOLE_RATIO = 80.0
+# One round shows little of what is usual: a single sample that the model knew by heart had 1/350 of another's.
+# Without own values and memory there is even less to go by: the first parts of a round may be unlike the rest.
+FIRST_WHOLE_RATIO, UNKNOWN_RATIO = 500.0, 1e6
+FORGETTING = 0.9  # a round
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
 WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
 MAX_OBJECTION_LENGTH = 200  # bytes
@@ -78,8 +84,25 @@ def objection_in(message: averaging_pb2.AveragingData) -> str:
     return message.peer_id[:MAX_OBJECTION_LENGTH].decode(errors="replace")
 
 
+class Usual:
+    """The highest of the norms of late, and from how many rounds that is known."""
+
+    def __init__(self):
+        self.norm, self.num_rounds = 0.0, 0
+
+    def remember(self, norm: float) -> None:
+        self.norm = max(norm, FORGETTING * self.norm)
+        self.num_rounds += 1
+
+    def ratio(self) -> float:
+        """How far a whole contribution may lie above what is usual."""
+        return FIRST_WHOLE_RATIO if self.num_rounds <= 1 else MAX_WHOLE_RATIO
+
+
 class Judge:
     """Decides which contributions to a part are averaged; remembers across rounds what is usual.
+
+    What is usual follows this peer's own values, which nobody else can move; only who has none goes by the others'.
 
     ``max_weight``: a larger weight counts as this, one beyond ten times this is not believed at all.
     ``harmless_rms``: values whose root mean square is not above this are never too large.
@@ -89,7 +112,14 @@ class Judge:
 
     def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
-        self.usual_norms: dict[int, float] = {}  # number of a part -> what its norm was in recent rounds
+        self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
+
+    def room_for_whole(self, own_norm: float) -> float:
+        """Up to which norm a whole contribution is believed, to be asked once a round; infinite if nothing is known."""
+        if self.max_distance is not None:
+            return 0.0  # parameters hardly differ, in no part
+        self.whole.remember(own_norm)
+        return self.whole.ratio() * self.whole.norm or math.inf
 
     def combine(
         self,
@@ -100,32 +130,39 @@ class Judge:
         own: int | None,
         harmless: float,
         small: float = 0.0,
+        before: dict[int, float] | None = None,
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
 
         ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large;
-        ``small``: one up to which it matters little to the whole.
+        ``small``: one up to which a sender's parts of this round together are not, infinite if this peer's own values
+        say nothing of that; ``before``: what that norm is without this part, by sender, and is then with it.
         """
+        before = {} if before is None else before
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
             if values.shape != shape:
                 refused[sender] = f"has shape {list(values.shape)} instead of {list(shape)}"
+            elif not values.is_floating_point():
+                refused[sender] = f"has values of type {values.dtype}"
             elif not 0 <= weight <= 10 * self.max_weight:  # nor NaN
                 refused[sender] = f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}"
             elif not math.isfinite(norm := float(values.norm())):
                 refused[sender] = "is not finite"
             else:
                 weights[sender], norms[sender] = min(weight, self.max_weight), norm
-        unlike = self._too_large(part, norms, weights, shape, own, harmless, small)
+        sums = {sender: math.hypot(norm, before.get(sender, 0.0)) for sender, norm in norms.items()}
+        unlike = self._too_large(part, norms, sums, weights, shape, own, harmless, small)
         unlike.update(self._too_far(contributions, norms, weights, own))
         for sender in unlike:
-            del weights[sender], norms[sender]
+            del weights[sender], norms[sender], sums[sender]
+        before.update(sums)
         refused.update(unlike)
         if not weights:  # not even this peer's own: better nothing than NaN
             values = contributions[own][0] if own in contributions else torch.zeros(shape)
             return torch.nan_to_num(values, 0.0, 0.0, 0.0), refused
-        usual = median_low(norms.values())
-        self.usual_norms[part] = 0.8 * self.usual_norms.get(part, usual) + 0.2 * usual
+        # the higher of two: else one who sends nothing but zeros would make the other's values look large
+        self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
@@ -134,25 +171,37 @@ class Judge:
             average.add_(contributions[sender][0], alpha=weight)
         return average.div_(total), refused
 
-    def _too_large(self, part, norms, weights, shape, own, harmless, small) -> dict[int, str]:
+    def _too_large(self, part, norms, sums, weights, shape, own, harmless, small) -> dict[int, str]:
         if not norms:
             return {}
-        reference = max(self.usual_norms.get(part, 0.0), median_low(norms.values()))
-        typical_weight = median_low(weights.values())
-        if own in norms and weights[own] > 0:
-            reference, typical_weight = max(reference, norms[own]), weights[own]
+        usual = self.parts[part].norm
+        if weights.get(own):
+            reference, typical_weight = max(usual, norms[own]), weights[own]
+        else:  # most of the others cannot lie far from what they usually send
+            median = median_low(norms.values())
+            reference = max(usual, min(median, MAX_NORM_RATIO * usual) if usual else median)
+            typical_weight = median_low(weights.values())
+        if small == math.inf and self.max_distance is None:
+            small = self._room_by_memory(part, median_low(sums.values()))
         harmless = max(harmless, self.harmless_rms * math.sqrt(shape.numel()))
         refused = {}
         for sender, norm in norms.items():
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
             allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
-            if norm > self._highest(reference * allowance, harmless, small):
+            if not self._is_possible(norm, sums[sender], reference * allowance, harmless, small * allowance):
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
 
+    def _room_by_memory(self, part: int, median: float) -> float:
+        """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
+        known = math.hypot(*(usual.norm for usual in self.parts.values()))
+        if known and self.parts[part].num_rounds:
+            return self.parts[part].ratio() * known
+        return UNKNOWN_RATIO * max(known, median) or math.inf
+
     @staticmethod
-    def _highest(reference: float, harmless: float, small: float) -> float:
-        return max(MAX_NORM_RATIO * reference, min(MAX_SMALL_RATIO * reference, small), harmless)
+    def _is_possible(norm: float, with_others: float, reference: float, harmless: float, small: float) -> bool:
+        return norm <= max(MAX_NORM_RATIO * reference, harmless) or with_others <= small
 
     def _too_far(self, contributions, norms, weights, own) -> dict[int, str]:
         # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
@@ -169,25 +218,35 @@ class Judge:
         return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
 
     def check_average(
-        self, part: int, own: torch.Tensor, delta: torch.Tensor, *, harmless: float, small: float = 0.0
-    ) -> None:
+        self,
+        part: int,
+        own: torch.Tensor,
+        delta: torch.Tensor,
+        *,
+        harmless: float,
+        small: float = 0.0,
+        before: float = 0.0,
+    ) -> float:
         """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
 
-        ``harmless`` and ``small`` as for `combine`; an infinite ``harmless`` means that the own values say nothing.
+        ``harmless``, ``small`` and ``before`` as for `combine`, ``before`` for the one who sent it. An infinite
+        ``harmless`` means that the own values say nothing. Returns what ``before`` is for the next part.
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
         norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
+        together = math.hypot(norm, before)
         if harmless == math.inf:
-            return
-        reference = max(own_norm, self.usual_norms.get(part, 0.0))
+            return together
+        reference = max(own_norm, self.parts[part].norm)
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
-        if norm > self._highest(reference, harmless, small):
+        if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
         if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
             raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
+        return together
 
 
 class JudgingReducer:
@@ -369,25 +428,16 @@ class JudgingAllReduce(AllReduceRunner):
             len(self.parts_for_local_averaging), len(self.sender_peer_ids), self._combine
         )
         self.is_sender = self.peer_id in self.sender_peer_ids
-        self.own_norm, self.num_values = self._norm(tensors), max(1, sum(tensor.numel() for tensor in tensors))
+        self._has_values = self.is_sender and self.weight > 0  # auxiliary and who tags along has none to compare with
+        self._room = judge.room_for_whole(self._norm(tensors)) if self._has_values else math.inf
+        self._averaged: dict[int, float] = {}  # sender -> norm of its parts that entered an average
+        self._taken: dict[int, float] = {}  # place in the group -> norm of the averages taken from there
         self._refusals: Counter = Counter()
         self._first_reasons: dict = {}
 
     @staticmethod
     def _norm(tensors: Sequence[torch.Tensor]) -> float:
         return math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
-
-    def _limits(self, num_values: int, *, without_own: float) -> dict[str, float]:
-        """Up to which norms so many values can do no harm, or little, see `Judge.combine`.
-
-        ``without_own`` is for a peer whose own values say nothing, as it is auxiliary or tags along.
-        """
-        if not self.is_sender or self.weight == 0:
-            return {"harmless": without_own, "small": math.inf}
-        return {
-            "harmless": self.own_norm * math.sqrt(num_values / self.num_values),  # as large as the own are on average
-            "small": SMALL_SHARE * self.own_norm,
-        }
 
     def _number(self, peer_index: int, part_index: int) -> int:
         """A part's place among all parts of all tensors, which does not depend on who averages it."""
@@ -400,7 +450,9 @@ class JudgingAllReduce(AllReduceRunner):
             contributions,
             shape=shape,
             own=self.sender_peer_ids.index(self.peer_id) if self.is_sender else None,
-            **self._limits(shape.numel(), without_own=0.0),
+            harmless=0.0,
+            small=self._room,
+            before=self._averaged,
         )
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
@@ -411,8 +463,14 @@ class JudgingAllReduce(AllReduceRunner):
 
     def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
         if peer_index != self.own_index:
-            limits = self._limits(own.numel(), without_own=math.inf)
-            self.judge.check_average(self._number(peer_index, part_index), own, delta, **limits)
+            self._taken[peer_index] = self.judge.check_average(
+                self._number(peer_index, part_index),
+                own,
+                delta,
+                harmless=0.0 if self._has_values else math.inf,
+                small=self._room,
+                before=self._taken.get(peer_index, 0.0),
+            )
 
     @property
     def refused(self) -> tuple[str, ...]:

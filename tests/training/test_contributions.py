@@ -26,6 +26,8 @@ from hivemind.proto import averaging_pb2
 
 from src.training.averagers import LeanStateAverager
 from src.training.contributions import (
+    FIRST_WHOLE_RATIO,
+    MAX_WHOLE_RATIO,
     CheckedContainer,
     Judge,
     JudgingAllReduce,
@@ -91,7 +93,7 @@ def test_judge_allows_for_the_noise_of_few_samples_but_not_for_less():
 
 
 def test_judge_compares_with_all_values_where_a_part_has_none():
-    """A part of rare words may be zero for this peer and not for another."""
+    """A part of rare words may be zero for this peer, not for another; up to ``harmless`` that is no question."""
     average, refused = combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(0.9), own_rms=1.0)
     assert not refused and float(average.norm()) > 0
     assert combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(2.0), own_rms=1.0)[1]
@@ -119,22 +121,64 @@ def test_old_parameters_of_an_auxiliary_peer_say_nothing_of_others():
         judge.check_average(0, old, trained[0] - old, harmless=0.0)
 
 
-@pytest.mark.parametrize("role", ["trainer", "tags along", "auxiliary"])
-def test_part_that_is_a_small_share_of_the_whole_has_more_room(role):
-    runner = JudgingAllReduce.__new__(JudgingAllReduce)
-    runner.is_sender, runner.weight = role != "auxiliary", float(role == "trainer")
-    runner.own_norm, runner.num_values = 20.0, 10**6
-    own, limits = torch.tensor([1e-2, -1e-2]), runner._limits(2, without_own=0.0)
+def test_part_may_be_anything_that_the_whole_of_a_contribution_justifies():
+    """A part of which the own values are all zero is no reason, and many such parts are no way around the limit."""
+    judge = Judge(max_weight=1.0)
+    for _ in range(10):
+        room = judge.room_for_whole(own_norm=6.0)
+    assert room == MAX_WHOLE_RATIO * 6.0
+    limits = {"shape": SHAPE, "own": 0, "harmless": 0.0, "small": room}
+    refused, before = [], {}
+    for part in range(1000):
+        contributions = {0: (torch.zeros(SHAPE), 1.0), 1: (like(2.0, part), 1.0)}
+        average, without = judge.combine(part, contributions, before=before, **limits)
+        refused.append(1 in without)
+        assert bool(average.any()) is not refused[-1]
+    first = refused.index(True)
+    assert all(refused[first:]) and first == pytest.approx((room / (2.0 * math.sqrt(SIZE))) ** 2, rel=0.1)
+    assert 1 in judge.combine(0, {0: (like(0.1), 1.0), 1: (like(100.0), 1.0)}, **limits)[1], "beyond it at once"
+    # the same for the averages that come back
+    before, delta = 0.0, like(2.0)
+    for part in range(first - 20):
+        before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
+    with pytest.raises(AllreduceException, match="sent an average of norm"):
+        for part in range(1000):
+            before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
 
-    def is_refused(own, other) -> bool:
-        contributions = {0: (own, 1.0), 1: (other, 1.0)}
-        return 1 in Judge(max_weight=1.0).combine(0, contributions, shape=own.shape, own=0, **limits)[1]
 
-    assert not is_refused(own, 50 * own)
-    assert is_refused(own, 1000 * own) and is_refused(own, math.nan * own)
-    assert is_refused(100 * own, 5000 * own) is (role == "trainer"), "that would be most of the whole"
-    harmless = runner._limits(400, without_own=0.5)["harmless"]
-    assert harmless == (pytest.approx(20.0 * math.sqrt(400 / 10**6)) if role == "trainer" else 0.5)
+def test_usual_norm_needs_rounds_to_be_known_and_is_nobody_elses_to_move():
+    judge = Judge(max_weight=1.0)
+    assert judge.room_for_whole(0.0) == math.inf, "nothing is known yet"
+    judge = Judge(max_weight=1.0)
+    assert [judge.room_for_whole(own_norm=1.0) for _ in range(3)] == [FIRST_WHOLE_RATIO, *[MAX_WHOLE_RATIO] * 2]
+    assert judge.room_for_whole(0.001) > 0.8 * MAX_WHOLE_RATIO, "one easy batch is forgotten less soon than others"
+    for _ in range(200):
+        judge.room_for_whole(0.001)
+    assert judge.room_for_whole(0.001) == pytest.approx(0.001 * MAX_WHOLE_RATIO), "but the end of training is noticed"
+    for _ in range(20):  # most of the others send ever more
+        combine(judge, like(1.0), like(9.0, 1), like(9.0, 2))
+    assert set(combine(judge, like(1.0), like(20.0, 1), like(20.0, 2))[1]) == {1, 2}
+
+
+def test_auxiliary_peer_judges_by_the_parts_it_has_averaged_so_far():
+    def combine_as_auxiliary(judge, part, *values, before=None):
+        contributions = {sender: (one, 1.0) for sender, one in enumerate(values)}
+        options = {"shape": SHAPE, "own": None, "harmless": 0.0, "small": math.inf, "before": before}
+        return set(judge.combine(part, contributions, **options)[1])
+
+    judge = Judge(max_weight=1.0)
+    zeros = torch.zeros(SHAPE)
+    assert not combine_as_auxiliary(judge, 0, zeros, like(1.0)), "it knows nothing of either yet"
+    assert combine_as_auxiliary(Judge(max_weight=1.0), 0, like(1.0), like(1.0, 1), like(1e8)) == {2}
+    for _ in range(6):
+        assert not combine_as_auxiliary(judge, 0, zeros, like(1.0))
+        assert not combine_as_auxiliary(judge, 1, zeros, zeros)
+    assert not combine_as_auxiliary(judge, 1, zeros, like(1.0)), "the first labels of sentence order"
+    assert combine_as_auxiliary(judge, 0, like(1.0), like(200.0)) == {1}
+    for _ in range(20):  # one who sends nothing does not make the other's values look large
+        assert not combine_as_auxiliary(judge, 0, zeros, like(1.0))
+    assert combine_as_auxiliary(judge, 0, like(1.0), like(50.0), before={1: 10_000.0}) == {1}, "with the parts before"
+    assert not combine_as_auxiliary(judge, 0, like(1.0), like(50.0), before={1: 1000.0})
 
 
 def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
