@@ -181,7 +181,7 @@ class Judge:
             median = median_low(norms.values())
             reference = max(usual, min(median, MAX_NORM_RATIO * usual) if usual else median)
             typical_weight = median_low(weights.values())
-        if small == math.inf and self.max_distance is None:
+        if small == math.inf:
             small = self._room_by_memory(part, median_low(sums.values()))
         harmless = max(harmless, self.harmless_rms * math.sqrt(shape.numel()))
         refused = {}
@@ -194,6 +194,8 @@ class Judge:
 
     def _room_by_memory(self, part: int, median: float) -> float:
         """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
+        if self.max_distance is not None:
+            return 0.0  # see `room_for_whole`
         known = math.hypot(*(usual.norm for usual in self.parts.values()))
         if known and self.parts[part].num_rounds:
             return self.parts[part].ratio() * known

@@ -181,6 +181,15 @@ def test_auxiliary_peer_judges_by_the_parts_it_has_averaged_so_far():
     assert not combine_as_auxiliary(judge, 0, like(1.0), like(50.0), before={1: 1000.0})
 
 
+def test_parts_of_parameters_are_judged_one_by_one():
+    """They hardly differ between peers, so the whole justifies nothing, with own values or without."""
+    judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+    assert judge.room_for_whole(own_norm=1000.0) == 0.0
+    contributions = {sender: (values, 1.0) for sender, values in enumerate((like(1.0), like(1.0, 1), like(20.0, 2)))}
+    _, refused = judge.combine(0, contributions, shape=SHAPE, own=None, harmless=0.0, small=math.inf)
+    assert set(refused) == {2}
+
+
 def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
     average, refused = combine(Judge(max_weight=4.0), (like(1.0), 4.0), (like(1.0, 1), 39.0))
     assert not refused
