@@ -71,6 +71,7 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     """
 
     round_kind = "parameters"
+    has_taken_state = False  # by the last `load_state_from_peers`
 
     def __init__(self, *args, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
@@ -83,14 +84,16 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
 
     def load_state_from_peers(self, **kwargs):
         """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
-        self._expected_epoch.value = self.swarm_epoch()
+        self._expected_epoch.value, self.has_taken_state = self.swarm_epoch(), False
         groups = self.optimizer.param_groups
+        some_parameter = groups[0]["params"][0]
+        version = some_parameter._version  # hivemind does not say whether it has loaded anything
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
-            return super().load_state_from_peers(**kwargs)
+            super().load_state_from_peers(**kwargs)
+            self.has_taken_state = some_parameter._version != version
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
-            return None
         finally:
             for group, options in zip(groups, own, strict=True):
                 group.update(options)

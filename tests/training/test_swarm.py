@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from src import LeanAlbertForMaskedLM, load_tokenizer
+from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
 from src.training.backup import read_backup
 from src.training.history import read_history
 from src.training.journal import read_journal
@@ -135,6 +135,43 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
     with torch.no_grad():
         logits = model(**tokenizer("Утром мы пошли в [MASK].", return_tensors="pt")).logits
     assert logits.isfinite().all() and logits.shape[-1] == MODEL["vocab_size"]
+
+
+@pytest.mark.timeout(300)
+def test_run_begins_with_the_weights_of_a_checkpoint_and_hands_them_to_a_peer_that_joins(tmp_path):
+    shared = swarm_arguments(tmp_path, target_batch_size=32, total_steps=3)
+    # a learning rate of zero until the end, and no parameters averaged: whatever weights a peer begins with, it keeps
+    shared += ["--num_zero_lr_steps", "3", "--warmup_steps", "3", "--average_state_every", "9"]
+    checkpoints = []
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        model = LeanAlbertForPreTraining(LeanAlbertConfig(**MODEL))
+        checkpoints.append(tmp_path / f"state{seed}.pth")
+        torch.save({"model": model.state_dict(), "epoch": 77}, checkpoints[-1])
+    flags = [*shared, *TRAINER.split(), "--wait_for_peers", "2"]
+    with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
+        auxiliary = swarm.start("aux", "run_aux_peer.py", shared)
+        first = swarm.start("first", "run_trainer.py", [*flags, "--init_checkpoint", checkpoints[0]])
+        with pytest.raises(RuntimeError, match=r"ended with code 2[^+]*--init_checkpoint is \w{16} here and \w{16} in"):
+            swarm.start("other", "run_trainer.py", [*flags, "--init_checkpoint", checkpoints[1]])
+        joiner = swarm.start("joiner", "run_trainer.py", [*flags, "--seed", "5"])
+        for peer in (first, joiner, auxiliary):
+            processes.update(family(peer))
+        for trainer in (first, joiner):
+            assert trainer.process.wait(120) == 0, trainer.output()
+        assert auxiliary.stop() == 0
+        assert not still_alive(processes, timeout=10)
+    assert "joined at epoch 0" in joiner.output()
+    assert "--init_checkpoint" not in first.output().partition("others join with")[2]
+    folders = [tmp_path / "outputs" / "test" / name for name in ("trainer", "trainer-2")]
+    expected = torch.load(checkpoints[0], weights_only=True)["model"]
+    for folder in folders:
+        backup = read_backup(folder / "backup.pth")
+        assert backup["epoch"] == 3
+        for name, tensor in backup["model"].items():
+            assert torch.equal(tensor, expected[name]), (folder, name)
+    starts = [read_journal(folder / "metrics.jsonl")[0]["arguments"]["init_checkpoint"] for folder in folders]
+    assert starts[0] == starts[1] and re.fullmatch(r"[0-9a-f]{16}", starts[0])
 
 
 class LoneTrainer:
