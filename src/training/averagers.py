@@ -39,7 +39,17 @@ ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third
 NUM_WITNESSES = 3
 
 
-class LeanGradientAverager(RoundReporting, GradientAverager):
+class ClosesConnection:
+    """Mixin: an averager closes its connection to p2pd when it is shut down, and so removes its socket."""
+
+    async def _shutdown(self, timeout: float | None) -> None:
+        try:
+            await super()._shutdown(timeout)
+        finally:
+            await self._p2p.shutdown()
+
+
+class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
     """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
 
     Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
@@ -63,7 +73,7 @@ class LeanGradientAverager(RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(RoundReporting, TrainingStateAverager):
+class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -304,6 +314,7 @@ def end_searches_without_waiting() -> None:
 
 
 __all__ = [
+    "ClosesConnection",
     "LeanGradientAverager",
     "LeanStateAverager",
     "correct_step_cancellation",

@@ -14,7 +14,7 @@ from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException, BannedException
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
 
-from src.training.averagers import LeanStateAverager
+from src.training.averagers import ClosesConnection, LeanStateAverager
 from src.training.contributions import Judge, JudgingAllReduce, JudgingReducer, check_wire_tensor, checked_messages
 from src.training.rounds import RoundReporting
 
@@ -274,7 +274,7 @@ POISONS = ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "wei
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
-class PlainAverager(RoundReporting, DecentralizedAverager):
+class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
     """Averages any tensors. At module level: remote calls are named after the class."""
 
 

@@ -20,6 +20,7 @@ from src.training.backup import read_backup
 from src.training.history import read_history
 from src.training.journal import read_journal
 from src.training.local_swarm import REPOSITORY, LocalPeer, LocalSwarm
+from src.training.sockets import remove_abandoned
 from src.training.swarm_report import compare_parameters, summarise_run
 
 EPOCHS = 8
@@ -212,7 +213,7 @@ class LoneTrainer:
 
 
 @pytest.mark.timeout(300)
-def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_path):
+def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_path, temporary_directory):
     shared = swarm_arguments(tmp_path, target_batch_size=64, total_steps=10_000)
     flags = [*shared, *TRAINER.split(), "--wait_for_peers", "2"]
     flags += ["--delay_optimizer_step", "False", "--delay_grad_averaging", "False"]
@@ -233,6 +234,7 @@ def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_
         assert trainer.stop() == 0, trainer.output()
         assert time.monotonic() - asked < 10, trainer.output()
         assert not still_alive(processes, timeout=5)
+    remove_abandoned(temporary_directory)  # the partner's, as the next start of a peer does
     searching = [record for record in records if record["event"] == "phase" and record["kind"] == "gradients"]
     assert searching[-1]["phase"] == "matchmaking"
 
@@ -254,6 +256,29 @@ def test_trainer_leaves_although_none_of_its_processes_answers(tmp_path):
         assert not still_alive(processes, timeout=5)
         assert "stopped at epoch" in trainer.output()
     assert read_backup(tmp_path / "outputs" / "test" / "trainer" / "backup.pth")["epoch"] >= 1
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("way", ["interrupt", "kill the program", "kill p2pd"])
+def test_trainer_that_ends_in_any_way_leaves_no_file_in_the_temporary_directory(tmp_path, temporary_directory, way):
+    before = set(temporary_directory.iterdir())
+    with ending_all(set()) as processes, LoneTrainer(tmp_path) as trainer:
+        trainer.wait_for_epoch()
+        relatives = family(trainer)
+        processes.update(relatives)
+        (sockets,) = set(temporary_directory.glob("leanalbert-*")) - before
+        assert {path.name.partition("-")[0] for path in sockets.iterdir()} >= {"p2pd", "p2pclient", "torch"}
+        if way == "interrupt":
+            trainer.process.send_signal(signal.SIGINT)
+        elif way == "kill the program":
+            next(process for process in relatives if process.ppid() == trainer.process.pid).kill()
+        else:
+            next(process for process in relatives if process.name() == "p2pd").kill()
+            time.sleep(1)
+            trainer.process.terminate()
+        trainer.process.wait(60)
+        assert not still_alive(processes, timeout=5)
+        assert set(temporary_directory.iterdir()) == before
 
 
 @pytest.mark.slow
