@@ -50,8 +50,8 @@ def socket_directory() -> Path:
         atexit.register(lambda: shutil.rmtree(_own, ignore_errors=True) if os.getpid() == owner else None)
         # multiprocessing.util.get_temp_dir looks here; it removes a directory of its own at an ordinary exit only
         multiprocessing.process.current_process()._config["tempdir"] = str(_own)
-        # torch's helper for shared memory makes a directory with a socket in TMPDIR, aborts if the path is too long, and
-        # leaves it when it is killed. Python's own temporary files stay where `tempfile` has found room for them.
+        # torch's helper for shared memory makes a directory with a socket in TMPDIR, aborts if its path is too long,
+        # and leaves it when it is killed. Python's own temporary files stay where `tempfile` has found room for them.
         os.environ["TMPDIR"] = str(_own)
     return _own
 
@@ -64,7 +64,8 @@ def _make_directory(parent: str) -> Path | None:
         remove_abandoned(parent)
         directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:
-            _lock(directory, fcntl.LOCK_SH)  # the descriptor stays open
+            # the supervisor, a program of its own, and torch's helper, which ends last, keep it open, too
+            os.set_inheritable(_lock(directory, fcntl.LOCK_SH), True)
             with socket.socket(socket.AF_UNIX) as probe:
                 probe.bind(str(directory / "probe"))
             (directory / "probe").unlink()
