@@ -42,8 +42,9 @@ def socket_directory() -> Path:
     """
     global _own
     if _own is None:
-        parents = dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm"))
-        _own = next(filter(None, map(_make_directory, parents)), None)
+        parents = [*dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm"))]
+        # twice: a peer that starts at the same moment may have taken a new one, not locked yet, for an abandoned one
+        _own = next(filter(None, map(_make_directory, parents * 2)), None)
         if _own is None:
             raise OSError(f"TMPDIR: no sockets can be made in {', '.join(parents)}; set it to a short path on a disk")
         owner = os.getpid()
