@@ -149,7 +149,9 @@ class AuxiliaryPeerArguments(PeerArguments):
 
     refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.")
     assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.")
-    assist_refresh: float = option(1.0, "Seconds between two looks whether an averaging round is near.")
+    assist_refresh: float = option(
+        1.0, "Seconds between two looks whether an averaging round is over and the next can be waited for."
+    )
     store_checkpoints: bool = option(False, "Download the state from trainers and store it as checkpoint directories.")
     save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.")
     local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
@@ -183,7 +185,10 @@ class CollaborationArguments:
     """How the swarm steps together; the first group must be equal on all peers."""
 
     target_batch_size: int = option(16384, "Samples of all peers together that make one epoch (one global step).")
-    matchmaking_time: float = option(60.0, "Seconds in which peers look for each other before averaging.")
+    matchmaking_time: float = option(
+        60.0,
+        "Seconds that peers wait for each other at most; a round of averaging begins when all are there.",
+    )
     next_chunk_timeout: float = option(60.0, "A peer that sends nothing for so many seconds is left out of the round.")
     averaging_timeout: float = option(600.0, "Give up an averaging round after so many seconds.")
     average_state_every: int = option(5, "Average parameters every so many epochs (gradients: every epoch).")

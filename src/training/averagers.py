@@ -82,6 +82,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
 
     round_kind = "parameters"
     has_taken_state = False  # by the last `load_state_from_peers`
+    averages_parameters = True
 
     def __init__(self, *args, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
@@ -91,6 +92,17 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     @staticmethod
     def swarm_epoch() -> int:
         return 0
+
+    final_epoch = math.inf  # of the run
+
+    def get_current_state(self):
+        """As hivemind's, but the last epoch is named only when its step is done: that state is kept as the result."""
+        updates = tuple(self.pending_updates)
+        metadata, tensors, infos = super().get_current_state()
+        is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
+        if is_under_way and metadata["epoch"] >= self.final_epoch:
+            metadata["epoch"] -= 1
+        return metadata, tensors, infos
 
     def load_state_from_peers(self, **kwargs):
         """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
@@ -132,6 +144,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
         """A few parameters, by which a joining peer compares donors; ``weight`` is this peer's epoch."""
         if not self.allow_state_sharing or not await self._admits(context.remote_id):
             return averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+        self.attendance.came(context.remote_id.to_bytes())
         tensors = self._averaged_tensors
         if not self.reuse_tensors:  # then those of the averager are as old as the last round
             _, tensors, _ = await self._get_current_state_from_host_process()

@@ -17,6 +17,8 @@ from hivemind.utils import get_dht_time
 logger = logging.getLogger(__name__)
 
 MAX_CLOCK_ERROR = 60.0  # seconds that a record's time may lie in the future
+# Seconds that it may lie in the past: it is the moment of the last finished batch, and a batch may take minutes.
+LONGEST_BATCH = 6 * 3600.0
 FASTEST_EPOCH = 0.25  # seconds: nobody finishes epochs quicker than this
 MAX_SPEEDUP = 4.0  # how much quicker than this peer's own recent epochs those of others may be
 FIRST_DISTRUST, LONGEST_DISTRUST = 60.0, 3600.0  # seconds for which an unproven claim is ignored; doubled each time
@@ -114,7 +116,22 @@ class BoundedProgressTracker(ProgressTracker):
                 self._refuse(_name(record.peer_id), f"it claims epoch {record.epoch}, but nobody has a state that new")
             else:
                 accepted[owner] = type(metadata[owner])(self._bounded(record).dict(), metadata[owner].expiration_time)
-        return accepted
+        return self._with_clients(accepted)
+
+    def _with_clients(self, records: dict) -> dict:
+        """hivemind leaves clients out of the swarm's epoch, since they hand over no state. So when one is the first to
+        end an epoch, its samples would count no more, and the others would go on without them.
+
+        Here it counts as one epoch ahead at most: for that nobody needs a state."""
+        highest = max(
+            (entry.value["epoch"] for entry in records.values() if not entry.value["client_mode"]),
+            default=self.local_progress.epoch,
+        )
+        highest = max(highest, self.local_progress.epoch)
+        for entry in records.values():
+            if entry.value["client_mode"]:
+                entry.value.update(client_mode=False, epoch=min(entry.value["epoch"], highest + 1))
+        return records
 
     def _objection(self, owner: bytes, record: LocalTrainingProgress, now: float) -> str:
         if self.is_member is not None and not self.is_member(owner):
@@ -123,7 +140,7 @@ class BoundedProgressTracker(ProgressTracker):
             return f"it claims {record.samples_accumulated} samples in an epoch of {self.target_batch_size}"
         if not math.isfinite(record.samples_per_second):
             return "it claims an infinite speed"
-        if not -MAX_CLOCK_ERROR < now - record.time < MAX_CLOCK_ERROR + 2 * self.metadata_expiration:
+        if not -MAX_CLOCK_ERROR < now - record.time < LONGEST_BATCH:
             return f"its clock is off by {abs(now - record.time):.0f} s"
         return ""
 

@@ -59,7 +59,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line that stays."""
         clear = "\r\033[K" if self.live else ""
-        print(f"{clear}{message}", file=self.stream, flush=True)
+        print(f"{clear}{message}\n", end="", file=self.stream, flush=True)  # in one write: several threads speak
 
     def routine(self, message: str) -> None:
         """A line of which there is one an epoch; a view that shows its figures otherwise leaves it out."""
@@ -90,7 +90,9 @@ class Progress:
     def epoch_finished(self, record: dict, total_epochs: int, rounds: list[Round]) -> None:
         """One line for an epoch; ``record`` is what went into the metrics file."""
         gradients = [r for r in rounds if r.kind == "gradients" and r.complete]
+        alone = any(r.kind == "gradients" and r.error for r in rounds)
         averaged = f"averaged with {gradients[-1].num_peers} peers" if gradients else "not averaged yet"
+        averaged = "own gradients alone" if alone else averaged
         remaining = (total_epochs - record["epoch"]) * record["seconds"]
         self.say(
             f"epoch {record['epoch']}/{total_epochs}  loss {record['loss']:.3f} (words {record['mlm_loss']:.3f}, "

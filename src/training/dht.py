@@ -21,6 +21,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from arguments import PeerArguments
 from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper
 from src.training.probe import offer_probe
+from src.training.progress import REPORT_SECONDS
 from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class TrainerMetrics(pydantic.BaseModel):
     """What a trainer reports when it finishes an epoch; before its first one, zeros that say that it is there.
 
     Losses are sums over ``mini_steps`` forward passes. ``total_samples`` counts from the trainer's start, so that the
-    shares of the work are right although nobody sees every report; ``failure`` is why its last failed round failed.
+    shares of the work are right although nobody sees every report; so does ``lone_epochs``: those that it stepped with
+    its own gradients alone although others trained. ``failure`` is why its last failed round failed.
     """
 
     epoch: pydantic.conint(ge=0, strict=True)
@@ -47,6 +49,7 @@ class TrainerMetrics(pydantic.BaseModel):
     mini_steps: pydantic.conint(ge=0, strict=True) = 0
     failed_rounds: pydantic.conint(ge=0, strict=True) = 0
     total_samples: pydantic.conint(ge=0, strict=True) = 0
+    lone_epochs: pydantic.conint(ge=0, strict=True) = 0
     failure: pydantic.constr(max_length=MAX_REASON_LENGTH, strict=True) = ""
 
     @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")
@@ -60,6 +63,18 @@ class MetricsSchema(pydantic.BaseModel):
     """One record a trainer, stored under its public key, so that nobody can write for another."""
 
     metrics: dict[BytesWithPublicKey, TrainerMetrics]
+
+
+class StoredCheckpoint(pydantic.BaseModel):
+    """What an auxiliary peer that stores checkpoints says as long as it lives: the epoch of its newest one, or 0."""
+
+    epoch: pydantic.conint(ge=0, strict=True)
+
+
+class CheckpointSchema(pydantic.BaseModel):
+    """One record for each such peer, stored under its public key, as with metrics."""
+
+    checkpoints: dict[BytesWithPublicKey, StoredCheckpoint]
 
 
 def short_peer_name(public_key: bytes) -> str:
@@ -104,7 +119,11 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             use_relay=True,
             identity_path=peer.identity_path,
             shutdown_timeout=LEAVE_SECONDS,
-            record_validators=[SchemaValidator(MetricsSchema, prefix=peer.run_id), signature],
+            record_validators=[
+                SchemaValidator(MetricsSchema, prefix=peer.run_id),
+                SchemaValidator(CheckpointSchema, prefix=peer.run_id),
+                signature,
+            ],
             authorizer=None if membership is None else MemberAuthorizer(membership),
         )
     except (P2PDaemonError, ValidationError, RuntimeError) as error:
@@ -185,38 +204,59 @@ def store_metrics(
     dht: hivemind.DHT, run_id: str, public_key: bytes, metrics: TrainerMetrics, expiration: float
 ) -> None:
     """Publish a trainer's metrics for ``expiration`` seconds, in the background."""
+    _store(dht, f"{run_id}_metrics", public_key, metrics, expiration)
+
+
+def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
+    """The newest metrics of all trainers by public key; records that are not valid are left out."""
+    return _fetch(dht, f"{run_id}_metrics", TrainerMetrics)
+
+
+def store_checkpoint_epoch(dht: hivemind.DHT, run_id: str, public_key: bytes, epoch: int, expiration: float) -> None:
+    """Publish, for ``expiration`` seconds and in the background, that this peer stores checkpoints: up to ``epoch``."""
+    _store(dht, f"{run_id}_checkpoints", public_key, StoredCheckpoint(epoch=epoch), expiration)
+
+
+def fetch_checkpoint_epochs(dht: hivemind.DHT, run_id: str) -> dict[bytes, int]:
+    """The newest stored epoch of each peer that stores checkpoints and lives, by public key."""
+    return {key: stored.epoch for key, stored in _fetch(dht, f"{run_id}_checkpoints", StoredCheckpoint).items()}
+
+
+def _store(dht: hivemind.DHT, key: str, public_key: bytes, record: pydantic.BaseModel, expiration: float) -> None:
     dht.store(
-        key=f"{run_id}_metrics",
+        key=key,
         subkey=public_key,
-        value=metrics.dict(),
+        value=record.dict(),
         expiration_time=get_dht_time() + expiration,
         return_future=True,
     )
 
 
-def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
-    """The newest metrics of all trainers by public key; records that are not valid are left out."""
-    record = dht.get(f"{run_id}_metrics", latest=True)
-    metrics = {}
-    if record is None or not isinstance(record.value, dict):
-        return metrics
-    for public_key, entry in record.value.items():
+def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[bytes, pydantic.BaseModel]:
+    found = dht.get(key, latest=True)
+    records = {}
+    if found is None or not isinstance(found.value, dict):
+        return records
+    for public_key, entry in found.value.items():
         try:
-            metrics[public_key] = TrainerMetrics.parse_obj(entry.value)
+            records[public_key] = kind.parse_obj(entry.value)
         except pydantic.ValidationError as error:
-            logger.warning("ignored a malformed metrics record: %s", error.errors()[0]["msg"])
-    return metrics
+            logger.warning("ignored a malformed record of %s: %s", key, error.errors()[0]["msg"])
+    return records
 
 
 def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingProgress]:
-    """What the trainers report within an epoch, several times in it, by short name."""
+    """What the trainers report within an epoch, several times in it, by short name; ``time``: of the last report."""
     record = dht.get(f"{run_id}_progress", latest=True)
     progress = {}
     if record is None or not isinstance(record.value, dict):
         return progress
     for public_key, entry in record.value.items():
         try:
-            progress[short_peer_name(public_key)] = LocalTrainingProgress.parse_obj(entry.value)
+            record = LocalTrainingProgress.parse_obj(entry.value)
+            # its time is that of the last batch, which may take minutes; a report is renewed meanwhile
+            record.time = max(record.time, entry.expiration_time - REPORT_SECONDS)
+            progress[short_peer_name(public_key)] = record
         except pydantic.ValidationError as error:
             logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])
     return progress

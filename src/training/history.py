@@ -41,6 +41,7 @@ class Peer:
     samples: float = 0.0
     samples_per_second: float = 0.0
     failed_rounds: int = 0
+    lone_epochs: int = 0  # stepped with its own gradients alone, although others trained
     failure: str = ""
     reported_total: float = 0.0
 
@@ -136,6 +137,7 @@ class RunHistory:
         peer.last_seen, peer.epoch = time, epoch
         peer.samples += self.epochs[epoch].samples
         peer.samples_per_second = self.epochs[epoch].samples_per_second
+        peer.lone_epochs = int(number(record.get("lone_epochs")))
 
     def _add_peer(self, time: float, epoch: int, record: dict) -> None:
         name = printable(record.get("peer"), MAX_NAME_LENGTH)
@@ -146,6 +148,7 @@ class RunHistory:
         # a total that fell is that of a trainer that was started anew
         peer.samples += total - peer.reported_total if total >= peer.reported_total else total
         peer.reported_total = total
+        peer.lone_epochs = int(number(record.get("lone_epochs")))
         failed = int(number(record.get("failed_rounds")))
         peer.failed_rounds += failed
         if failed:

@@ -1,15 +1,17 @@
 """The swarm's optimizer: parameter groups, 8-bit LAMB with its schedule, and hivemind around it."""
 
 import logging
+import math
 import multiprocessing
 import time
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import hivemind
 import torch
-from hivemind.averaging.control import AveragingStage
+from hivemind.averaging.control import StepControl
 from hivemind.compression import BlockwiseQuantization, Float16Compression, SizeAdaptiveCompression
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +25,7 @@ from src.training.averagers import (
 )
 from src.training.dht import LEAVE_SECONDS
 from src.training.lamb_8bit import CPULAMB8Bit
+from src.training.matchmaking import Attendance
 from src.training.progress import LeanProgressTracker
 from src.training.rounds import SHORTEST_ROUND, Patience, Round
 from src.training.schedules import learning_rate_factor
@@ -35,6 +38,7 @@ MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
 # At the end of an epoch a trainer waits for its rounds so much longer than --next_chunk_timeout. When that time is used
 # up, a second round whose group waits already still gets the shortest time: with 8 s, 12.7 s in all.
 PATIENCE_ALLOWANCE = 2.0
+ASSISTANTS_AHEAD = 10.0  # times --matchmaking_time, see `RoundReporting.assist`
 SEARCH_ALLOWANCE = 5.0  # a search lasts --matchmaking_time, and so much longer if the network is slow
 
 
@@ -98,15 +102,16 @@ class StateDownload:
 class LeanOptimizer(hivemind.Optimizer):
     """`hivemind.Optimizer` over our averagers, which says how its averaging rounds went.
 
-    It looks for a group only while the run has another trainer: a search that is begun alone must be cancelled again at
-    the end of the epoch, just when the second trainer may have joined it.
+    It looks for a group when it has something to average, not before: so whoever looks is ready, a group can begin when
+    all are there, and it consists of those who are there then.
     """
 
-    _partner_is_ahead = False
+    _partner_is_ahead = _is_late = _was_left_behind = False
 
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
         self._failed_downloads = 0  # in a row
+        self._assisting: dict[str, StepControl] = {}  # by kind of round
         self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
 
@@ -145,33 +150,31 @@ class LeanOptimizer(hivemind.Optimizer):
             **kwargs,
         )
 
-    # While a round of the last epoch is under way, the search for the next one must not begin: nothing is ready for the
-    # next round before this one is over and the epoch has ended, but whoever is in its group already waits. Two peers
-    # that are a round apart would wait for each other, one in a group for gradients, the other in one for parameters;
-    # and two searches of one averager take each other's places. All of them then give up after next_chunk_timeout.
-
-    def _round_under_way(self) -> bool:
-        last = self.scheduled_grads
-        averaging_gradients = last is not None and last.triggered and not last.done()
-        return averaging_gradients or not all(update.done() for update in self.state_averager.pending_updates)
-
     def _maybe_schedule_gradient_averaging(self) -> None:
-        if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
-            super()._maybe_schedule_gradient_averaging()
+        """Nothing: hivemind would begin to look for a group before the epoch ends."""
 
     def _maybe_schedule_state_averaging(self) -> None:
-        if self.tracker.global_progress.num_peers > 1 and not self._round_under_way():
-            super()._maybe_schedule_state_averaging()
+        """Nothing, as for gradients."""
+
+    def assist(self) -> None:
+        """As an auxiliary peer: take part in the next rounds, of gradients and of parameters, as they come."""
+        for averager in (self.state_averager, self.grad_averager):
+            if (step := self._assisting.get(averager.round_kind)) is None or step.done():
+                self._assisting[averager.round_kind] = averager.assist(ahead=ASSISTANTS_AHEAD * self.matchmaking_time)
 
     # A peer may be one epoch behind: the others have just ended theirs. But when it ends each epoch together with those
     # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
     # hivemind looks for that at the beginning of a step only, before it may learn where the others are.
 
+    #
+    # hivemind also gives up the first batch of an epoch when others have ended it meanwhile. But they may just be
+    # looking for this peer. So it looks for them, and takes their state if they have gone on.
+
     def _should_load_state_from_peers(self) -> bool:
-        if self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch:
-            self._partner_is_ahead = False
+        if (self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch) or self._was_left_behind:
+            self._partner_is_ahead = self._was_left_behind = False
             return True
-        return super()._should_load_state_from_peers()
+        return not self.is_synchronized_with_peers()
 
     def _notice_partners_ahead(self, epochs: dict) -> None:
         """``epochs``: those in which the members of a round of averaging began it, by peer; no epoch if auxiliary."""
@@ -185,11 +188,13 @@ class LeanOptimizer(hivemind.Optimizer):
             return
         # When rounds take as long as epochs, this is the only moment at which no delayed update is under way, so that
         # parameters and epoch belong together. hivemind would wait for the update next.
-        if self.delay_optimizer_step:
-            self.state_averager.step(wait_for_delayed_updates=True)
-        self._patience.renew()
-        self.before_epoch_ends()
-        super()._update_global_epoch(grad_scaler)
+        with self._patience.blocking():
+            if self.delay_optimizer_step:
+                self.state_averager.step(wait_for_delayed_updates=True)
+            self._patience.renew()
+            self.before_epoch_ends()
+            self._is_late = self.tracker.global_epoch > self.local_epoch
+            super()._update_global_epoch(grad_scaler)
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -206,6 +211,9 @@ class LeanOptimizer(hivemind.Optimizer):
         # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
         try:
             self._notice_partners_ahead(maybe_step_control.result(self.averaging_timeout))
+        except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
+            self.give_up_waiting()
+            self._was_left_behind = self._is_late
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()
@@ -238,20 +246,8 @@ class LeanOptimizer(hivemind.Optimizer):
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         super().load_state_from_peers(**kwargs)
-        if self.local_epoch != epoch:
-            self._leave_scheduled_state_averaging()
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
         self._check_claims(progressed=self.local_epoch > epoch)
-
-    def _leave_scheduled_state_averaging(self) -> None:
-        """Parameters are averaged among peers of one epoch, and the search was for an earlier one."""
-        scheduled, self.scheduled_state = self.scheduled_state, None
-        if scheduled is None or scheduled.done():
-            return
-        if scheduled.stage == AveragingStage.LOOKING_FOR_GROUP:
-            scheduled.cancel()
-        else:  # its group is waiting
-            self._tag_along_with_zero_weight(scheduled)
 
     def _check_claims(self, *, progressed: bool) -> None:
         """After a download: if the swarm's newest state is older than somebody claims, do not ask for it for ever."""
@@ -316,7 +312,9 @@ def make_collaborative_optimizer(
         # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
         "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
         "reducer_timeout": collaboration.next_chunk_timeout,
-        "patience": Patience(patience),
+        "progress_key": f"{peer.run_id}_progress",
+        "patience": Patience(math.inf if auxiliary else patience),
+        "attendance": Attendance(),
         "vain_search": vain_search,
         "phases_path": metrics_path,
         "membership": membership,

@@ -9,8 +9,9 @@ from hivemind.utils import get_dht_time
 
 from src.training.claims import BoundedProgressTracker
 
-# A trainer that lives reports at its local steps, and in any case every half of the time for which a report is kept.
-REPORT_SECONDS, SILENT_SECONDS = 30.0, 22.0
+# A trainer that lives renews its report at its local steps, and in any case this often: also while it waits for a
+# round, or computes a batch for minutes. A report is kept so long; without a new one its trainer counts as silent.
+RENEW_SECONDS, REPORT_SECONDS, SILENT_SECONDS = 7.0, 30.0, 22.0
 PAUSE_SECONDS = 1.0  # between two reports of an epoch's samples; between them others count on by this trainer's speed
 
 
@@ -29,18 +30,25 @@ class LeanProgressTracker(BoundedProgressTracker):
 
     Here one that has not renewed its report for a while does not count, and neither does one that has not done so since
     ``vain_search``: the moment (`time.monotonic`) at which an averager of this peer found nobody to average with. Time
-    is measured on this peer's clock only.
+    is measured on this peer's clock only. The sign of life is that a report is stored again, with a later expiration;
+    what it says may stay the same for long.
     """
 
     def __init__(self, *args, vain_search: Synchronized, **kwargs):
         self._vain_search = vain_search
-        self._reports: dict[bytes, tuple[float, float]] = {}  # (time in the newest report, when it was first seen)
+        self._reports: dict[bytes, tuple[float, float]] = {}  # (when the newest report expires, when it was first seen)
         self._published_at = -float("inf")
         super().__init__(*args, metadata_expiration=REPORT_SECONDS, **kwargs)
 
     def start(self) -> None:
         self.should_report_progress = MutableEvent()  # hivemind sets it at each local step
         super().start()
+        threading.Thread(target=self._renew_report, name="heartbeat", daemon=True).start()
+
+    def _renew_report(self) -> None:
+        """hivemind would renew a report at half its time only, so that a single lost one makes a peer seem dead."""
+        while not self.shutdown_triggered.wait(RENEW_SECONDS):
+            self.should_report_progress.set()
 
     def report_local_progress(self, local_epoch: int, samples_accumulated: int, update_global_samples: bool = True):
         """As hivemind's, but samples are published once a second at most: signing, sending and checking a report takes
@@ -79,11 +87,10 @@ class LeanProgressTracker(BoundedProgressTracker):
             return metadata
         live = {}
         for key, entry in metadata.items():
-            reported_at = entry.value.get("time") if isinstance(entry.value, dict) else None
-            last_report, seen = self._reports.get(key, (None, now))
-            if reported_at != last_report:
+            last_expiration, seen = self._reports.get(key, (None, now))
+            if entry.expiration_time != last_expiration:
                 seen = now
-            self._reports[key] = reported_at, seen
+            self._reports[key] = entry.expiration_time, seen
             silent = now - seen > SILENT_SECONDS or seen < self._vain_search.value
             if key == self._local_public_key or not silent:
                 live[key] = entry

@@ -153,11 +153,12 @@ def contributions(history: RunHistory) -> str:
             f"<tr><td>{escape(peer.name)}</td><td>{share(part)}<span class='bar'>"
             f"<i style='width:{100 * part:.1f}%'></i></span></td><td>{short_number(peer.samples)}</td>"
             f"<td>{short_number(peer.samples_per_second)}</td><td class='wide'>{peer.epoch}</td>"
-            f"<td>{escape(seen)}</td><td>{failed}</td></tr>"
+            f"<td>{escape(seen)}</td><td>{peer.lone_epochs}</td><td>{failed}</td></tr>"
         )
     more = f"<p class='soft'>and {len(ranked) - SHOWN_PEERS} more</p>" if len(ranked) > SHOWN_PEERS else ""
     head = "<th>trainer</th><th>share</th><th>samples</th><th>per s</th><th class='wide'>epoch</th><th>last seen</th>"
-    return f"<table><thead><tr>{head}<th>failed rounds</th></tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+    head += "<th>epochs alone</th><th>failed rounds</th>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
 
 
 def troubles(history: RunHistory) -> str:
@@ -225,8 +226,12 @@ class Reporter(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.wait(self.interval):
-            self._write(refresh_seconds=self.interval)
+            self.write()
         self._write(refresh_seconds=None)
+
+    def write(self) -> None:
+        """Now; an open browser loads it again when the next one is due."""
+        self._write(refresh_seconds=self.interval)
 
     def _write(self, *, refresh_seconds: float | None) -> None:
         try:

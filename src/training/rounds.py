@@ -4,6 +4,7 @@ A mixin for hivemind's averagers, whose own rounds end without a word when they 
 """
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -16,6 +17,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
+from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
@@ -28,6 +30,7 @@ from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 from src.training.auth import Gated, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce
 from src.training.journal import append_record, printable
+from src.training.matchmaking import Attendance, LeanMatchmaking, is_trainer
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
@@ -36,6 +39,8 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 # machine (`pytest -m slow tests/training/test_stream_ends.py` counts it). So writers wait, and readers hang up first.
 LINGER_SECONDS = 1.0
 SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
+LAST_CALL = 1.0  # seconds in which a leader whose patience is used up begins with those who are there
+LEAVING = "this peer is leaving"
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -43,9 +48,11 @@ MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 
 @dataclass(frozen=True)
 class Round:
-    """One attempt to average: ``received`` is the share of values that came back averaged, ``num_peers`` counts all
-    members of the group including this one, ``num_lost`` those that failed while sending to this peer, ``num_refused``
-    those of whose values some were left out as bad, ``reasons`` is what went wrong between this peer and others."""
+    """One attempt to average, of which ``seconds`` includes the search for a group, except for an assistant.
+
+    ``received`` is the share of values that came back averaged, ``num_peers`` counts all members of the group including
+    this one, ``num_lost`` those that failed while sending to this peer, ``num_refused`` those of whose values some were
+    left out as bad, ``reasons`` is what went wrong between this peer and others."""
 
     kind: str
     seconds: float
@@ -67,6 +74,7 @@ class _RoundResult(dict):
     received = 1.0
     num_lost = 0
     refused: tuple[str, ...] = ()
+    began = 0.0  # `time.monotonic` when the group was complete
 
 
 class _FailureCollector(logging.Handler):
@@ -95,6 +103,7 @@ class Patience:
     def __init__(self, seconds: float = float("inf")):
         self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
         self._is_over = multiprocessing.RawValue("b", False)  # without a lock: a signal handler may set it
+        self._owner_is_blocked = multiprocessing.RawValue("b", False)
 
     @property
     def spent(self) -> float:
@@ -104,6 +113,25 @@ class Patience:
     def is_over(self) -> bool:
         """Whether this peer leaves, and waits for nobody any more."""
         return bool(self._is_over.value)
+
+    @property
+    def left(self) -> float:
+        """Seconds; below any number once this peer has given up."""
+        return self.seconds - self.spent if self.spent < float("inf") else -float("inf")
+
+    @property
+    def owner_is_blocked(self) -> bool:
+        """Whether this peer stands still because of a round, instead of computing the next batch."""
+        return bool(self._owner_is_blocked.value)
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """For the time in which the owner stands still."""
+        self._owner_is_blocked.value = True
+        try:
+            yield
+        finally:
+            self._owner_is_blocked.value = False
 
     def renew(self) -> None:
         self._spent.value = 0.0
@@ -139,18 +167,22 @@ class RoundReporting(Gated):
 
     Also waits for partners that are quicker, see `rpc_aggregate_part`, but not for ever, see `_limit_search`.
     ``phases_path``: a metrics file to which the averager's process adds what it is about to do, as it happens.
-    The averagers of a peer share ``patience``, and ``vain_search``: when one of them last searched long and in vain.
-    Values that ``judge`` refuses are left out of the average.
+    ``progress_key``: where in the DHT trainers report their progress; with it, a round begins as soon as all are there.
+    The averagers of a peer share ``patience``, ``attendance``, and ``vain_search``: when one of them last searched long
+    and in vain. Values that ``judge`` refuses are left out of the average.
     """
 
     round_kind = ""
+    averages_parameters = False
     judge = Judge(max_weight=1.0)
 
     def __init__(
         self,
         *args,
         phases_path: Path | None = None,
+        progress_key: str | None = None,
         patience: Patience | None = None,
+        attendance: Attendance | None = None,
         vain_search: Synchronized | None = None,
         membership: Membership | None = None,
         **kwargs,
@@ -158,6 +190,7 @@ class RoundReporting(Gated):
         # made before the process is forked, so that both sides hold an end
         self._rounds_receiver, self._rounds_sender = multiprocessing.Pipe(duplex=False)
         self._phases_path, self.patience = phases_path, patience or Patience()
+        self._progress_key, self.attendance = progress_key, attendance or Attendance()
         self._vain_search = vain_search or multiprocessing.Value("d", float("-inf"))
         self._step_numbers = itertools.count(1)
         self._refusals_receiver, self._refusals_sender = multiprocessing.Pipe(duplex=False)
@@ -195,6 +228,14 @@ class RoundReporting(Gated):
             self._num_refusals_unread.value += 1
         self._refusals_sender.send((peer, printable(reason, MAX_REASON_LENGTH)))
 
+    def assist(self, *, ahead: float) -> StepControl:
+        """As an auxiliary peer: take part in the next round, whenever it is.
+
+        It has nothing to get ready, so it always looks for a group. It announces itself for a moment ``ahead`` seconds
+        from now: later than any trainer, so that it follows one, and leads only those who cannot lead themselves.
+        """
+        return DecentralizedAverager.step(self, gather=None, scheduled_time=get_dht_time() + ahead, wait=False)
+
     # -- only members of a private run may call, and are called
 
     def _run_internal(self) -> None:
@@ -212,6 +253,7 @@ class RoundReporting(Gated):
         if not await self._admits(context.remote_id):
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
+        self.attendance.came(context.remote_id.to_bytes())
         async for message in super().rpc_join_group(request, context):
             yield message
         await asyncio.sleep(LINGER_SECONDS)  # who does not hear that the group is complete leaves it, unknown to others
@@ -226,6 +268,14 @@ class RoundReporting(Gated):
     def _matchmaking(self, matchmaking) -> None:
         key_manager = matchmaking.group_key_manager
         key_manager.get_averagers = paced(key_manager.get_averagers, SEARCH_PAUSE)
+        if self._progress_key is not None:
+            matchmaking = LeanMatchmaking.adopt(
+                matchmaking,
+                attendance=self.attendance,
+                progress_key=self._progress_key,
+                averages_parameters=self.averages_parameters,
+                may_linger=lambda: not self.patience.owner_is_blocked,
+            )
         self._paced_matchmaking = matchmaking
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
@@ -237,7 +287,9 @@ class RoundReporting(Gated):
         self._enter("averaging", num_peers=len(modes))
         self._collect_failures()
         kwargs.update(self._round_timeouts())
+        began = time.monotonic()
         result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        result.began = began
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
@@ -247,7 +299,7 @@ class RoundReporting(Gated):
     def _seconds_left(self) -> float:
         """Of this peer's patience, while the owner of the present step waits for it."""
         since = OWNER_WAITS.get([])
-        return self.patience.seconds - self.patience.spent - (time.monotonic() - since[0] if since else 0.0)
+        return self.patience.left - (time.monotonic() - since[0] if since else 0.0)
 
     def _shortest_round(self) -> float:
         return SHORTEST_ROUND * (self.next_chunk_timeout or 0.0)
@@ -335,6 +387,8 @@ class RoundReporting(Gated):
             reasons = self._failures.take() if self._failures is not None else ()
             if isinstance(step._result, _RoundResult):
                 result = step._result
+                if not is_trainer(step.data_for_gather):  # an assistant has been looking since its last round
+                    seconds = time.monotonic() - result.began
                 num_refused, reasons = len(result.refused), result.refused + reasons
                 self._rounds_sender.send(
                     Round(
@@ -348,6 +402,8 @@ class RoundReporting(Gated):
                         num_refused,
                     )
                 )
+            elif given_up == LEAVING:
+                pass  # no failure
             elif given_up:
                 self._rounds_sender.send(Round(self.round_kind, seconds, error=given_up, reasons=reasons))
             elif not step.cancelled():
@@ -371,19 +427,26 @@ class RoundReporting(Gated):
             if not waiting_since:
                 waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
-            if searching and self._seconds_left() < self._shortest_round():
-                reason = self._give_up_search(time.monotonic() - waiting_since[0])
+            if searching and (reason := self._why_to_give_up(step, time.monotonic() - waiting_since[0])):
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)
                 return reason
         return ""
 
-    def _give_up_search(self, seconds: float) -> str:
-        """The reason; ``seconds`` is how long the search's owner has waited for it."""
+    def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
+        """Empty as long as there is hope; ``seconds`` is how long the search's owner has waited for it."""
         if self.patience.is_over:
-            return "this peer is leaving"
+            return LEAVING
         if self.patience.spent == float("inf"):
             return "the search was given up"
+        lean = self._matchmaking if isinstance(self._matchmaking, LeanMatchmaking) else None
+        if self._seconds_left() >= self._shortest_round():
+            if lean is not None and lean.is_in_vain(step):
+                return f"no other trainer was ready or about to be; looked for {seconds:.0f} s"
+            return ""
+        if lean is not None and lean.current_followers and self._seconds_left() > self._shortest_round() - LAST_CALL:
+            lean.time_is_up = True  # better a group of some than none
+            return ""
         if self.patience.spent > self._shortest_round():
             return f"after the epoch's other round only {seconds:.0f} s were left, and no other trainer was ready"
         self._vain_search.value = time.monotonic()
@@ -395,6 +458,7 @@ class RoundReporting(Gated):
         """Hand this peer's state to another one."""
         if not await self._admits(context.remote_id):
             return
+        self.attendance.came(context.remote_id.to_bytes())
         self._enter("serving", peer=str(context.remote_id))
         try:
             async for message in super().rpc_download_state(request, context):

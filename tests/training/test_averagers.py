@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
@@ -38,6 +39,7 @@ from src.training.averagers import (
     end_searches_without_waiting,
 )
 from src.training.journal import read_journal
+from src.training.matchmaking import Attendance
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
 from src.training.rounds import (
     MAX_REASON_LENGTH,
@@ -276,8 +278,12 @@ def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shu
     with pytest.raises(BaseException):  # noqa: B017, as above
         step.result(30)
     assert time.monotonic() - began < 2
-    (failed,) = reported_rounds(averager)
-    assert failed.error == ("the search was given up" if leave == "the epoch" else "this peer is leaving")
+    if leave == "the epoch":
+        (failed,) = reported_rounds(averager)
+        assert failed.error == "the search was given up"
+    else:
+        time.sleep(0.5)
+        assert averager.finished_rounds() == [], "to leave is no failure"
     assert averager._vain_search.value == float("-inf"), "this says nothing about the others"
 
 
@@ -319,8 +325,12 @@ class ReportingFakeAverager(RoundReporting, FakeAverager):
         self._running_groups = {b"group": runner}
 
 
-def fake_step(*, cancelled: bool = False):
-    return SimpleNamespace(_result=None, _exception=None, cancelled=lambda: cancelled)
+def fake_step(*, cancelled: bool = False, mode: AveragingMode = AveragingMode.NODE):
+    data = MSGPackSerializer.dumps([None, mode.value, b""])
+    return SimpleNamespace(
+        _result=None, _exception=None, _trigger=None, data_for_gather=data, done=lambda: False,
+        cancelled=lambda: cancelled,
+    )  # fmt: skip
 
 
 def report_of(averager: ReportingFakeAverager, **kwargs) -> list[Round]:
@@ -352,7 +362,10 @@ def test_only_a_long_search_in_vain_speaks_against_the_others(spent, vain):
     averager.next_chunk_timeout, averager.patience = 8.0, Patience(10.0)
     averager.patience.spend(spent)
     before = time.monotonic()
-    reason = averager._give_up_search(7.1)
+    averager.patience.spend(1.0)
+    OWNER_WAITS.set([time.monotonic() - 7.1])
+    averager._paced_matchmaking = None
+    reason = averager._why_to_give_up(None, 7.1)
     assert (averager._vain_search.value >= before) is vain
     assert ("only 7 s were left" in reason) is not vain and "no other trainer was ready" in reason
 
@@ -368,6 +381,18 @@ def test_round_report_counts_what_was_lost():
     (poisoned,) = report_of(ReportingFakeAverager(members, refused=["left out 3 of 3 parts of second: ..."]))
     assert (poisoned.num_refused, poisoned.complete) == (1, True)
     assert poisoned.reasons == ("left out 3 of 3 parts of second: ...",)
+
+
+def test_assistant_reports_how_long_a_round_took_and_not_its_search(monkeypatch):
+    averager = ReportingFakeAverager({PeerID(b"one"): 1})
+
+    async def look_for_group_first(self, group_info, **kwargs):
+        await asyncio.sleep(0.3)
+        return await RoundReporting._aggregate_with_group(self, group_info, **kwargs)
+
+    monkeypatch.setattr(ReportingFakeAverager, "_aggregate_with_group", look_for_group_first)
+    (of_trainer,), (of_assistant,) = report_of(averager), report_of(averager, mode=AveragingMode.AUX)
+    assert of_trainer.seconds >= 0.3 > of_assistant.seconds
 
 
 def test_round_report_names_the_error():
@@ -457,7 +482,8 @@ class Answering:
 
 
 class LingeringAverager(RoundReporting, Answering):
-    next_chunk_timeout = _phases_path = None
+    next_chunk_timeout = _phases_path = _progress_key = None
+    attendance = Attendance()
     _running_groups = ()
     _num_active_steps = 0
     patience = Patience()
@@ -584,6 +610,20 @@ def test_part_of_an_unknown_group_is_refused_when_the_step_ends_or_time_is_up():
 
     for options in ({"next_chunk_timeout": None, "ends": True}, {"next_chunk_timeout": 0.2, "ends": False}):
         assert [message.code for message in asyncio.run(scenario(**options))] == [averaging_pb2.BAD_GROUP_ID], options
+
+
+@pytest.mark.parametrize(
+    ("epoch", "is_done", "named"), [(20, True, 20), (20, False, 19), (19, True, 19), (19, False, 19)]
+)
+def test_state_averager_names_the_last_epoch_only_when_its_step_is_done(monkeypatch, epoch, is_done, named):
+    state = {"epoch": epoch}, [torch.ones(2)], ["info"]
+    monkeypatch.setattr(TrainingStateAverager, "get_current_state", lambda self: (dict(state[0]), *state[1:]))
+    averager = LeanStateAverager.__new__(LeanStateAverager)
+    averager._parent_pid, averager._ident = None, None
+    averager.final_epoch, averager.pending_updates = 20, {Future()}
+    if is_done:
+        next(iter(averager.pending_updates)).set_result(None)
+    assert averager.get_current_state() == ({"epoch": named}, *state[1:])
 
 
 @pytest.mark.parametrize("averager_type", [LeanGradientAverager, LeanStateAverager])

@@ -241,3 +241,12 @@ def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
             tracker.shutdown(2.0)
         for node in reversed(nodes):
             node.shutdown()
+
+
+def test_client_that_is_the_first_to_end_an_epoch_ends_it_for_the_others():
+    tracker = bare_tracker(epoch=5)
+    assert parse(tracker, client={"client_mode": True, "samples_accumulated": 30}).samples_accumulated == 30
+    assert parse(tracker, client={"client_mode": True, "epoch": 6}).epoch == 6
+    tracker.epoch_since -= 1000.0
+    assert parse(tracker, client={"client_mode": True, "epoch": 9}).epoch == 6, "nobody could hand over that state"
+    assert parse(tracker, client={"client_mode": True, "epoch": 9}, other={"epoch": 8}).epoch == 9

@@ -41,15 +41,43 @@ def tracker():
     return tracker
 
 
-def report(peer: bytes, *, at: float, samples: int = 10, rate: float = 5.0) -> ValueWithExpiration:
+def report(
+    peer: bytes, *, at: float, samples: int = 10, rate: float = 5.0, stored: float | None = None
+) -> ValueWithExpiration:
+    """``at``: when its trainer finished a batch; ``stored``: when it was last stored, by default just now."""
     value = {"peer_id": peer, "epoch": 4, "samples_accumulated": samples, "samples_per_second": rate, "time": at,
              "client_mode": False}  # fmt: skip
-    return ValueWithExpiration(value, get_dht_time() + 30)
+    return ValueWithExpiration(value, (get_dht_time() if stored is None else stored) + 30)
 
 
 def seen(tracker, *, own: float, other: float, now: float):
-    reports = {b"own": report(b"own", at=own), b"other": report(b"other", at=other, samples=40)}
+    """Who counts, by when reports were stored; what they say is the same all the time."""
+    reports = {
+        b"own": report(b"own", at=1000.0, stored=own),
+        b"other": report(b"other", at=1000.0, samples=40, stored=other),
+    }
     return set(tracker._of_live_peers(reports, now))
+
+
+def test_trainer_that_computes_for_minutes_counts_as_long_as_it_renews_its_report(tracker):
+    for second in range(0, 600, 7):
+        assert b"other" in seen(tracker, own=1000.0, other=1000.0 + second, now=50.0 + second)
+    batch_ago = report(b"other", at=get_dht_time() - 600.0, samples=40)
+    seen_by_tracker = tracker._parse_swarm_progress_data(
+        {b"own": report(b"own", at=get_dht_time()), b"other": batch_ago}
+    )
+    assert (seen_by_tracker.num_peers, seen_by_tracker.samples_accumulated) == (2, 50)
+
+
+def test_report_is_renewed_although_nothing_happens(tracker, monkeypatch):
+    monkeypatch.setattr(progress, "RENEW_SECONDS", 0.05)
+    tracker.should_report_progress.clear()
+    heart = threading.Thread(target=tracker._renew_report, daemon=True)
+    heart.start()
+    assert tracker.should_report_progress.wait(5), "hivemind's thread publishes on this"
+    tracker.shutdown_triggered.set()
+    heart.join(5)
+    assert not heart.is_alive()
 
 
 def test_trainer_that_does_not_renew_its_report_counts_no_longer(tracker):

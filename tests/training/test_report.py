@@ -67,7 +67,7 @@ def test_report_shows_the_figures_of_the_run():
                    "20% of held-out words right", "2 trainers", "3.2 samples a second", "20 min left at this pace",
                    "newest checkpoint of epoch 60"):  # fmt: skip
         assert figure in text, figure
-    assert "3fa9c1d2 75% 2880 2.4 60 now 1 0badcafe 25% 960 0.8 60 now 1" in text
+    assert "3fa9c1d2 75% 2880 2.4 60 now 0 1 0badcafe 25% 960 0.8 60 now 0 1" in text
     assert "320 s without progress before epoch 31 2001-09-09 01:56 UTC no group found" not in text  # 5 min: minutes
     assert "5 min without progress before epoch 31" in text
     assert "2 reports in all" in text
