@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
@@ -154,4 +155,4 @@ def build(peer, collaboration, training, *, progress, stop):
 
 
 if __name__ == "__main__":
-    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS))
+    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS, scratch=make_socket_directory()))

@@ -14,7 +14,7 @@ from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import P2PDaemonError
+from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -22,6 +22,7 @@ from arguments import PeerArguments
 from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
+from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
         for address in getattr(peer, flag):
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     signature = RSASignatureValidator(identity.private_key if identity is not None else None)
     membership = identity.membership if identity is not None else None
     if peer.identity_path is not None:

@@ -34,6 +34,7 @@ from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
 
 from src.training.averagers import (
+    ClosesConnection,
     LeanGradientAverager,
     LeanStateAverager,
     correct_step_cancellation,
@@ -71,7 +72,7 @@ COMPRESSIONS = {
 }
 
 
-class PlainAverager(RoundReporting, DecentralizedAverager):
+class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
     """Averages any tensors and reports its rounds. At module level: remote calls are named after the class."""
 
     round_kind = "anything"
@@ -694,7 +695,7 @@ def test_remote_calls_stream_in_both_directions(averager_type):
     averager_type._collect_rpc_handlers()
     handlers = {handler.method_name: handler for handler in averager_type._rpc_handlers}
     assert (handlers.pop("rpc_sample_state", None) is not None) == (averager_type is LeanStateAverager)  # our own
-    original = {handler.method_name: handler for handler in handlers_of(averager_type.__bases__[1])}
+    original = {handler.method_name: handler for handler in handlers_of(averager_type.__bases__[-1])}
     assert handlers == original  # the same messages and streams as in hivemind's own class
     part = handlers["rpc_aggregate_part"]
     assert part.stream_input and part.stream_output

@@ -24,7 +24,7 @@ from hivemind.compression import (
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 
-from src.training.averagers import LeanStateAverager
+from src.training.averagers import ClosesConnection, LeanStateAverager
 from src.training.contributions import (
     FIRST_WHOLE_RATIO,
     MAX_WHOLE_RATIO,
@@ -436,7 +436,7 @@ POISONS = ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "wei
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
-class PlainAverager(RoundReporting, DecentralizedAverager):
+class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
     """Averages any tensors. At module level: remote calls are named after the class."""
 
 
