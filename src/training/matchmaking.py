@@ -136,6 +136,7 @@ class LeanMatchmaking(Matchmaking):
         matchmaking.__class__ = cls
         matchmaking.attendance, matchmaking.progress_key = attendance, progress_key
         matchmaking.averages_parameters, matchmaking.may_linger = averages_parameters, may_linger
+        matchmaking._found_for = None
         matchmaking._start_search()
         return matchmaking
 
@@ -150,16 +151,24 @@ class LeanMatchmaking(Matchmaking):
 
     async def look_for_group(self, step: StepControl) -> GroupInfo | None:
         """As hivemind's; a group may come about before the leader's time is up."""
-        watch, group = asyncio.create_task(self._begin_when_all_are_there(step)), None
+        watch, group, self._found_for = asyncio.create_task(self._begin_when_all_are_there(step)), None, None
         try:
             group = await super().look_for_group(step)
         finally:
             watch.cancel()
             if group is None:
-                self._note_missing(step, set(), self._now)
-        if group is not None:
-            await self._note_attendance(step, {peer.to_bytes() for peer in group.peer_ids})
+                self._note_missing(step, set(), self._began, self._first, self._now)
+        if group is not None:  # the others wait for this peer's part: nothing may come before that
+            self._found_for = step
+            self._noting = asyncio.create_task(
+                self._note_attendance(step, {peer.to_bytes() for peer in group.peer_ids}, self._began, self._first)
+            )
         return group
+
+    def is_searching(self, step: StepControl) -> bool:
+        """Whether the step's group is still to be found; until the step's stage says so, it takes a moment."""
+        is_found = self._found_for is step or (self.step_control is step and self.assembled_group.done())
+        return not is_found
 
     def is_in_vain(self, step: StepControl) -> bool:
         """Whether nobody can be expected any more, and nobody has been for a while."""
@@ -273,20 +282,29 @@ class LeanMatchmaking(Matchmaking):
 
     # -- after the search
 
-    async def _note_attendance(self, step: StepControl, members: set[bytes]) -> None:
+    async def _note_attendance(
+        self, step: StepControl, members: set[bytes], began: float, first: Surroundings | None
+    ) -> None:
         """Remember who came and who was waited for in vain. All members do, since each may be the next to lead."""
         for peer in members:
             self.attendance.came(peer)
-        if time.monotonic() < self._began + self.request_timeout:
+        if time.monotonic() < began + self.request_timeout:
             return  # nobody was waited for
         try:
-            self._note_missing(step, members, await self._surroundings())
+            self._note_missing(step, members, began, first, await self._surroundings())
         except Exception as error:
             logger.debug("could not look who is missing: %r", error)
 
-    def _note_missing(self, step: StepControl, members: set[bytes], last: Surroundings | None) -> None:
-        """Whoever could have come all the time, from the first to the ``last`` look, has missed the round."""
-        waited, epoch, first = time.monotonic() - self._began, self._epoch(step), self._first
+    def _note_missing(
+        self,
+        step: StepControl,
+        members: set[bytes],
+        began: float,
+        first: Surroundings | None,
+        last: Surroundings | None,
+    ) -> None:
+        """Whoever could have come all the time, from the ``first`` to the ``last`` look, has missed the round."""
+        waited, epoch = time.monotonic() - began, self._epoch(step)
         if epoch is None or first is None or last is None:
             return
         missing, known = set(), first.looking.union(*map(first.of_epoch, (epoch - 1, epoch, epoch + 1)))

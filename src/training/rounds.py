@@ -439,6 +439,8 @@ class RoundReporting(Gated):
             if not waiting_since:
                 waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
+            if isinstance(self._matchmaking, LeanMatchmaking):
+                searching = searching and self._matchmaking.is_searching(step)
             if searching and (reason := self._why_to_give_up(step, time.monotonic() - waiting_since[0])):
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)

@@ -34,6 +34,7 @@ def leader(*, mode: AveragingMode = AveragingMode.NODE, parameters: bool = False
     matchmaking.min_matchmaking_time, matchmaking.request_timeout = 60.0, 3.0
     matchmaking.current_followers, matchmaking.may_linger = {}, lambda: False
     matchmaking._start_search()
+    matchmaking._found_for = None
     epoch = None if mode == AveragingMode.AUX else EPOCH
     return matchmaking, SimpleNamespace(data_for_gather=gathered(epoch, mode))
 
@@ -153,6 +154,21 @@ def test_trainer_that_would_be_alone_waits_for_those_that_have_just_begun_if_it_
     assert matchmaking.awaited(step) == set() and matchmaking._may_begin(step)
 
 
+def test_search_is_over_as_soon_as_the_group_is_there():
+    async def scenario():
+        matchmaking, step = leader()
+        matchmaking.step_control, matchmaking.assembled_group = step, asyncio.Future()
+        assert matchmaking.is_searching(step)
+        matchmaking.assembled_group.set_result("group")
+        assert not matchmaking.is_searching(step), "who gave up now would leave the others waiting for its part"
+        matchmaking.step_control, matchmaking.assembled_group = None, asyncio.Future()
+        matchmaking._found_for = step
+        assert not matchmaking.is_searching(step)
+        assert matchmaking.is_searching(SimpleNamespace()), "the next one"
+
+    asyncio.run(scenario())
+
+
 def test_search_with_assistants_alone_is_in_vain_like_any_other():
     matchmaking, step = leader()
     see(matchmaking)
@@ -181,7 +197,7 @@ def note(matchmaking, step, *, waited: float, members: set[bytes], last: Surroun
         return last
 
     matchmaking._surroundings = surroundings
-    asyncio.run(matchmaking._note_attendance(step, members))
+    asyncio.run(matchmaking._note_attendance(step, members, matchmaking._began, matchmaking._first))
 
 
 @pytest.mark.parametrize(("waited", "expected"), [(59.0, False), (20.0, True)])
@@ -221,7 +237,7 @@ def test_phantom_that_follows_the_epochs_costs_one_short_wait(members):
         note(matchmaking, step, waited=5.0, members=members, last=last)
     else:  # then this peer may have come when the others were gone
         matchmaking._began -= 5.0
-        matchmaking._note_missing(step, set(), last)
+        matchmaking._note_missing(step, set(), matchmaking._began, matchmaking._first, last)
     assert matchmaking.attendance.is_awaited(b"phantom") is not bool(members)
 
 
