@@ -40,7 +40,7 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
     if not path.is_file():
         raise ValueError(f"--model_config_path: there is no file {path}; pass a model configuration (.json)")
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(path.read_text(encoding="utf-8-sig"))
         check_options(options)
         config = LeanAlbertConfig.from_dict(options)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:

@@ -12,3 +12,13 @@ def test_activation_memory_of_the_command_line_reaches_every_block(level):
     assert blocks and {block.activation_memory for block in blocks} == {level}
     model, _ = build_model(peer, seed=0)
     assert model.config.activation_memory == "default"
+
+
+def test_configuration_and_tokenizer_may_begin_with_a_byte_order_mark(tmp_path):
+    config, tokenizer = tmp_path / "config.json", tmp_path / "tokenizer"
+    config.write_text((DEMO / "config.json").read_text(), encoding="utf-8-sig")
+    tokenizer.mkdir()
+    for file in (DEMO / "tokenizer").iterdir():
+        (tokenizer / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    peer = PeerArguments(run_id="a", model_config_path=str(config), tokenizer_path=str(tokenizer))
+    assert len(build_model(peer, seed=0)[1]) == 4000
