@@ -100,18 +100,15 @@ def build_data(
     """
     seed = int.from_bytes(hashlib.sha256(peer_seed).digest()[:4], "big")
     current_length = multiprocessing.Value("i", training.initial_sequence_length or training.max_sequence_length)
-
-    def dataset():
-        return make_training_dataset(
-            tokenizer,
-            sources=peer.dataset_sources,
-            weights=peer.dataset_weights,
-            shuffle_seed=seed,
-            max_sequence_length=current_length,
-            batch_size=training.per_device_train_batch_size,
-            pack_sequences=peer.pack_sequences,
-        )
-
-    next(iter(dataset()))
+    dataset = make_training_dataset(
+        tokenizer,
+        sources=peer.dataset_sources,
+        weights=peer.dataset_weights,
+        shuffle_seed=seed,
+        max_sequence_length=current_length,
+        batch_size=training.per_device_train_batch_size,
+        pack_sequences=peer.pack_sequences,
+    )
+    dataset.check()
     collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=training.pad_to_multiple_of, seed=seed)
-    return dataset(), collator, current_length
+    return dataset, collator, current_length

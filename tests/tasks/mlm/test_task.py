@@ -1,7 +1,10 @@
+import itertools
+
 import pytest
 
-from arguments import DEMO, PeerArguments
-from tasks.mlm.task import build_model
+from arguments import DEMO, HFTrainerArguments, PeerArguments, TrainerPeerArguments
+from src.models import load_tokenizer
+from tasks.mlm.task import build_data, build_model
 
 
 @pytest.mark.parametrize("level", ["lean", "checkpoint"])
@@ -22,3 +25,13 @@ def test_configuration_and_tokenizer_may_begin_with_a_byte_order_mark(tmp_path):
         (tokenizer / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
     peer = PeerArguments(run_id="a", model_config_path=str(config), tokenizer_path=str(tokenizer))
     assert len(build_model(peer, seed=0)[1]) == 4000
+
+
+def test_what_is_left_out_is_said_once_although_the_text_is_tried_first(tmp_path, caplog):
+    lines = ['{"text": "Утром мы пошли в лес за грибами. Потом был чай."}', '{"text": null}'] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    peer = TrainerPeerArguments(run_id="a", dataset_sources=[str(tmp_path / "a.jsonl")])
+    training = HFTrainerArguments(max_sequence_length=32, initial_sequence_length=32, warmup_steps=0)
+    dataset, _, _ = build_data(load_tokenizer(DEMO / "tokenizer"), peer, training, peer_seed=b"1")
+    assert len(list(itertools.islice(dataset, 20))) == 20
+    assert len([record for record in caplog.records if "left out" in record.getMessage()]) == 1
