@@ -82,6 +82,7 @@ class LeftOut:
         self.num_read = 0  # documents looked at, those of an earlier pass again
         self.places: set[tuple] = set()
         self.first = ""
+        self.is_opening = True  # nothing is said yet: if there is no document at all, the reason is the error
 
     def add(self, place: tuple, reason: str, name: Callable[[], str]) -> None:
         """`place` tells documents apart; `name` gives file and place for a person, and may take its time."""
@@ -90,12 +91,21 @@ class LeftOut:
         self.places.add(place)
         count = len(self.places)
         self.first = self.first or f"{name()}: {reason}"
-        if count == 1:
-            logger.warning("%s; left out, as is every document that cannot be read", self.first)
+        if count == 1 and not self.is_opening:
+            self.say_first()
         elif count >= MIN_LEFT_OUT and 2 * count > self.num_read:
             raise TextError(f"{self.name}: {count} of {self.num_read} documents cannot be read; {name()}: {reason}")
-        elif str(count).strip("0") == "1":  # 10, 100, ...
+        elif str(count).strip("0") == "1" and not self.is_opening:  # 10, 100, ...
             logger.warning("%s: %d documents left out that cannot be read; %s: %s", self.name, count, name(), reason)
+
+    def say_first(self) -> None:
+        logger.warning("%s; left out, as is every document that cannot be read", self.first)
+
+    def opened(self) -> None:
+        """A document was found."""
+        self.is_opening = False
+        if self.places:
+            self.say_first()
 
 
 def decode(record: bytes) -> str:
@@ -532,8 +542,11 @@ class Patience:
 
 
 def reason_of(error: BaseException) -> str:
-    """The kind of an error and its first line, short; addresses of the hub may be very long."""
-    return f"{type(error).__name__}: {first_line(error)}"[:200]
+    """What an error says, short: the first line that is not a number of the hub's own; addresses may be very long."""
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
+    status = status_of(error)
+    kind = type(error).__name__ if status is None else f"HTTP {status}"
+    return f"{kind}: {lines[0].strip()}"[:200] if lines else kind
 
 
 class HubDataset:
@@ -602,7 +615,12 @@ class HubDataset:
         """The dataset, in the first pass without the skipped documents, and the number of its first document."""
         if num_skipped and current_pass == 0:
             return self.dataset.skip(num_skipped), num_skipped
-        dataset = copy.deepcopy(self.dataset)  # copy.copy shares its whole state, __setstate__ sees to that
+        from huggingface_hub import HfFileSystem
+
+        # copy.copy shares a dataset's whole state, __setstate__ sees to that. What is not to be copied is the cache of
+        # connections that it holds: each thread and process has its own there, and copying adds them while it copies.
+        connections = HfFileSystem._cache
+        dataset = copy.deepcopy(self.dataset, {id(connections): connections})
         if seed is not None:
             dataset.set_epoch(seed % 2**31 + 1)  # an epoch other than 0 shuffles the shards, and no example is buffered
         return dataset, 0
@@ -666,6 +684,7 @@ def open_source(source: str) -> LocalFiles | HubDataset:
     opened = load_hub_dataset(source) if paths is None else LocalFiles(source, paths)
     if next(opened.read(seed=None, worker=0, num_workers=1, position=None), None) is None:
         raise ValueError(opened.left_out.first or f"{source}: holds no text, not a single document")
+    opened.left_out.opened()
     return opened
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import datasets
@@ -13,6 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import httpx
 
 from tasks.mlm import sources
 from tasks.mlm.sources import DocumentStream, HubDataset, LocalFiles, derive_seed, iterate_documents, open_source
@@ -487,3 +491,141 @@ def test_text_error_of_a_data_worker_is_its_one_line(tmp_path):
     with pytest.raises(sources.TextError) as caught:
         list(loader)
     assert str(caught.value) == "a.txt: damaged here"
+
+
+# -- a hub that fails --------------------------------------------------------------------------------------------------
+
+
+class Trouble:
+    """What happens to the requests of a stream: errors for each of its documents, taken one by one, then none."""
+
+    errors: dict[str, list[Exception]] = {}
+
+
+def stream_with_trouble(shards):
+    for shard in shards:
+        for text in shard:
+            if Trouble.errors.get(text):
+                raise Trouble.errors[text].pop(0)
+            yield {"text": text}
+
+
+def refused(status):
+    request = httpx.Request("GET", "http://hub/datasets/me/texts/resolve/main/0.parquet")
+    message = f"(Request ID: Root=1-x)\n\n{status} Error: no.\nCannot access content"
+    return HfHubHTTPError(message, response=httpx.Response(status, request=request))
+
+
+def wrapped(error):
+    try:
+        raise ConnectionError("Server Disconnected") from error
+    except ConnectionError as outer:
+        return outer
+
+
+PASSING = {
+    "500": lambda: refused(500),
+    "429": lambda: refused(429),
+    "broken connection": lambda: httpx.RemoteProtocolError("peer closed connection"),
+    "timeout": lambda: httpx.ReadTimeout("timed out"),
+    "nobody there": lambda: ConnectionRefusedError(111, "refused"),
+    "503 after many attempts": lambda: wrapped(refused(503)),
+}
+FINAL = {
+    "401": (lambda: refused(401), "HTTP 401: 401 Error: no."),
+    "403": (lambda: refused(403), "HTTP 403: 403 Error: no."),
+    "404": (lambda: refused(404), "HTTP 404: 404 Error: no."),
+    "gone": (lambda: FileNotFoundError("0.parquet"), "FileNotFoundError: 0.parquet"),
+    "damaged": (lambda: pyarrow.ArrowInvalid("no magic\nbytes"), "ArrowInvalid: no magic"),
+    "403 after an attempt": (lambda: wrapped(refused(403)), "HTTP 403: Server Disconnected"),
+}
+
+
+@pytest.fixture(params=[1, 8], ids=["one shard", "eight shards"])
+def hub_source(request, monkeypatch):
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sources, "MAX_SKIPPED_DOCUMENTS", 20)
+    monkeypatch.setattr(Trouble, "errors", {})
+    shards = [TEXTS[number :: request.param] for number in range(request.param)]
+    dataset = datasets.IterableDataset.from_generator(stream_with_trouble, gen_kwargs={"shards": shards})
+    source = HubDataset("me/texts", dataset)
+    source.left_out.opened()
+    return source
+
+
+@pytest.mark.parametrize("kind", PASSING)
+def test_hub_in_trouble_is_asked_again_with_one_line_and_nothing_is_lost(hub_source, caplog, kind):
+    expected = [read_once(hub_source, worker=worker, num_workers=2) for worker in range(2)]
+    first, last = expected[0][0][0], expected[1][-1][0]
+    Trouble.errors = {first: [PASSING[kind]() for _ in range(3)]}
+    assert [text for text, _ in read_once(hub_source, num_workers=2)] == [text for text, _ in expected[0]]
+    Trouble.errors = {last: [PASSING[kind]()]}
+    assert [text for text, _ in read_once(hub_source, worker=1, num_workers=2)] == [text for text, _ in expected[1]]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 4 and "me/texts: the hub does not answer (" in messages[0]
+    assert "answers again" in messages[1] and "\n" not in messages[0]
+
+
+@pytest.mark.parametrize("kind", FINAL)
+def test_hub_that_refuses_is_one_line(hub_source, caplog, kind):
+    make, reason = FINAL[kind]
+    Trouble.errors = {TEXTS[25]: [make()]}
+    with pytest.raises(sources.TextError) as caught:
+        read_once(hub_source)
+    assert reason in str(caught.value) and str(caught.value).startswith("me/texts: ") and not caplog.records
+
+
+def test_hub_that_never_answers_is_given_up(hub_source, monkeypatch):
+    clock = itertools.count(0.0, 50.0)
+    monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
+    Trouble.errors = {TEXTS[25]: [refused(500) for _ in range(1000)]}
+    with pytest.raises(sources.TextError, match=r"has not answered for 6[05]0 s"):
+        read_once(hub_source)
+
+
+def test_documents_of_a_hub_that_are_no_text_are_left_out_and_said(caplog):
+    values = [*TEXTS, None, ["a"], "Обрезан \ud83d тут.", "У\0т\4р\1о\0"]
+    dataset = FakeStream([{"text": [value]} for value in values])
+    source = HubDataset("me/texts", dataset)
+    source.left_out.opened()
+    texts = [text for text, _ in source.read(seed=None, worker=0, num_workers=1, position=None)]
+    assert texts == [*TEXTS, "Обрезан \ufffd тут."]
+    assert len(source.left_out.places) == 3 and "me/texts, document 40: field" in caplog.text
+
+
+class FakeStream:
+    """As much of an IterableDataset as is used, with values that no real one could be made of here."""
+
+    features, num_shards = None, 2
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def iter(self, batch_size):
+        return iter(self.batches)
+
+    def state_dict(self):
+        return {}
+
+
+def test_configurations_of_a_hub_dataset_are_named(monkeypatch):
+    def fail(name, config, **kwargs):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['first', 'second']\nExample: x"
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ValueError, match=r"^me/two: has several configurations.*: me/two:first, me/two:second$"):
+        open_source("me/two")
+
+
+def test_stream_can_be_opened_in_other_threads(hub_source):
+    """The datasets library keeps the connections of each thread, and adds one where a dataset is copied."""
+    texts = []
+    HfFileSystem()
+    first = hub_source.read(seed=1, worker=0, num_workers=1, position=None)
+    next(first)
+    thread = threading.Thread(target=lambda: texts.extend(read_once(hub_source)))
+    thread.start()
+    thread.join()
+    assert len(texts) == len(TEXTS)
