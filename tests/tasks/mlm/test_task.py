@@ -1,5 +1,10 @@
 import itertools
+import os
+import subprocess
+import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from arguments import DEMO, HFTrainerArguments, PeerArguments, TrainerPeerArguments
@@ -35,3 +40,16 @@ def test_what_is_left_out_is_said_once_although_the_text_is_tried_first(tmp_path
     dataset, _, _ = build_data(load_tokenizer(DEMO / "tokenizer"), peer, training, peer_seed=b"1")
     assert len(list(itertools.islice(dataset, 20))) == 20
     assert len([record for record in caplog.records if "left out" in record.getMessage()]) == 1
+
+
+def test_cache_dir_counts_although_the_libraries_have_been_imported(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["один"]}), tmp_path / "a.parquet")
+    code = (
+        "import datasets, huggingface_hub, sys; from tasks.mlm.task import use_cache_dir; use_cache_dir('cache')\n"
+        "stream = datasets.load_dataset('parquet', data_files='a.parquet', split='train', streaming=True)\n"
+        "print(next(iter(stream))['text'], huggingface_hub.constants.HF_HUB_CACHE)"
+    )
+    environment = {**os.environ, "HF_HOME": "/proc/none", "PYTHONPATH": str(DEMO.parent)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["один", str(tmp_path / "cache" / "hub")], done.stderr
+    assert (tmp_path / "cache" / "datasets").is_dir()
