@@ -105,6 +105,8 @@ def train(trainer, progress) -> int:
 
     However it ends, what was learned is in the backup, and the caller can leave the swarm in order.
     """
+    import signal
+
     from src.training.hf_trainer import StoppedWaiting
     from src.training.sync import worker_was_lost
     from tasks.mlm.sources import TextError
@@ -124,6 +126,9 @@ def train(trainer, progress) -> int:
             what = "another process of this peer" if worker_was_lost(error) else "a process that prepares data"
             progress.say(f"{what} has ended: stopping; start the peer again to go on")
         code = 1
+    finally:
+        # torch's handler raises wherever this process is when a data worker dies; from now on they may
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     start_deadline(STOP_SECONDS)
     trainer.stop.set()
     if progress is not None:

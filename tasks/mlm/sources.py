@@ -546,7 +546,7 @@ def reason_of(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("(Request ID")]
     status = status_of(error)
     kind = type(error).__name__ if status is None else f"HTTP {status}"
-    return f"{kind}: {lines[0].strip()}"[:200] if lines else kind
+    return f"{kind}: {lines[0].partition(' (Request ID')[0].strip()}"[:200] if lines else kind
 
 
 class HubDataset:

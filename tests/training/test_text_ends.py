@@ -103,6 +103,7 @@ def test_trainer_without_text_writes_a_backup_and_ends(tmp_path, monkeypatch, ca
         threading.Timer(3.0, trainer.stop.set).start()
     assert run_trainer.train(trainer, callback.progress) == code
     assert len(optimizer.steps) == 3, "what was read before is used"
+    assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "data workers are killed when the trainer leaves"
     assert (tmp_path / "backup.pth").exists() and trainer.stop.is_set() and len(deadlines) == 1
     assert capfd.readouterr().err == said
     what = "a process that prepares data has ended: stopping"
