@@ -163,7 +163,7 @@ def read_config(path: Path) -> LeanAlbertConfig:
     if not path.is_file():
         raise ValueError(f"--model-config {path}: no such file")
     try:
-        return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
 

@@ -60,7 +60,7 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy or download the file again") from error
     if not isinstance(content, dict):
@@ -120,7 +120,7 @@ def read_pipeline(directory: Path, settings: dict) -> Tokenizer:
     path = directory / PIPELINE_FILE
     if path.is_file():
         try:
-            return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the Rust library raises bare Exception
             raise ValueError(f"{path} does not describe a tokenizer ({error}); copy or download it again") from error
     path = directory / SENTENCEPIECE_FILE

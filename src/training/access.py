@@ -107,7 +107,7 @@ def read_public_key(text: str) -> bytes:
         path = Path(text)
         if not path.is_file():
             raise ValueError(f"{text!r} is neither a public key (ssh-rsa AAAA...) nor a file with one")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     try:
         return RSAPublicKey.from_bytes(" ".join(text.split()[:2]).encode()).to_bytes()
     except Exception as error:

@@ -153,7 +153,7 @@ class Membership:
 
     def _read_token(self) -> tuple[AccessToken, RSAPublicKey]:
         try:
-            content = json.loads(self.token_file.read_text(encoding="utf-8"))
+            content = json.loads(self.token_file.read_text(encoding="utf-8-sig"))
             token = AccessToken.FromString(base64.b64decode(content["token"]))
             organiser = RSAPublicKey.from_bytes(content["organiser"].encode())
         except OSError as error:

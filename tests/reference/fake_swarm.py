@@ -188,7 +188,7 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
         "sequence_length_warmup_steps": 3, "pad_to_multiple_of": 8, "total_steps": 100, "warmup_steps": 0,
     }  # fmt: skip
     arguments = HFTrainerArguments(output_dir=str(folder), use_cpu=True, **{**options, **training})
-    meter = LossMeter()
+    meter, stop = LossMeter(), threading.Event()
     callback = CollaborativeCallback(
         Swarm(dht or FakeDHT(), b"key", optimizer),
         optimizer.model,
@@ -200,12 +200,13 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
         state_path=folder / "backup.pth",
         journal=Journal(folder / "metrics.jsonl"),
         progress=Progress(io.StringIO()),
-        stop=threading.Event(),
+        stop=stop,
     )
     trainer = CollaborativeTrainer(
         collaborative=optimizer,
         meter=meter,
         scaler=scaler,
+        stop=stop,
         model=optimizer.model,
         args=arguments,
         train_dataset=EndlessItems(items or tiny_items(16)),
