@@ -96,7 +96,7 @@ class LossMeter:
         return samples
 
 
-class StoppedWaiting(Exception):  # noqa: N818: nothing is wrong
+class StoppedWaiting(Exception):
     """A stop was asked for while the next batch did not come."""
 
 
