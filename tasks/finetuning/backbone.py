@@ -10,14 +10,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
-from src.models.checkpoint import load_backbone, read_state_dict
+from src.models.checkpoint import encoder_weights, has_pooler, is_finite, load_strictly, read_state_dict, weight_files
 from src.models.tokenizer import has_vocabulary
 
 ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "demo"
 STATE_FILE, BACKUP_FILE, AUXILIARY_CHECKPOINT = "state.pth", "backup.pth", "aux/checkpoint"
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")
 # Parts of a path that say what kind of thing it is, not which model.
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -47,9 +46,7 @@ class Pretrained:
     def load(self) -> nn.Module:
         """A fresh copy of the encoder. Raises ValueError where the weights do not fit, naming the first keys."""
         if isinstance(self.config, LeanAlbertConfig):
-            backbone = LeanAlbertModel(copy.deepcopy(self.config))
-            load_backbone(backbone, self.path)
-            return backbone
+            return load_own_encoder(self.path, copy.deepcopy(self.config))
         return load_hub_encoder(self.path, copy.deepcopy(self.config))
 
 
@@ -81,7 +78,9 @@ def find_checkpoint(directory: Path) -> Path:
         return directory / STATE_FILE
     outputs = directory / "outputs"
     checkpoints = [
-        (path.stat().st_mtime, path.parent) for path in outputs.glob(f"**/{AUXILIARY_CHECKPOINT}/*.safetensors")
+        (file.stat().st_mtime, path)
+        for path in outputs.glob(f"**/{AUXILIARY_CHECKPOINT}")
+        for file in weight_files(path)
     ]
     checkpoints += [(path.stat().st_mtime, path) for path in outputs.glob(f"**/{BACKUP_FILE}")]
     if not checkpoints:
@@ -94,7 +93,7 @@ def find_checkpoint(directory: Path) -> Path:
 
 def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str]) -> Pretrained:
     """state.pth or backup.pth, which hold weights alone: configuration and tokenizer lie elsewhere."""
-    shapes = {name.removeprefix("albert."): tuple(value.shape) for name, value in read_state_dict(path).items()}
+    shapes = {name: tuple(value.shape) for name, value in encoder_weights(read_state_dict(path)).items()}
     num_embeddings = shapes.get(WORD_EMBEDDINGS, (None,))[0]
     tokenizers = [tokenizer] if tokenizer else _nearby(path, "tokenizer")
     loaded = _first_fitting_tokenizer(tokenizers, num_embeddings, path)
@@ -152,7 +151,7 @@ def _first_fitting_config(
 
 def _fits(config: LeanAlbertConfig, shapes: dict) -> bool:
     with torch.device("meta"):
-        expected = LeanAlbertModel(config).state_dict()
+        expected = LeanAlbertModel(config, add_pooling_layer=has_pooler(shapes)).state_dict()
     return all(shapes.get(name) == tuple(tensor.shape) for name, tensor in expected.items())
 
 
@@ -173,15 +172,23 @@ def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, not
             f"{config.vocab_size}; they do not belong together (--tokenizer)"
         )
     if is_local:
-        files = sorted(file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern))
+        files = weight_files(path)
         if not files:
-            raise ValueError(f"{path}: no weights in this directory ({', '.join(WEIGHT_PATTERNS)})")
+            raise ValueError(f"{path}: no weights in this directory; pass one written by save_pretrained")
         digest = _digest(files, config, loaded)
         return Pretrained(_local_name(path, digest), source, location, config, loaded, digest, notes)
     name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
     version = f"{location}@{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256((version + loaded.backend_tokenizer.to_str()).encode()).hexdigest()
     return Pretrained(name, source, location, config, loaded, digest, notes)
+
+
+def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
+    """The encoder of a LeanALBERT with any head; without a pooler if the checkpoint has none, as a masked model."""
+    state_dict = read_state_dict(path)
+    backbone = LeanAlbertModel(config, add_pooling_layer=has_pooler(state_dict))
+    load_strictly(backbone, encoder_weights(state_dict), source=path)
+    return backbone
 
 
 def load_hub_encoder(path: str, config) -> nn.Module:
@@ -203,6 +210,9 @@ def load_hub_encoder(path: str, config) -> nn.Module:
     found = [f"{what}: {_name_keys(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(found)}")
+    broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor)]
+    if broken:
+        raise ValueError(f"{path}: values of {_name_keys(broken)} are not finite; take another copy of the model")
     return model
 
 
@@ -222,9 +232,12 @@ def max_positions(backbone: nn.Module) -> int | None:
     return table.num_embeddings - offset
 
 
-def build_encoder(directory: Path) -> nn.Module:
+def build_encoder(directory: Path, *, pooler: bool) -> nn.Module:
     """An encoder of the architecture that config.json in the directory names, with random weights."""
-    return AutoModel.from_config(AutoConfig.from_pretrained(directory))
+    encoder = AutoModel.from_config(AutoConfig.from_pretrained(directory))
+    if not pooler and getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
 
 
 def _digest(files: list[Path], config, tokenizer) -> str:

@@ -15,7 +15,7 @@ from src.models import load_tokenizer
 from tasks.finetuning.backbone import Pretrained, build_encoder
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.console import InputError
-from tasks.finetuning.inference import load_weights, predict_logits
+from tasks.finetuning.inference import load_weights, predict_logits, read_weights
 from tasks.finetuning.ledger import Ledger, best_row, settings_key
 from tasks.finetuning.progress import best_index, shown_metrics
 from tasks.finetuning.sources import fingerprint
@@ -142,8 +142,10 @@ def open_run(directory: Path, task: FinetuningTask) -> Run:
             f"{directory / WEIGHTS}: no such file; weights are kept for the best seed only. Pass that one, or remove "
             "the line of this seed from runs.jsonl and run it again"
         )
-    model = task.build_model(build_encoder(directory), dropout=0.0)
-    load_weights(model, directory / WEIGHTS)
+    weights = read_weights(directory / WEIGHTS)
+    encoder = build_encoder(directory, pooler=any("pooler." in name for name in weights))
+    model = task.build_model(encoder, dropout=0.0)
+    load_weights(model, directory / WEIGHTS, weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Run(model, load_tokenizer(str(directory)), row)
 

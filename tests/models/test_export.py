@@ -343,7 +343,7 @@ def write(name, text):
     ("fault", "arguments", "message"),
     [
         (None, ["CHECKPOINT/nowhere", "OUT"], "nowhere: no such file or directory; pass state.pth"),
-        (lack("model.safetensors"), ["CHECKPOINT", "OUT"], "no .safetensors file in this directory"),
+        (lack("model.safetensors"), ["CHECKPOINT", "OUT"], "no model.safetensors in this directory"),
         (lack("config.json"), ["CHECKPOINT", "OUT"], "no config.json with it; pass --model-config FILE"),
         (lack("tokenizer.json"), ["CHECKPOINT", "OUT"], "no tokenizer with it; pass --tokenizer DIRECTORY"),
         (cut_weights, ["CHECKPOINT", "OUT"], "model.safetensors: not a complete safetensors file"),
