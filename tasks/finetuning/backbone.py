@@ -1,6 +1,7 @@
 """Finds a pretrained encoder and its tokenizer: published weights, our own checkpoints, any masked model of the hub."""
 
 import copy
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
 from src.models.checkpoint import encoder_weights, has_pooler, is_finite, load_strictly, read_state_dict, weight_files
+from src.models.hub import STATE_FILE, download_model, explain_hub_error, first_line
 from src.models.tokenizer import has_vocabulary
 
 ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "demo"
-STATE_FILE, BACKUP_FILE, AUXILIARY_CHECKPOINT = "state.pth", "backup.pth", "aux/checkpoint"
+BACKUP_FILE, AUXILIARY_CHECKPOINT = "backup.pth", "aux/checkpoint"
 # Parts of a path that say what kind of thing it is, not which model.
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -163,24 +165,49 @@ def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, not
     try:
         config = AutoConfig.from_pretrained(model_config or location)
     except Exception as error:  # a damaged file, a repository that does not exist, no network: all kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: no model configuration could be read ({reason}); {WHAT_TO_PASS}") from error
-    loaded = load_tokenizer(tokenizer or location)
-    if len(loaded) > config.vocab_size:
+        reason, advice = (first_line(error), "") if is_local else explain_hub_error(error)
+        advice = f"{advice}, or " if advice else ""
         raise ValueError(
-            f"{source}: the tokenizer {loaded.name_or_path} has {len(loaded)} tokens, the model only "
-            f"{config.vocab_size}; they do not belong together (--tokenizer)"
-        )
+            f"{source}: no model configuration could be read ({reason}); {advice}{WHAT_TO_PASS}"
+        ) from error
+    name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
+    if not is_local and isinstance(config, LeanAlbertConfig):
+        return _own_model_of_hub(source, location, name, config, tokenizer, model_config)
+    loaded = load_tokenizer(tokenizer or location)
+    _check_vocabulary(source, loaded, config)
     if is_local:
         files = weight_files(path)
         if not files:
             raise ValueError(f"{path}: no weights in this directory; pass one written by save_pretrained")
         digest = _digest(files, config, loaded)
         return Pretrained(_local_name(path, digest), source, location, config, loaded, digest, notes)
-    name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
     version = f"{location}@{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256((version + loaded.backend_tokenizer.to_str()).encode()).hexdigest()
     return Pretrained(name, source, location, config, loaded, digest, notes)
+
+
+def _check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, config) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model only "
+            f"{config.vocab_size}; they do not belong together (--tokenizer)"
+        )
+
+
+def _own_model_of_hub(source: str, hub_id: str, name: str, config, tokenizer, model_config) -> Pretrained:
+    """A LeanALBERT of the hub: the files are fetched and read as those of a directory are, with the same strictness."""
+    directory = download_model(hub_id, revision=getattr(config, "_commit_hash", None))
+    tokenizer = tokenizer or hub_id
+    if not weight_files(directory) and (directory / STATE_FILE).is_file():
+        model_config = model_config or directory / "config.json"
+        found = _from_file(source, directory / STATE_FILE, model_config, tokenizer, [])
+        return dataclasses.replace(found, name=name)
+    files = weight_files(directory)
+    if not files:
+        raise ValueError(f"{source}: the repository holds no weights of a LeanALBERT; {WHAT_TO_PASS}")
+    loaded = load_tokenizer(tokenizer)
+    _check_vocabulary(source, loaded, config)
+    return Pretrained(name, source, str(directory), config, loaded, _digest(files, config, loaded), [])
 
 
 def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:

@@ -2,9 +2,10 @@ import json
 import os
 import shutil
 
+import httpx2
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from src.models import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, LeanAlbertForSequenceClassification
 from tasks.finetuning import backbone
@@ -196,3 +197,40 @@ def test_weights_that_are_not_finite_are_an_error_of_any_family(tmp_path, tiny_c
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"values of embeddings\.word_embeddings\.weight are not finite"):
             find_pretrained(None, str(directory)).load()
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "state.pth"])
+def test_leanalbert_of_the_hub_is_found_by_its_name(tmp_path, monkeypatch, tiny_checkpoint, model, weights):
+    repository = tmp_path / "repository"
+    ignored = shutil.ignore_patterns("model.safetensors")
+    shutil.copytree(tiny_checkpoint, repository, ignore=ignored if weights == "state.pth" else None)
+    if weights == "state.pth":
+        torch.save({"model": model.state_dict()}, repository / "state.pth")
+    asked = []
+
+    def snapshot_download(hub_id, *, revision=None, allow_patterns):
+        asked.append((hub_id, revision))
+        return str(repository)
+
+    config = AutoConfig.from_pretrained(repository)
+    config._commit_hash = "0" * 40
+    monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("src.models.tokenizer.snapshot_download", snapshot_download)
+    pretrained = find_pretrained("me/lean", None)
+    assert (pretrained.name, pretrained.source) == ("me--lean", "me/lean")
+    assert_encoder_of(model, pretrained.load())
+    assert ("me/lean", "0" * 40) in asked
+
+
+def test_leanalbert_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, tiny_checkpoint):
+    def snapshot_download(*_, **__):
+        raise httpx2.ConnectError("[Errno 111] Connection refused")
+
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
+    with pytest.raises(
+        ValueError, match=r"^me/lean: its weights could not be fetched .*refused\); look at the network"
+    ):
+        find_pretrained("me/lean", None)
