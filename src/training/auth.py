@@ -6,7 +6,6 @@ transport proves that a caller holds the key its peer id derives from, so a toke
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from arguments import PeerArguments
+from src.training.journal import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -405,12 +405,10 @@ def load_identity(peer: PeerArguments) -> Identity:
         key, lock = load_key(path), os.open(path, os.O_RDONLY)
     except (ValueError, OSError) as error:
         raise ValueError(f"--identity_path: {getattr(error, 'strerror', None) or error} ({path})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(lock, path):
         os.close(lock)
         raise ValueError(
             f"--identity_path {path}: a running peer on this machine has this identity; each needs its own"
-        ) from error
+        )
     membership = None if peer.token_file is None else Membership(Path(peer.token_file).expanduser(), key, peer.run_id)
     return Identity(key, membership, lock)

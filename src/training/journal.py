@@ -15,6 +15,20 @@ logger = logging.getLogger(__name__)
 MAX_TEXT_LENGTH = 200
 
 
+def try_lock(descriptor: int, what: Path) -> bool:
+    """Lock an open file for this process and its children; False if another process has locked it.
+
+    True, with a notice, on a file system that has no locks (Lustre, some NFS and FUSE mounts): work matters more.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no other process uses it", what, error.strerror)
+    return True
+
+
 def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
     """``OUTPUT_DIR/RUN_ID/ROLE``, or ``ROLE-2``, ``ROLE-3`` ... if a running peer on this machine holds the former.
 
@@ -28,11 +42,9 @@ def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
         except OSError as error:
             reason = f"cannot write in {directory} ({error.strerror})"
             raise ValueError(f"--output_dir: {reason}; choose another directory") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(lock, directory):
             return directory
-        except BlockingIOError:
-            os.close(lock)
+        os.close(lock)
     raise ValueError(f"--output_dir: a thousand peers run in {output_dir}; choose another directory")
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
 import time
@@ -547,3 +549,13 @@ def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
     with pytest.raises(ValueError, match="was revoked"):
         membership_of(office, "boris")
     assert json.loads((office / "anna.token").read_text())["issued_to"] == f"{RUN}/anna"
+
+
+def test_key_on_a_file_system_without_locks_is_used_with_a_notice(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "key.pem"
+    load_identity(PeerArguments(run_id=RUN, identity_path=str(path)))
+    assert f"{path} cannot be locked (No locks available)" in caplog.text
