@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,12 @@ def report_refusals(refusals: list[tuple[str, str]], journal: "Journal", say: Ca
         say(f"ignored what peer {peer} sent: {reason}")
 
 
+class Follower(Protocol):
+    """Takes records one by one, such as a `RunHistory`."""
+
+    def add(self, record: dict) -> None: ...
+
+
 class Journal:
     """Appends records to ``path``; each line is complete on disk before the next one is begun.
 
@@ -112,6 +119,13 @@ class Journal:
             for listener in self.listeners:
                 listener(record)
         return record
+
+    def follow(self, read: Callable[[Path], "Follower"]) -> "Follower":
+        """What ``read(path)`` makes of the records so far; it is told all that come, and misses none in between."""
+        with self._lock:
+            follower = read(self.path)
+            self.listeners.append(follower.add)
+        return follower
 
     def _append(self, line: str) -> None:
         """In one write. A full disk costs records, not the run."""
@@ -194,6 +208,6 @@ def read_journal(path: Path) -> list[dict]:
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON; a number of more than 4300 digits; nested too deeply
             continue
     return records

@@ -246,6 +246,19 @@ def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_pat
     assert lines[0][-1] == "620.0,225.0", "4 on a scale from 7 (30 below the top) to 3 (290)"
 
 
+@pytest.mark.parametrize("odd", ["1e308", "NaN", "1" * 400, '"x"', "[]", "null", "0"])
+@pytest.mark.parametrize("field", ["epoch", "mlm_loss", "loss", "arguments", "dataset_sources"])
+def test_model_card_leaves_out_what_no_run_can_have(checkpoint, tmp_path, odd, field):
+    records = [{"event": "start", "arguments": {"dataset_sources": ["a.txt"], "seed": 1}}]
+    records += [{"event": "epoch", "epoch": epoch, "mlm_loss": 4.0} for epoch in (1, 2)]
+    records += [{"event": "held_out", "epoch": 2, "loss": 4.0}]
+    for record in (records[0], records[0]["arguments"], *records[2:]):
+        record.update({field: "ODD"} if field in record else {})
+    write_lines(tmp_path / "m.jsonl", records)
+    (tmp_path / "m.jsonl").write_text((tmp_path / "m.jsonl").read_text().replace('"ODD"', odd))
+    assert main([str(checkpoint), str(tmp_path / "lean"), "--metrics", str(tmp_path / "m.jsonl")]) == 0
+
+
 def test_model_card_thins_a_long_curve_out(checkpoint, metrics, tmp_path):
     assert main([str(checkpoint), str(tmp_path / "lean"), "--metrics", str(metrics)]) == 0
     card = (tmp_path / "lean" / "README.md").read_text(encoding="utf-8")
@@ -412,6 +425,9 @@ def not_finite(checkpoint):
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
 
 
+ROW = '{"task": "RCB", "model": "m", "source": "s", "key": "k", "seed": 0, "dev": {"f1": 0.5}}\n'
+
+
 def lack(name):
     return lambda checkpoint: (checkpoint / name).unlink()
 
@@ -452,6 +468,10 @@ def write(name, text):
         (None, ["CHECKPOINT", "OUT", "--metrics", "AUX/none.jsonl"], "none.jsonl: no such file"),
         (write("m.jsonl", "{}\nnot json\n"), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "m.jsonl:2: not a"),
         (write("m.jsonl", ""), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "--metrics: there is no record in"),
+        (write("m.jsonl", "[" * 100_000 + "\n{}"), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "l:1: not"),
+        (write("r.jsonl", ROW.replace("0.5", "1e999")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "dev scores"),
+        (write("r.jsonl", ROW.replace("0.5", "[]")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "dev scores"),
+        (write("r.jsonl", ROW.replace('"k"', "[]")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "lacks task"),
         (write("r.jsonl", "{}\n"), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "--ledger: not a ledger"),
     ],
 )  # fmt: skip
