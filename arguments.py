@@ -128,6 +128,11 @@ class TrainerPeerArguments(PeerArguments):
         "Fill each row with several texts that do not see each other: next to no padding, at any --pad_to_multiple_of. "
         "per_device_train_batch_size then counts rows; samples are counted as before.",
     )
+    init_checkpoint: str | None = option(
+        None,
+        "Begin a run with the weights of a published state.pth, a backup or a stored checkpoint; for the first "
+        "trainer, whoever joins gets them from the swarm.",
+    )
     statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.")
     backup_every_epochs: int = option(10, "Write a backup of model and optimizer every so many epochs (and at exit).")
     state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")
@@ -144,7 +149,9 @@ class AuxiliaryPeerArguments(PeerArguments):
 
     refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.")
     assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.")
-    assist_refresh: float = option(1.0, "Seconds between two looks whether an averaging round is near.")
+    assist_refresh: float = option(
+        1.0, "Seconds between two looks whether an averaging round is over and the next can be waited for."
+    )
     store_checkpoints: bool = option(False, "Download the state from trainers and store it as checkpoint directories.")
     save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.")
     local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
@@ -178,7 +185,10 @@ class CollaborationArguments:
     """How the swarm steps together; the first group must be equal on all peers."""
 
     target_batch_size: int = option(16384, "Samples of all peers together that make one epoch (one global step).")
-    matchmaking_time: float = option(60.0, "Seconds in which peers look for each other before averaging.")
+    matchmaking_time: float = option(
+        60.0,
+        "Seconds that peers wait for each other at most; a round of averaging begins when all are there.",
+    )
     next_chunk_timeout: float = option(60.0, "A peer that sends nothing for so many seconds is left out of the round.")
     averaging_timeout: float = option(600.0, "Give up an averaging round after so many seconds.")
     average_state_every: int = option(5, "Average parameters every so many epochs (gradients: every epoch).")
@@ -305,8 +315,8 @@ TOPICS = {
         "authorize", "use_ipfs", "wait_for_peers", "check",
     ),
     "model, tokenizer and text": (
-        "model_config_path", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir", "seed",
-        "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
+        "model_config_path", "init_checkpoint", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir",
+        "seed", "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
         "pack_sequences",
     ),
     "batches, memory and speed of this machine": (

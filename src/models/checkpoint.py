@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import stat
 import zipfile
 from pathlib import Path
 
@@ -61,6 +62,17 @@ def load_checkpoint(model, path):
     tensors are one and the same.
     """
     load_strictly(model, read_state_dict(path), source=path)
+
+
+def give_usual_mode(directory):
+    """Lets the files of a directory be read by whoever may read new files: safetensors writes for its owner alone."""
+    probe = Path(directory) / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)  # asking for the umask itself means setting it, for all threads
+    probe.unlink()
+    for path in Path(directory).iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def load_backbone(backbone, path):

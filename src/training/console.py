@@ -29,7 +29,8 @@ def quiet_libraries() -> None:
 def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
     """The arguments with which another machine joins: those of this peer, less what concerns its own machine."""
     own = {"--initial_peers", "--host_maddrs", "--announce_maddrs", "--identity_path", "--bandwidth", "--client_mode",
-           "--output_dir", "--local_path", "--state_path", "--cache_dir", "--check", "--tensorboard_dir"}  # fmt: skip
+           "--output_dir", "--local_path", "--state_path", "--init_checkpoint", "--cache_dir", "--check",
+           "--tensorboard_dir"}  # fmt: skip
     kept, skipping = [], False
     for word in argv:
         if word.startswith("--") or word.startswith("@"):
@@ -58,7 +59,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line that stays."""
         clear = "\r\033[K" if self.live else ""
-        print(f"{clear}{message}", file=self.stream, flush=True)
+        print(f"{clear}{message}\n", end="", file=self.stream, flush=True)  # in one write: several threads speak
 
     def routine(self, message: str) -> None:
         """A line of which there is one an epoch; a view that shows its figures otherwise leaves it out."""

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 import zlib
+from collections.abc import Callable
 from multiprocessing.sharedctypes import RawArray
 from statistics import median_low
 
@@ -77,14 +78,19 @@ class Surroundings:
         ``parameters``: of a round of parameters, which the trainers begin the new ``epoch`` with.
         """
         if parameters:
-            return {peer for peer, its in self.progress.items() if its.epoch == epoch} | self.still_computing(
-                epoch - 1, parameters=False
-            )
-        return {peer for peer, its in self.progress.items() if its.epoch == epoch and its.samples_accumulated > 0}
+            return self.of_epoch(epoch) | self.still_computing(epoch - 1, parameters=False)
+        return {peer for peer in self.of_epoch(epoch) if self.progress[peer].samples_accumulated > 0}
+
+    def beginning(self, epoch: int) -> set[bytes]:
+        """Trainers that have no samples of this epoch yet, so that the others lose nothing without them."""
+        return {peer for peer in self.of_epoch(epoch) if self.progress[peer].samples_accumulated == 0}
 
     def ready(self, epoch: int) -> set[bytes]:
         """Peers that need no time: whoever looks for a group, and trainers that have just ended this epoch."""
-        return self.looking | {peer for peer, its in self.progress.items() if its.epoch == epoch + 1}
+        return self.looking | self.of_epoch(epoch + 1)
+
+    def of_epoch(self, epoch: int) -> set[bytes]:
+        return {peer for peer, its in self.progress.items() if its.epoch == epoch}
 
 
 def read_progress(metadata: object) -> dict[bytes, LocalTrainingProgress]:
@@ -104,22 +110,33 @@ class LeanMatchmaking(Matchmaking):
     """hivemind's search for a group, but a leader begins when all are there for whom it is worth to wait.
 
     Trainers that still compute a batch of the epoch are waited for until the leader's time is up; whoever needs no
-    time, such as an assistant, ``request_timeout`` after the last of them. It also asks a leader again that did not
-    let this peer in, because it was busy, say: hivemind never does until that leader's next announcement.
+    time, such as an assistant, ``request_timeout`` after the last of them. A trainer that would be alone also waits for
+    those that have just begun the epoch, as long as it ``may_linger``: it has something else to do meanwhile.
+
+    It also asks a leader again that did not let this peer in, because it was busy, say: hivemind never does until that
+    leader's next announcement.
     """
 
     attendance: Attendance
     progress_key: str
     averages_parameters: bool
+    may_linger: Callable[[], bool]
 
     @classmethod
     def adopt(
-        cls, matchmaking: Matchmaking, *, attendance: Attendance, progress_key: str, averages_parameters: bool
+        cls,
+        matchmaking: Matchmaking,
+        *,
+        attendance: Attendance,
+        progress_key: str,
+        averages_parameters: bool,
+        may_linger: Callable[[], bool],
     ) -> "LeanMatchmaking":
         """Turn the object that hivemind has made into one of this class: it offers no factory."""
         matchmaking.__class__ = cls
         matchmaking.attendance, matchmaking.progress_key = attendance, progress_key
-        matchmaking.averages_parameters = averages_parameters
+        matchmaking.averages_parameters, matchmaking.may_linger = averages_parameters, may_linger
+        matchmaking._found_for = None
         matchmaking._start_search()
         return matchmaking
 
@@ -134,18 +151,28 @@ class LeanMatchmaking(Matchmaking):
 
     async def look_for_group(self, step: StepControl) -> GroupInfo | None:
         """As hivemind's; a group may come about before the leader's time is up."""
-        watch = asyncio.create_task(self._begin_when_all_are_there(step))
+        watch, group, self._found_for = asyncio.create_task(self._begin_when_all_are_there(step)), None, None
         try:
             group = await super().look_for_group(step)
         finally:
             watch.cancel()
-        if group is not None:
-            await self._note_attendance(step, {peer.to_bytes() for peer in group.peer_ids})
+            if group is None:
+                self._note_missing(step, set(), self._began, self._first, self._now)
+        if group is not None:  # the others wait for this peer's part: nothing may come before that
+            self._found_for = step
+            self._noting = asyncio.create_task(
+                self._note_attendance(step, {peer.to_bytes() for peer in group.peer_ids}, self._began, self._first)
+            )
         return group
+
+    def is_searching(self, step: StepControl) -> bool:
+        """Whether the step's group is still to be found; until the step's stage says so, it takes a moment."""
+        is_found = self._found_for is step or (self.step_control is step and self.assembled_group.done())
+        return not is_found
 
     def is_in_vain(self, step: StepControl) -> bool:
         """Whether nobody can be expected any more, and nobody has been for a while."""
-        if self.current_followers or self.current_leader is not None or self._now is None:
+        if self.current_leader is not None or self._num_trainers(step) > 1 or self._now is None:
             return False
         self.awaited(step)  # notes when there was somebody
         return time.monotonic() > self._somebody_awaited_at + self.request_timeout
@@ -160,6 +187,8 @@ class LeanMatchmaking(Matchmaking):
             self._computing_until = now
         elif now < max(self._began, self._computing_until) + self.request_timeout:
             missing = self._worth_waiting_for(self._now.ready(epoch))
+        if not missing and self._num_trainers(step) < 2 and self.may_linger():
+            missing = self._worth_waiting_for(self._now.beginning(epoch))
         if missing:
             self._somebody_awaited_at = now
         return missing
@@ -217,8 +246,7 @@ class LeanMatchmaking(Matchmaking):
         return Surroundings(progress, {peer.to_bytes() for peer, _ in looking} - {own})
 
     def _may_begin(self, step: StepControl) -> bool:
-        asked = [step.data_for_gather, *(request.gather for request in self.current_followers.values())]
-        if self.client_mode or self.current_leader is not None or sum(map(is_trainer, asked)) < 2:
+        if self.client_mode or self.current_leader is not None or self._num_trainers(step) < 2:
             return False
         now = time.monotonic()
         self._asked_at = {peer: self._asked_at.get(peer, now) for peer in self.current_followers}
@@ -226,6 +254,11 @@ class LeanMatchmaking(Matchmaking):
         if self.time_is_up or min(self._asked_at.values()) < now - self.min_matchmaking_time:
             return True
         return self._now is not None and not self.awaited(step)
+
+    def _num_trainers(self, step: StepControl) -> int:
+        """In the group that this peer leads, itself included."""
+        asked = [step.data_for_gather, *(request.gather for request in self.current_followers.values())]
+        return sum(map(is_trainer, asked))
 
     # -- following
 
@@ -249,24 +282,38 @@ class LeanMatchmaking(Matchmaking):
 
     # -- after the search
 
-    async def _note_attendance(self, step: StepControl, members: set[bytes]) -> None:
+    async def _note_attendance(
+        self, step: StepControl, members: set[bytes], began: float, first: Surroundings | None
+    ) -> None:
         """Remember who came and who was waited for in vain. All members do, since each may be the next to lead."""
         for peer in members:
             self.attendance.came(peer)
-        waited, epoch, first = time.monotonic() - self._began, self._epoch(step), self._first
-        if waited < self.request_timeout or epoch is None or first is None:
-            return
+        if time.monotonic() < began + self.request_timeout:
+            return  # nobody was waited for
         try:
-            last = await self._surroundings()
+            self._note_missing(step, members, began, first, await self._surroundings())
         except Exception as error:
             logger.debug("could not look who is missing: %r", error)
+
+    def _note_missing(
+        self,
+        step: StepControl,
+        members: set[bytes],
+        began: float,
+        first: Surroundings | None,
+        last: Surroundings | None,
+    ) -> None:
+        """Whoever could have come all the time, from the ``first`` to the ``last`` look, has missed the round."""
+        waited, epoch = time.monotonic() - began, self._epoch(step)
+        if epoch is None or first is None or last is None:
             return
-        missing = first.looking & last.looking
+        missing, known = set(), first.looking.union(*map(first.of_epoch, (epoch - 1, epoch, epoch + 1)))
+        if waited > self.request_timeout:
+            # when there was no group, the others may have had theirs before this peer came, and be in the next epoch
+            missing |= last.ready(epoch) if members else last.looking
         if waited > LONG_WAIT * self.min_matchmaking_time:
-            missing |= first.still_computing(epoch, parameters=self.averages_parameters) & last.still_computing(
-                epoch, parameters=self.averages_parameters
-            )
-        for peer in missing - members:
+            missing |= last.of_epoch(epoch) | (last.of_epoch(epoch - 1) if self.averages_parameters else set())
+        for peer in known & missing - members:
             self.attendance.missed(peer)
 
 

@@ -106,7 +106,7 @@ class LeanOptimizer(hivemind.Optimizer):
     all are there, and it consists of those who are there then.
     """
 
-    _partner_is_ahead = False
+    _partner_is_ahead = _is_late = _was_left_behind = False
 
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
@@ -166,11 +166,15 @@ class LeanOptimizer(hivemind.Optimizer):
     # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
     # hivemind looks for that at the beginning of a step only, before it may learn where the others are.
 
+    #
+    # hivemind also gives up the first batch of an epoch when others have ended it meanwhile. But they may just be
+    # looking for this peer. So it looks for them, and takes their state if they have gone on.
+
     def _should_load_state_from_peers(self) -> bool:
-        if self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch:
-            self._partner_is_ahead = False
+        if (self._partner_is_ahead and self.tracker.global_epoch > self.local_epoch) or self._was_left_behind:
+            self._partner_is_ahead = self._was_left_behind = False
             return True
-        return super()._should_load_state_from_peers()
+        return not self.is_synchronized_with_peers()
 
     def _notice_partners_ahead(self, epochs: dict) -> None:
         """``epochs``: those in which the members of a round of averaging began it, by peer; no epoch if auxiliary."""
@@ -184,11 +188,13 @@ class LeanOptimizer(hivemind.Optimizer):
             return
         # When rounds take as long as epochs, this is the only moment at which no delayed update is under way, so that
         # parameters and epoch belong together. hivemind would wait for the update next.
-        if self.delay_optimizer_step:
-            self.state_averager.step(wait_for_delayed_updates=True)
-        self._patience.renew()
-        self.before_epoch_ends()
-        super()._update_global_epoch(grad_scaler)
+        with self._patience.blocking():
+            if self.delay_optimizer_step:
+                self.state_averager.step(wait_for_delayed_updates=True)
+            self._patience.renew()
+            self.before_epoch_ends()
+            self._is_late = self.tracker.global_epoch > self.local_epoch
+            super()._update_global_epoch(grad_scaler)
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -207,6 +213,7 @@ class LeanOptimizer(hivemind.Optimizer):
             self._notice_partners_ahead(maybe_step_control.result(self.averaging_timeout))
         except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
             self.give_up_waiting()
+            self._was_left_behind = self._is_late
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
         self._load_averaged_gradients_into_optimizer_()
@@ -229,6 +236,11 @@ class LeanOptimizer(hivemind.Optimizer):
     def shutdown(self) -> None:
         self.stop_waiting()
         super().shutdown()
+
+    def share_state(self) -> None:
+        """From now on hand this peer's state to those that join."""
+        if not (self.client_mode or self.auxiliary):
+            self.state_averager.allow_state_sharing = True
 
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
@@ -273,13 +285,15 @@ def make_collaborative_optimizer(
     collaboration: CollaborationArguments,
     training: HFTrainerArguments,
     auxiliary: bool = False,
+    shares_state: bool = True,
     metrics_path: Path | None = None,
     identity: Identity | None = None,
 ) -> LeanOptimizer:
     """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
 
     They add what they are about to do to the file ``metrics_path``. An auxiliary peer has no gradients, so nothing of
-    its own can be delayed; hivemind fails if asked to.
+    its own can be delayed; hivemind fails if asked to. One that has no state worth sharing yet passes
+    ``shares_state=False``, and calls `LeanOptimizer.share_state` when it has.
     """
     learning_rate = make_learning_rate(training)
     membership = None if identity is None else identity.membership
@@ -334,7 +348,7 @@ def make_collaborative_optimizer(
         grad_averager_factory=partial(
             LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averager_options
         ),
-        averager_opts=averager_options,
+        averager_opts={**averager_options, "allow_state_sharing": None if shares_state else False},
         tracker_opts={
             "min_refresh_period": min(0.5, refresh / 4),
             "default_refresh_period": min(3.0, refresh),

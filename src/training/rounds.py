@@ -4,6 +4,7 @@ A mixin for hivemind's averagers, whose own rounds end without a word when they 
 """
 
 import asyncio
+import contextlib
 import contextvars
 import itertools
 import logging
@@ -39,6 +40,7 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 LINGER_SECONDS = 1.0
 SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
 LAST_CALL = 1.0  # seconds in which a leader whose patience is used up begins with those who are there
+LEAVING = "this peer is leaving"
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -83,7 +85,7 @@ class _FailureCollector(logging.Handler):
         self.failures: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = record.getMessage().replace("TimeoutError()", "TimeoutError('nothing came in time')")
         if message.startswith("Caught") and len(self.failures) < MAX_REASONS:
             self.failures.append(printable(message, MAX_REASON_LENGTH))  # it may quote another peer
 
@@ -101,6 +103,7 @@ class Patience:
     def __init__(self, seconds: float = float("inf")):
         self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
         self._is_over = multiprocessing.RawValue("b", False)  # without a lock: a signal handler may set it
+        self._owner_is_blocked = multiprocessing.RawValue("b", False)
 
     @property
     def spent(self) -> float:
@@ -115,6 +118,20 @@ class Patience:
     def left(self) -> float:
         """Seconds; below any number once this peer has given up."""
         return self.seconds - self.spent if self.spent < float("inf") else -float("inf")
+
+    @property
+    def owner_is_blocked(self) -> bool:
+        """Whether this peer stands still because of a round, instead of computing the next batch."""
+        return bool(self._owner_is_blocked.value)
+
+    @contextlib.contextmanager
+    def blocking(self):
+        """For the time in which the owner stands still."""
+        self._owner_is_blocked.value = True
+        try:
+            yield
+        finally:
+            self._owner_is_blocked.value = False
 
     def renew(self) -> None:
         self._spent.value = 0.0
@@ -257,6 +274,7 @@ class RoundReporting(Gated):
                 attendance=self.attendance,
                 progress_key=self._progress_key,
                 averages_parameters=self.averages_parameters,
+                may_linger=lambda: not self.patience.owner_is_blocked,
             )
         self._paced_matchmaking = matchmaking
 
@@ -270,13 +288,25 @@ class RoundReporting(Gated):
         self._collect_failures()
         kwargs.update(self._round_timeouts())
         began = time.monotonic()
-        result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        try:
+            result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        except MatchmakingException as error:
+            if not isinstance(error.__context__, asyncio.CancelledError):
+                raise
+            raise MatchmakingException(  # hivemind's text would end in a colon
+                f"the round was broken off after {time.monotonic() - began:.0f} s{self._waited_for(group_info)}"
+            ) from error
         result.began = began
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
         return result
+
+    def _waited_for(self, group_info: GroupInfo) -> str:
+        runner = self._running_groups.get(group_info.group_id)
+        peers = runner.result().missing_peers() if runner is not None and runner.done() else ()
+        return f", while it waited for {', '.join(map(str, peers))}" if peers else ""
 
     def _seconds_left(self) -> float:
         """Of this peer's patience, while the owner of the present step waits for it."""
@@ -384,6 +414,8 @@ class RoundReporting(Gated):
                         num_refused,
                     )
                 )
+            elif given_up == LEAVING:
+                pass  # no failure
             elif given_up:
                 self._rounds_sender.send(Round(self.round_kind, seconds, error=given_up, reasons=reasons))
             elif not step.cancelled():
@@ -407,6 +439,8 @@ class RoundReporting(Gated):
             if not waiting_since:
                 waiting_since.append(time.monotonic())
             searching = step.stage == AveragingStage.LOOKING_FOR_GROUP and not self._running_groups
+            if isinstance(self._matchmaking, LeanMatchmaking):
+                searching = searching and self._matchmaking.is_searching(step)
             if searching and (reason := self._why_to_give_up(step, time.monotonic() - waiting_since[0])):
                 step._cancel.set_result(None)  # before the owner hears of it: else it sets this, too, and one set fails
                 MPFuture.cancel(step)
@@ -416,7 +450,7 @@ class RoundReporting(Gated):
     def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
         """Empty as long as there is hope; ``seconds`` is how long the search's owner has waited for it."""
         if self.patience.is_over:
-            return "this peer is leaving"
+            return LEAVING
         if self.patience.spent == float("inf"):
             return "the search was given up"
         lean = self._matchmaking if isinstance(self._matchmaking, LeanMatchmaking) else None

@@ -3,10 +3,12 @@
 hivemind takes any peer whose tensors have the right shapes: another tokenizer or schedule would go unnoticed.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
+import re
 import threading
 from collections import Counter
 
@@ -22,6 +24,9 @@ PROTOCOL = "LeanALBERT 1: gradients in 8 bits by blocks from 65537 values, else 
 PUBLISH_SECONDS, EXPIRE_SECONDS = 30.0, 150.0
 ANSWER_SECONDS = 15.0  # the DHT's process may have ended: never wait for it for ever
 MAX_NAMED = 4
+# The fingerprint of the weights a run began with, for runs that did not begin with random ones. A card without it
+# contradicts none: whoever joins without the flag gets the weights from the swarm, and names them from then on.
+INITIAL_WEIGHTS = "--init_checkpoint"
 OWN_OPTIONS = {"activation_memory", "sparse_prediction", "classifier_dropout_prob"}  # of the model: a peer's own affair
 SCHEDULE = (
     "target_batch_size", "average_state_every", "matchmaking_time", "min_vector_size", "learning_rate",
@@ -36,7 +41,8 @@ TRAINERS_ONLY = ("max_sequence_length", "initial_sequence_length", "sequence_len
 def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, trainer: bool) -> dict[str, str]:
     """{field: value as text}; a field is ``model.OPTION``, ``--FLAG``, or a fingerprint.
 
-    ``settings``: {flag: value}, of which those that a run has in common are taken.
+    ``settings``: {flag: value}, of which those that a run has in common are taken; ``init_checkpoint``, if there, is
+    a fingerprint.
     """
     card = {"protocol": PROTOCOL}
     for option in dataclasses.fields(LeanAlbertConfig):
@@ -49,6 +55,8 @@ def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, traine
     card["tokenizer"] = _fingerprint(pipeline)
     for flag in (*SCHEDULE, *(TRAINERS_ONLY if trainer else ())):
         card[f"--{flag}"] = str(settings[flag])
+    if settings.get("init_checkpoint"):
+        card[INITIAL_WEIGHTS] = settings["init_checkpoint"]
     return card
 
 
@@ -74,8 +82,42 @@ class RunCard(threading.Thread):
         self.dht, self.key, self.owner, self.card = dht, f"{run_id}_card", owner, card
         self.stop = threading.Event()
 
-    def join_run(self) -> None:
-        """Compare, then publish from now on. Raises ValueError, naming the fields, if the run has another card."""
+    @property
+    def initial_weights(self) -> str | None:
+        """The fingerprint of the weights the run began with, as far as this peer knows."""
+        return self.card.get(INITIAL_WEIGHTS)
+
+    def learn_initial_weights(self) -> str | None:
+        """As `initial_weights`; a peer that does not know them takes what most others say."""
+        if self.initial_weights is None:
+            named = Counter(self._named_by_others())
+            if named:
+                self.card = {**self.card, INITIAL_WEIGHTS: named.most_common(1)[0][0]}
+        return self.initial_weights
+
+    def correct_initial_weights(self) -> bool:
+        """Take back what nobody else of the run says that it began with; whether there was something to take back."""
+        if self.initial_weights is None or self.initial_weights in self._named_by_others():
+            return False
+        self.card = {name: value for name, value in self.card.items() if name != INITIAL_WEIGHTS}
+        with contextlib.suppress(Exception):  # else with the next renewal
+            self.publish()
+        return True
+
+    def _named_by_others(self) -> list[str]:
+        try:
+            named = [card.get(INITIAL_WEIGHTS) for card in self.read_others()]
+        except Exception as error:  # as in `run`
+            logger.debug("could not read the run's cards: %r", error)
+            return []
+        return [value for value in named if value is not None and re.fullmatch("[0-9a-f]{16}", value)]
+
+    def join_run(self, *, trains: bool = False) -> None:
+        """Compare, then publish from now on. Raises ValueError, naming the fields, if the run has another card.
+
+        A peer that trains will have the weights of the run, and so names those it began with. Others do not: they may
+        stay when all trainers have gone, and must not keep a new run from beginning with other weights.
+        """
         found = differences(self.card, self.read_others())
         if found:
             more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
@@ -83,6 +125,8 @@ class RunCard(threading.Thread):
                 f"this peer does not fit the run: {'; '.join(found[:MAX_NAMED])}{more}. Start it with the run's own "
                 "configuration, or another --run_id"
             )
+        if trains:
+            self.learn_initial_weights()
         self.publish()
         self.start()
 

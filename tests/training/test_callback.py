@@ -1,5 +1,6 @@
 """The callback steps with the swarm, keeps bad numbers out of it, reports epochs, backs up, and stops when told."""
 
+import dataclasses
 import io
 import math
 import threading
@@ -10,9 +11,11 @@ import pytest
 import torch
 from transformers import TrainerControl
 
+from src.training import callback as callback_module
+from src.training import swarm
 from src.training.backup import read_backup, save_backup
 from src.training.callback import describe_incomplete
-from src.training.dht import fetch_metrics
+from src.training.dht import fetch_metrics, store_checkpoint_epoch
 from src.training.hf_trainer import LossScaler
 from src.training.history import THIS_PEER, RunHistory
 from src.training.journal import read_journal
@@ -307,6 +310,125 @@ def test_callback_does_not_wait_for_partners_after_a_stop(tmp_path):
     assert given_up == [True]
 
 
+def test_callback_lets_the_last_update_of_a_run_take_longer_unless_it_is_stopped(tmp_path, monkeypatch):
+    callback = make_callback(tmp_path, FakeOptimizer(tiny_model(), epoch=3), total_steps=3)
+    averager, calls = callback.optimizer.state_averager, []
+    averager.pending_updates = {"update"}
+    monkeypatch.setattr(callback_module, "WAIT_FOR_PENDING_SECONDS", 0.1)
+
+    def finish(**kwargs):
+        calls.append(callback.optimizer.waits)
+        if len(calls) == 4:
+            callback.stop.set()
+
+    averager.step = finish
+    run(callback.on_train_end)
+    assert 4 < len(calls) < 10, "0.1 s of waiting would have been a single call"
+    assert calls[:4] == [True] * 4 and calls[4:] == [False] * (len(calls) - 4), "nobody is searched for after the stop"
+
+
+# -- the end of a run -------------------------------------------------------------------------------------------------
+
+
+def at_the_end(folder, *, stored=(), client_mode=False, **options):
+    """A callback that has trained the last epoch, 3; auxiliary peers have stored the epochs ``stored``."""
+    optimizer = FakeOptimizer(tiny_model(), epoch=3)
+    optimizer.client_mode = client_mode
+    callback = make_callback(folder, optimizer, total_steps=3, **options)
+    for number, epoch in enumerate(stored):
+        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, epoch, expiration=60.0)
+    return callback
+
+
+def leaving(callback) -> threading.Thread:
+    thread = threading.Thread(target=run, args=(callback.on_train_end,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_callback_waits_at_the_end_until_every_auxiliary_peer_has_stored_the_state(tmp_path):
+    callback = at_the_end(tmp_path, stored=(2, 0))
+    thread = leaving(callback)
+    for number in (0, 1):
+        thread.join(0.7)
+        assert thread.is_alive(), number
+        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, 3, expiration=60.0)
+    thread.join(5.0)
+    assert not thread.is_alive()
+    assert callback.optimizer.tracker.announced >= 1, "also if it has computed nothing since it was started"
+    assert read_backup(callback.state_path)["epoch"] == 3
+    waiting, stored = said_by(callback).splitlines()
+    assert waiting.startswith("the run is over: waiting until its state is stored, at most 60 s (Ctrl+C")
+    assert stored == "the state of epoch 3 is stored"
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [("nobody stores", {}), ("all is stored", {"stored": (3, 4)}),
+     ("it shares nothing itself", {"stored": (0,), "client_mode": True})],
+)  # fmt: skip
+def test_callback_leaves_at_once_at_the_end_when_there_is_nothing_to_wait_for(tmp_path, why, options):
+    callback = at_the_end(tmp_path, **options)
+    started = time.monotonic()
+    run(callback.on_train_end)
+    assert time.monotonic() - started < 3.0
+    assert "waiting" not in said_by(callback)
+
+
+def test_callback_that_is_stopped_waits_for_no_checkpoint(tmp_path):
+    callback = at_the_end(tmp_path, stored=(0,))
+    thread = leaving(callback)
+    thread.join(0.7)
+    assert thread.is_alive()
+    callback.stop.set()
+    thread.join(1.0)
+    assert not thread.is_alive()
+    assert len(said_by(callback).splitlines()) == 1
+
+
+def test_callback_waits_for_no_checkpoint_before_the_last_epoch(tmp_path):
+    callback = make_callback(tmp_path)
+    store_checkpoint_epoch(callback.dht, "fake", b"aux", 0, expiration=60.0)
+    started = time.monotonic()
+    run(callback.on_train_end)
+    assert time.monotonic() - started < 0.4 and said_by(callback) == ""
+
+
+def test_callback_gives_up_waiting_for_a_checkpoint_and_says_where_the_state_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(callback_module, "HAND_OVER_SECONDS", 0.2)
+    callback = at_the_end(tmp_path, stored=(0,))
+    run(callback.on_train_end)
+    assert f"nobody has stored the state of the last epoch within 0 s; it is in {callback.state_path}" in said_by(
+        callback
+    )
+
+
+def test_callback_does_not_wait_for_an_auxiliary_peer_that_has_gone(tmp_path):
+    callback = at_the_end(tmp_path, stored=(0,))
+    thread = leaving(callback)
+    thread.join(0.7)
+    callback.dht.records.clear()
+    thread.join(5.0)
+    assert not thread.is_alive()
+    assert "nobody is left to store the state of the last epoch" in said_by(callback)
+
+
+def test_callback_waits_longer_for_a_larger_state_and_a_slower_connection(tmp_path):
+    callback = at_the_end(tmp_path)
+    millions = sum(parameter.numel() for parameter in callback.parameters) / 1e6
+    callback.peer.bandwidth = 0.001  # Mbit/s
+    assert callback._hand_over_seconds() >= 60 + 3 * millions * 4 * 8 / 0.001
+    callback.peer.bandwidth = None
+    assert 60 < callback._hand_over_seconds() < 61
+
+
+def test_callback_at_the_end_of_a_run_begins_no_round_and_waits_for_no_partner(tmp_path):
+    """As when a trainer is started once more to hand the last state over."""
+    callback = at_the_end(tmp_path, wait_for_peers=2)
+    assert local_step(callback).should_training_stop
+    assert callback.optimizer.steps == []
+
+
 # -- backups and rollback ---------------------------------------------------------------------------------------------
 
 
@@ -424,6 +546,84 @@ def test_callback_takes_the_state_of_peers_unless_the_backup_is_newer(tmp_path, 
     optimizer.tracker.global_epoch = of_peers
     run(callback.on_train_begin)
     assert optimizer.num_downloads == downloads
+
+
+def test_callback_shares_its_state_from_the_start_of_training_on(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_trainer(tmp_path, optimizer)[1]
+    callback.resume()
+    assert not optimizer.shares_state
+    run(callback.on_train_begin)
+    assert optimizer.shares_state
+
+
+class Card:
+    """What a run's card says of the weights it began with, and what the others of the run say."""
+
+    def __init__(self, named: str | None, *, confirmed: bool = True):
+        self.named, self.confirmed = named, confirmed
+
+    def learn_initial_weights(self) -> str | None:
+        return self.named
+
+    def correct_initial_weights(self) -> bool:
+        return not self.confirmed
+
+
+def make_joining(folder, card: Card, **peer):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_trainer(folder, optimizer)[1]
+    callback.swarm = dataclasses.replace(callback.swarm, run_card=card)
+    vars(callback.peer).update(initial_peers=["/ip4/203.0.113.5/tcp/1/p2p/Qm"], **peer)
+    return optimizer, callback
+
+
+def test_trainer_that_joins_at_the_first_epoch_waits_for_the_weights_the_run_began_with(tmp_path):
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef"))
+    joining = threading.Thread(target=run, args=(callback.on_train_begin,), daemon=True)
+    joining.start()
+    joining.join(1.5)
+    assert joining.is_alive() and not optimizer.shares_state
+    optimizer.downloaded_value = 0.25  # the first trainer has read its data
+    joining.join(5.0)
+    assert not joining.is_alive() and optimizer.shares_state and not callback.stop.is_set()
+    assert optimizer.parameters[0].flatten()[0] == 0.25
+    assert said_by(callback).count("waiting for a peer that hands over the weights") == 1
+
+
+def test_trainer_that_gets_no_weights_stops_and_leaves_no_backup_of_random_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(swarm, "WAIT_FOR_WEIGHTS_SECONDS", 0.0)
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef"))
+    control = run(callback.on_train_begin)
+    run(callback.on_train_end)
+    assert control.should_training_stop and not optimizer.shares_state
+    assert "no peer has handed over the weights with which this run began (0123456789abcdef)" in said_by(callback)
+    assert not callback.state_path.exists()
+
+
+@pytest.mark.parametrize("peer", [{}, {"init_checkpoint": "state.pth"}, "backup"])
+def test_trainer_that_has_the_weights_of_the_run_waits_for_nobody(tmp_path, peer):
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef" if peer else None))
+    if peer == "backup":
+        save_backup(callback.state_path, optimizer.model, optimizer)
+    else:
+        vars(callback.peer).update(peer)
+    assert not run(callback.on_train_begin).should_training_stop
+    assert optimizer.num_downloads == 1 and optimizer.shares_state
+
+
+@pytest.mark.parametrize(("epoch", "confirmed", "said"), [(0, True, False), (0, False, True), (5, True, True)])
+def test_trainer_with_a_checkpoint_takes_the_state_of_a_run_that_has_begun_and_says_so(
+    tmp_path, epoch, confirmed, said
+):
+    optimizer, callback = make_joining(
+        tmp_path, Card("0123456789abcdef", confirmed=confirmed), init_checkpoint="state.pth"
+    )
+    optimizer.downloaded_value, optimizer.state_averager.local_epoch = 0.25, epoch
+    optimizer.tracker.global_epoch = epoch
+    run(callback.on_train_begin)
+    assert optimizer.parameters[0].flatten()[0] == 0.25
+    assert ("its state was taken, not the weights of --init_checkpoint" in said_by(callback)) is said
 
 
 def test_callback_waits_for_the_trainers_it_was_told_to_wait_for(tmp_path):

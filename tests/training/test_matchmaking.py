@@ -32,8 +32,9 @@ def leader(*, mode: AveragingMode = AveragingMode.NODE, parameters: bool = False
     matchmaking.peer_id, matchmaking.client_mode, matchmaking.current_leader = PeerID(b"leader"), False, None
     matchmaking.attendance, matchmaking.averages_parameters = Attendance(), parameters
     matchmaking.min_matchmaking_time, matchmaking.request_timeout = 60.0, 3.0
-    matchmaking.current_followers = {}
+    matchmaking.current_followers, matchmaking.may_linger = {}, lambda: False
     matchmaking._start_search()
+    matchmaking._found_for = None
     epoch = None if mode == AveragingMode.AUX else EPOCH
     return matchmaking, SimpleNamespace(data_for_gather=gathered(epoch, mode))
 
@@ -140,6 +141,55 @@ def test_search_is_in_vain_when_nobody_was_to_be_expected_for_a_while():
     assert not matchmaking.is_in_vain(step)
 
 
+def test_trainer_that_would_be_alone_waits_for_those_that_have_just_begun_if_it_loses_nothing():
+    matchmaking, step = leader()
+    see(matchmaking, progress(b"new", samples=0))
+    assert matchmaking.awaited(step) == set(), "it would stand still meanwhile"
+    matchmaking.may_linger = lambda: True
+    assert matchmaking.awaited(step) == {b"new"}
+    let_ask(matchmaking, b"assistant", epoch=None, mode=AveragingMode.AUX)
+    assert matchmaking.awaited(step) == {b"new"} and not matchmaking._may_begin(step)
+    see(matchmaking, progress(b"new", samples=0), progress(b"one"))
+    let_ask(matchmaking, b"one")
+    assert matchmaking.awaited(step) == set() and matchmaking._may_begin(step)
+
+
+def test_search_is_over_as_soon_as_the_group_is_there():
+    async def scenario():
+        matchmaking, step = leader()
+        matchmaking.step_control, matchmaking.assembled_group = step, asyncio.Future()
+        assert matchmaking.is_searching(step)
+        matchmaking.assembled_group.set_result("group")
+        assert not matchmaking.is_searching(step), "who gave up now would leave the others waiting for its part"
+        matchmaking.step_control, matchmaking.assembled_group = None, asyncio.Future()
+        matchmaking._found_for = step
+        assert not matchmaking.is_searching(step)
+        assert matchmaking.is_searching(SimpleNamespace()), "the next one"
+
+    asyncio.run(scenario())
+
+
+def test_search_with_assistants_alone_is_in_vain_like_any_other():
+    matchmaking, step = leader()
+    see(matchmaking)
+    let_ask(matchmaking, b"assistant", epoch=None, mode=AveragingMode.AUX)
+    matchmaking._somebody_awaited_at = matchmaking._began = time.monotonic() - 3.1
+    assert matchmaking.is_in_vain(step)
+
+
+def test_search_that_found_nobody_is_held_against_those_who_could_have_come(monkeypatch):
+    matchmaking, step = leader()
+
+    async def search_in_vain(self, step):
+        see(self, progress(b"phantom"), progress(b"behind", epoch=EPOCH - 1))
+        self._began = time.monotonic() - 61.0
+
+    monkeypatch.setattr(Matchmaking, "look_for_group", search_in_vain)
+    matchmaking.step_control = None
+    assert asyncio.run(matchmaking.look_for_group(step)) is None
+    assert not matchmaking.attendance.is_awaited(b"phantom") and matchmaking.attendance.is_awaited(b"behind")
+
+
 def note(matchmaking, step, *, waited: float, members: set[bytes], last: Surroundings) -> None:
     matchmaking._began = time.monotonic() - waited
 
@@ -147,7 +197,7 @@ def note(matchmaking, step, *, waited: float, members: set[bytes], last: Surroun
         return last
 
     matchmaking._surroundings = surroundings
-    asyncio.run(matchmaking._note_attendance(step, members))
+    asyncio.run(matchmaking._note_attendance(step, members, matchmaking._began, matchmaking._first))
 
 
 @pytest.mark.parametrize(("waited", "expected"), [(59.0, False), (20.0, True)])
@@ -176,6 +226,19 @@ def test_dead_assistant_costs_one_short_wait():
     see(matchmaking, progress(b"one"), looking=(b"dead",))
     note(matchmaking, step, waited=3.2, members={b"leader", b"one"}, last=matchmaking._now)
     assert not matchmaking.attendance.is_awaited(b"dead") and matchmaking.attendance.is_awaited(b"one")
+
+
+@pytest.mark.parametrize("members", [{b"leader", b"one"}, set()], ids=["a group", "no group"])
+def test_phantom_that_follows_the_epochs_costs_one_short_wait(members):
+    matchmaking, step = leader()
+    see(matchmaking, progress(b"one"), progress(b"phantom"))
+    last = Surroundings({b"one": progress(b"one"), b"phantom": progress(b"phantom", epoch=EPOCH + 1)}, set())
+    if members:
+        note(matchmaking, step, waited=5.0, members=members, last=last)
+    else:  # then this peer may have come when the others were gone
+        matchmaking._began -= 5.0
+        matchmaking._note_missing(step, set(), matchmaking._began, matchmaking._first, last)
+    assert matchmaking.attendance.is_awaited(b"phantom") is not bool(members)
 
 
 def test_attendance_gives_those_who_have_come_before_another_chance_ever_later():

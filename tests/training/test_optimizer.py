@@ -412,6 +412,26 @@ def test_optimizer_does_not_stay_behind_those_it_averages_with(monkeypatch, epoc
     assert done == (["load", "update"] if loads else ["update", "update"])
 
 
+@pytest.mark.parametrize(("global_epoch", "loads"), [(4, True), (3, False)])
+def test_optimizer_that_came_when_the_others_had_gone_on_takes_their_state(monkeypatch, global_epoch, loads):
+    optimizer, failed = bare_optimizer(num_peers=2), Future()
+    optimizer.delay_optimizer_step, optimizer.auxiliary = False, False
+    optimizer.grad_averager.patience = Patience(10.0)
+    optimizer.tracker.global_epoch, optimizer.state_averager.local_epoch = global_epoch, 3
+    optimizer.before_epoch_ends = lambda: None
+    blocked = []
+    monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch",
+                        lambda self, scaler: blocked.append(self._patience.owner_is_blocked))  # fmt: skip
+    monkeypatch.setattr(LeanOptimizer, "_load_averaged_gradients_into_optimizer_", lambda self: None)
+    assert not optimizer._should_load_state_from_peers(), "they may be looking for it"
+    optimizer._update_global_epoch(None)
+    assert blocked == [True] and not optimizer._patience.owner_is_blocked
+    failed.set_exception(CancelledError())
+    optimizer._average_gradients_and_load_into_optimizer(failed)
+    optimizer.state_averager.local_epoch = 4
+    assert [optimizer._should_load_state_from_peers() for _ in range(2)] == [loads, False]
+
+
 def test_optimizer_tells_its_epoch_to_those_it_averages_with(start_optimizer):
     optimizer = start_optimizer()
     optimizer.state_averager.local_epoch = 7
