@@ -155,7 +155,7 @@ def test_backup_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "plain.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as new:
         for entry in old.infolist():
             new.writestr(entry.filename, bytes(entry.file_size))
-    with pytest.raises(ValueError, match=r"--state_path: .*b\.pth is truncated or not a backup; .*\(its parts claim to be larger"):
+    with pytest.raises(ValueError, match=r"--state_path: .*b\.pth is truncated or not a backup; .*\(its parts claim"):
         read_backup(tmp_path / "b.pth")
 
 
