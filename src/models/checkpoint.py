@@ -34,7 +34,18 @@ def read_state_dict(path):
     state_dict = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f'{path}: expected {{"model": state dict}} or a state dict, found neither')
+    odd = [name for name, tensor in state_dict.items() if not isinstance(name, str) or not _is_plain(tensor)]
+    if odd:
+        raise ValueError(
+            f"{path}: {str(odd[0])[:80]!r} is no ordinary tensor with a name (sparse, quantised, no values)"
+        )
     return state_dict
+
+
+def _is_plain(tensor):
+    return (
+        tensor.layout is torch.strided and tensor.device.type == "cpu" and not (tensor.is_quantized or tensor.is_nested)
+    )
 
 
 def read_pytorch(path):

@@ -131,7 +131,7 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     state = read_state_dict(path)
     loaded = load_tokenizer(tokenizer or find_tokenizer(path))
     config = read_config(model_config or find_config(path))
-    num_embeddings = len(state.get(WORD_EMBEDDINGS, ()))
+    num_embeddings = next(iter(state[WORD_EMBEDDINGS].shape), 0) if WORD_EMBEDDINGS in state else 0
     if num_embeddings == len(loaded):  # the published model was resized to its tokenizer before it was trained
         config.vocab_size = num_embeddings
     if len(loaded) > config.vocab_size:
@@ -172,7 +172,7 @@ def read_config(path: Path) -> LeanAlbertConfig:
         raise ValueError(f"--model-config {path}: no such file")
     try:
         return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
 
 

@@ -43,7 +43,7 @@ def explain_hub_error(error: BaseException) -> tuple[str, str]:
 def first_line(error: BaseException) -> str:
     """An error's first line with a meaning, or its name if it has none."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Request ID" not in line]
-    return lines[0] if lines else type(error).__name__
+    return lines[0] if lines else repr(error)
 
 
 def download_model(hub_id: str, *, revision: str | None) -> Path:

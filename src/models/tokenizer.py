@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy or download the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")

@@ -61,7 +61,7 @@ def load_initial_weights(model: torch.nn.Module, path: Path) -> str:
 def _hint(model: torch.nn.Module, state_dict: dict) -> str:
     """What to do about a checkpoint that does not fit in one of two usual ways."""
     rows, own_rows = (
-        len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else None
+        next(iter(weights[WORD_EMBEDDINGS].shape), None) if WORD_EMBEDDINGS in weights else None
         for weights in (state_dict, model.state_dict())
     )
     if rows is not None and rows != own_rows:

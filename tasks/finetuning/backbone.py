@@ -96,7 +96,7 @@ def find_checkpoint(directory: Path) -> Path:
 def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str]) -> Pretrained:
     """state.pth or backup.pth, which hold weights alone: configuration and tokenizer lie elsewhere."""
     shapes = {name: tuple(value.shape) for name, value in encoder_weights(read_state_dict(path)).items()}
-    num_embeddings = shapes.get(WORD_EMBEDDINGS, (None,))[0]
+    num_embeddings = next(iter(shapes.get(WORD_EMBEDDINGS, ())), None)
     tokenizers = [tokenizer] if tokenizer else _nearby(path, "tokenizer")
     loaded = _first_fitting_tokenizer(tokenizers, num_embeddings, path)
     configs = [Path(model_config)] if model_config else _nearby(path, "config.json")
@@ -143,7 +143,7 @@ def _first_fitting_config(
             raise ValueError(f"--model-config {path}: no such file")
         try:
             config = LeanAlbertConfig.from_json_file(str(path))
-        except (ValueError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
         if num_embeddings == vocabulary_size:
             config.vocab_size = num_embeddings

@@ -127,9 +127,12 @@ def read_run(directory: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{directory}: not the directory of a finished run (there is no {RUN_FILE} in it)")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(row, dict) or not {"task", "model", "seed", "arguments"} <= row.keys():
+        raise InputError(f"{path}: not the row of a run; pass a directory that finetune_mlm.py has written")
+    return row
 
 
 def open_run(directory: Path, task: FinetuningTask) -> Run:

@@ -33,7 +33,7 @@ class Ledger:
             try:
                 row = json.loads(line)
                 rows.append({**row, "seed": row["seed"], "key": row["key"]})
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}:{number}: not a row of the ledger; remove the line, and its seed runs again"
                 ) from error

@@ -239,8 +239,8 @@ def fit_seed(
 def _read_batch(directory: Path, settings: Settings) -> tuple[int, int]:
     """The batch size and accumulation that fitted into memory before, or those of the settings."""
     try:
-        batch_size, grad_acc_steps = json.loads((directory / MEMORY_FILE).read_text())
-    except (OSError, ValueError):
+        batch_size, grad_acc_steps = map(int, json.loads((directory / MEMORY_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
         return settings.batch_size, settings.grad_acc_steps
     return batch_size, grad_acc_steps
 

@@ -308,3 +308,27 @@ def test_safetensors_with_an_impossible_header_are_one_line(tmp_path, content):
     with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file") as error:
         read_state_dict(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {1: torch.zeros(2)},
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)},
+        {"a": torch.zeros(2, device="meta")},
+    ],
+    ids=["number", "sparse", "quantised", "meta"],
+)
+def test_checkpoint_of_odd_tensors_is_one_line(tmp_path, state):
+    torch.save(state, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=r"state\.pth: '(1|a)' is no ordinary tensor with a name") as error:
+        read_state_dict(tmp_path / "state.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_tensor_that_repeats_one_value_a_trillion_times_is_refused_by_its_shape(empty, trained, tmp_path):
+    state = {**trained.state_dict(), "albert.pooler.bias": torch.zeros(1).expand(10**12)}
+    torch.save(state, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=r"of another shape: albert\.pooler\.bias \(\[1000000000000\]"):
+        load_checkpoint(empty, tmp_path / "state.pth")

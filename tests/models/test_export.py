@@ -457,6 +457,7 @@ def write(name, text):
         (cut_weights, ["CHECKPOINT", "OUT"], "model.safetensors: not a complete safetensors file"),
         (other_width, ["CHECKPOINT", "OUT"], "does not fit LeanAlbertForPreTraining: of another shape: albert.transfo"),
         (write("c.json", "{"), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a LeanALBERT conf"),
+        (write("c.json", "[" * 100_000), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a Lean"),
         (write("c.json", "[]"), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a LeanALBERT conf"),
         (None, ["CHECKPOINT", "OUT", "--model-config", "AUX/none.json"], "none.json: no such file"),
         (None, ["CHECKPOINT", "OUT", "--tokenizer", "AUX/none"], "there is no such directory"),

@@ -30,7 +30,7 @@ def test_row_cut_off_by_a_crash_does_not_count_and_is_replaced(tmp_path):
     assert [entry["seed"] for entry in ledger.rows()] == [0, 1]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"seed": 1}', "7"])
+@pytest.mark.parametrize("line", ["{", "[]", '{"seed": 1}', "7", "[" * 100_000, "1" * 5000])
 def test_damaged_line_is_named(tmp_path, line):
     ledger = Ledger(tmp_path / "runs.jsonl")
     ledger.append(row())

@@ -133,6 +133,13 @@ def test_weights_kept_are_those_of_the_best_epoch_and_the_best_seed(experiment):
         open_run(worse, TASK)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", "[" * 100_000])
+def test_run_with_a_damaged_row_is_one_line(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json: not (valid JSON|the row of a run)"):
+        open_run(tmp_path, TASK)
+
+
 def test_run_of_another_task_is_refused(experiment, tmp_path):
     (row,) = run_seeds(experiment(num_epochs=1), 0)
     with pytest.raises(ValueError, match="a run of RuCoLA, not of TERRa"):
