@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import mmap
+import os
 import stat
 import zipfile
 from pathlib import Path
@@ -14,6 +16,7 @@ HEADS = ("predictions.", "sop_classifier.", "classifier.")
 POOLER = "pooler."
 BACKBONE_PREFIX = "albert."
 MAX_NAMED_KEYS = 3
+ALLOCATING_CALL = b"bytearray"
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"  # names that transformers gives them
 # The same of checkpoints from before safetensors, which models of other families may still have.
 OLD_WEIGHTS_FILE, OLD_INDEX_FILE = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -51,19 +54,34 @@ def _is_plain(tensor):
 def read_pytorch(path):
     """What `torch.save` has written to a file. Raises ValueError, with the reason alone, for anything else.
 
-    torch.save does not compress, so an archive never holds more than the file has bytes. One that claims to would
-    fill the memory while it is unpacked (2.5 MB can become 2.5 GiB), and is refused before that.
+    Refused before it is read: what would fill the memory. torch.save does not compress, so an archive never holds more
+    than the file has bytes (2.5 MB could become 2.5 GiB). And the one call that torch allows in a pickle and that takes
+    as much memory as it is told to, bytearray(), is not needed for tensors.
     """
     with path.open("rb") as file:
         try:
             is_archive = file.read(4) == b"PK\x03\x04"  # how torch recognises one
-            size = sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) if is_archive else 0
-            if size <= path.stat().st_size:
+            is_bomb = _archive_is_bomb(file) if is_archive else _holds(file, ALLOCATING_CALL)
+            if not is_bomb:
                 file.seek(0)
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # bytes that are no pickle fail in a dozen ways; torch's words advise unsafe loading
             raise ValueError("it ends early, or is something else") from error
-    raise ValueError("its parts claim to be larger than the file, as if made to fill the memory")
+    raise ValueError("its parts claim more memory than the file holds")
+
+
+def _archive_is_bomb(file):
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+            return True
+        pickles = [archive.read(entry) for entry in entries if entry.filename.endswith(".pkl")]
+        return any(ALLOCATING_CALL in content for content in pickles)
+
+
+def _holds(file, words):
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(words) >= 0
 
 
 def load_checkpoint(model, path):

@@ -286,6 +286,28 @@ def claim(path, size):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("archive", [True, False])
+def test_pickle_that_asks_for_memory_is_refused_before_it_is_read(tmp_path, monkeypatch, archive):
+    ask = b"\x80\x02cbuiltins\nbytearray\nJ" + struct.pack("<i", 10**9) + b"\x85R."
+    path = tmp_path / "state.pth"
+    if archive:
+        torch.save({"weight": torch.zeros(1000)}, tmp_path / "plain.pth")
+        with zipfile.ZipFile(tmp_path / "plain.pth") as old, zipfile.ZipFile(path, "w") as new:
+            for entry in old.infolist():
+                new.writestr(entry.filename, ask if entry.filename.endswith("data.pkl") else old.read(entry))
+    else:
+        path.write_bytes(ask)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(ValueError, match=r"state\.pth: not a complete PyTorch checkpoint \(its parts claim"):
+        read_state_dict(path)
+
+
+def test_checkpoints_of_the_format_before_archives_are_read(trained, empty, tmp_path):
+    torch.save(trained.state_dict(), tmp_path / "state.pth", _use_new_zipfile_serialization=False)
+    load_checkpoint(empty, tmp_path / "state.pth")
+    assert_equal_states(empty.state_dict(), trained.state_dict())
+
+
 @pytest.mark.parametrize("kind", ["compressed", "claims"])
 def test_archive_that_unpacks_to_more_than_its_file_is_refused_before_it_is_read(tmp_path, monkeypatch, kind):
     torch.save({"model": {"weight": torch.zeros(1_000_000)}}, tmp_path / "plain.pth")
