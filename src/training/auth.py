@@ -6,7 +6,6 @@ transport proves that a caller holds the key its peer id derives from, so a toke
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from arguments import PeerArguments
+from src.training.journal import try_lock
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ EXPIRED, REVOKED = "has expired", "was revoked"
 REVOCATIONS_FILE = "revoked.txt"  # looked for beside the token
 PUBLISH_SECONDS, EXPIRE_SECONDS = 20.0, 90.0  # a member's record in the DHT: how often renewed, how long valid
 LOOK_UP_SECONDS, REFRESH_SECONDS = 1.0, 10.0  # look for an unknown caller at most this often; for news at least
+PATIENCE_SECONDS = 2.0  # for which a known member waits for news
+KEPT_REFUSALS = 1000
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -269,22 +271,37 @@ class MemberGate:
     ):
         self.membership, self.look_up, self.on_refusal = membership, look_up, on_refusal
         self.tokens: dict[PeerID, AccessToken] = {}
-        self.looked_at, self.lock = -float("inf"), asyncio.Lock()
+        self.looked_at, self._looking = -float("inf"), asyncio.Lock()
+        self._next_look: asyncio.Task | None = None
         self._refused: set[tuple[PeerID, str]] = set()
 
     async def objection(self, peer: PeerID) -> str:
-        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second."""
-        async with self.lock:
-            if peer not in self.tokens:  # perhaps it has just joined: wait until one may look again
-                await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
-            if peer not in self.tokens or time.monotonic() - self.looked_at > REFRESH_SECONDS:
-                await self._look_up()
+        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second.
+
+        Strangers wait for one look together, however many they are, and a known member for none of them.
+        """
+        if peer not in self.tokens:  # perhaps it has just joined
+            await asyncio.shield(self._look_soon())
+        elif time.monotonic() - self.looked_at > REFRESH_SECONDS:
+            await asyncio.wait([self._look_soon()], timeout=PATIENCE_SECONDS)
         token = self.tokens.get(peer)
         objection = "has shown no valid token" if token is None else self.membership.objection(token)
-        if objection and (peer, objection) not in self._refused:
+        if objection and (peer, objection) not in self._refused and len(self._refused) < KEPT_REFUSALS:
             self._refused.add((peer, objection))
             self.on_refusal(peer, objection if token is None else f"its token {objection}")
         return objection
+
+    def _look_soon(self) -> asyncio.Task:
+        """The look that begins next, when one may look again: the same for all who ask before it begins."""
+        if self._next_look is None:
+            self._next_look = asyncio.create_task(self._look_when_allowed())
+        return self._next_look
+
+    async def _look_when_allowed(self) -> None:
+        async with self._looking:
+            await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
+            self._next_look = None  # who asks from now on may have joined since
+            await self._look_up()
 
     async def _look_up(self) -> None:
         self.looked_at = time.monotonic()
@@ -405,12 +422,10 @@ def load_identity(peer: PeerArguments) -> Identity:
         key, lock = load_key(path), os.open(path, os.O_RDONLY)
     except (ValueError, OSError) as error:
         raise ValueError(f"--identity_path: {getattr(error, 'strerror', None) or error} ({path})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not try_lock(lock, path):
         os.close(lock)
         raise ValueError(
             f"--identity_path {path}: a running peer on this machine has this identity; each needs its own"
-        ) from error
+        )
     membership = None if peer.token_file is None else Membership(Path(peer.token_file).expanduser(), key, peer.run_id)
     return Identity(key, membership, lock)

@@ -85,10 +85,18 @@ class LossMeter:
     samples: int = 0
     dropped: int = 0
     unreported_samples: int = 0
+    unreported_batches: int = 0  # of one local step
+    unreported_dropped: int = 0  # of these, batches without a finite loss
 
     def start_epoch(self) -> None:
         self.loss = self.mlm_loss = self.sop_loss = 0.0
         self.mini_steps = self.samples = self.dropped = 0
+
+    def take_share(self) -> float:
+        """The part of the local step's batches that took part in its gradient, a sum divided by the number of all."""
+        batches, dropped = self.unreported_batches, self.unreported_dropped
+        self.unreported_batches = self.unreported_dropped = 0
+        return (batches - dropped) / batches if batches else 1.0
 
     def take_samples(self) -> int:
         """Samples since the last call; their gradients lie in the model's buffers."""
@@ -189,6 +197,7 @@ class CollaborativeTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs.loss
         batch_size = len(inputs.get("sentence_order_label", inputs["input_ids"]))  # packed rows hold several instances
+        self.meter.unreported_batches += 1
         if bool(torch.isfinite(loss)):
             self.meter.loss += loss.item()
             self.meter.mlm_loss += float(outputs.mlm_loss)
@@ -199,6 +208,7 @@ class CollaborativeTrainer(Trainer):
             loss = loss if self.scaler is None else loss * self.scaler.scale
         else:
             self.meter.dropped += batch_size
+            self.meter.unreported_dropped += 1
             logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, loss.item())
             if self.args.world_size == 1:
                 loss = torch.zeros((), device=loss.device, requires_grad=True)

@@ -58,9 +58,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
             entry = json.loads(line)
             if "\\ud" in line.lower():  # half of a character, perhaps
                 entry = json.loads(replace_lone_surrogates(json.dumps(entry, ensure_ascii=False)))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and deep nesting
             cut_off = number == len(lines)  # a whole last line ends in a line break
-            hint = "the file is cut off here, download it again" if cut_off else error.msg
+            hint = "the file is cut off here, download it again" if cut_off else getattr(error, "msg", error)
             raise ValueError(f"{where}: not valid JSON ({hint})") from error
         if not isinstance(entry, dict):
             raise ValueError(

@@ -96,6 +96,7 @@ class FakeOptimizer:
         self.grad_averager = SimpleNamespace(
             reuse_grad_buffers=reuse_grad_buffers,
             local_samples_accumulated=0,
+            local_times_accumulated=0,
             reset_accumulated_grads_=self._reset_accumulated,
             state_sharing_priority=0,
         )
@@ -121,7 +122,7 @@ class FakeOptimizer:
         self.tracker.announced += 1
 
     def _reset_accumulated(self) -> None:
-        self.grad_averager.local_samples_accumulated = 0
+        self.grad_averager.local_samples_accumulated = self.grad_averager.local_times_accumulated = 0
         if self.grad_averager.reuse_grad_buffers:
             for parameter in self.parameters:
                 parameter.grad.zero_()
@@ -129,6 +130,7 @@ class FakeOptimizer:
     def step(self, batch_size: int) -> None:
         self.steps.append((batch_size, {n: p.grad.clone() for n, p in self.model.named_parameters()}))
         self.grad_averager.local_samples_accumulated += batch_size
+        self.grad_averager.local_times_accumulated += 1
         if self.grad_averager.local_samples_accumulated >= self.samples_per_epoch:
             self.state_averager.local_epoch += 1
             self.state_averager.scheduler.step()

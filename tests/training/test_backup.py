@@ -1,16 +1,19 @@
 """A backup is complete or absent, and brings back all a trainer needs: parameters, statistics, schedule, epoch."""
 
 import signal
+import zipfile
 
 import hivemind
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
 from src import LeanAlbertForMaskedLM
 from src.models.checkpoint import load_checkpoint
 from src.training import backup
 from src.training.backup import load_initial_weights, read_backup, restore_backup, save_backup, write_atomically
+from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
@@ -116,6 +119,44 @@ def test_backup_continues_the_run_it_was_taken_from(lone_peer, tmp_path):
     assert optimizer.state_averager.optimizer.param_groups[0]["lr"] == rate
     for name, tensor in snapshot(model, optimizer)[0].items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_backup_leaves_the_options_to_the_flags_and_says_what_has_changed(tmp_path, caplog):
+    def make(*, epoch=0, rate=0.5, **options):
+        model = tiny_model(seed=1)
+        optimizer = FakeOptimizer(model, epoch=epoch)
+        lamb = CPULAMB8Bit(optimizer.parameters, lr=rate, min_8bit_size=4096, **options)
+        lamb._opt_called = True
+        schedule = LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch))
+        vars(optimizer.state_averager).update(optimizer=lamb, scheduler=schedule)
+        for _ in range(epoch):
+            schedule.step()
+        return model, optimizer
+
+    path = tmp_path / "backup.pth"
+    model, optimizer = make(epoch=3, rate=0.5, weight_decay=0.01, betas=(0.9, 0.999))
+    save_backup(path, model, optimizer)
+    model, same = make(rate=0.5, weight_decay=0.01, betas=(0.9, 0.999))
+    restore_backup(path, model, same)
+    assert same.state_averager.optimizer.param_groups[0]["lr"] == 0.125 and not caplog.records
+    model, changed = make(rate=0.25, weight_decay=0.1, betas=(0.8, 0.95))
+    assert restore_backup(path, model, changed) == 3
+    (group,) = changed.state_averager.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.0625, 0.1, (0.8, 0.95))
+    for change in ("--learning_rate: 0.5 there, 0.25 now", "--weight_decay: 0.01 there, 0.1 now", "--adam_beta1",
+                   "the learning rate of its epoch: 0.125 there, 0.0625 now", "the flags hold"):  # fmt: skip
+        assert change in caplog.text
+    changed.state_averager.scheduler.step()
+    assert group["lr"] == 0.05, "the schedule goes on from there"
+
+
+def test_backup_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
+    save_backup(tmp_path / "plain.pth", tiny_model(), FakeOptimizer(tiny_model()))
+    with zipfile.ZipFile(tmp_path / "plain.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, bytes(entry.file_size))
+    with pytest.raises(ValueError, match=r"--state_path: .*b\.pth is truncated or not a backup; .*\(its parts claim"):
+        read_backup(tmp_path / "b.pth")
 
 
 def test_backup_holds_four_parts_and_its_model_loads_like_a_published_checkpoint(tmp_path):

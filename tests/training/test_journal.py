@@ -1,5 +1,7 @@
 """A run's records survive crashes as valid JSON lines, and two peers on one machine never share a folder."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -147,6 +149,15 @@ def test_journal_folder_is_named_after_run_and_role_and_numbered(tmp_path):
     folders = [claim_run_directory(str(tmp_path), "run", role) for role in ("trainer", "trainer", "aux", "trainer")]
     assert folders == [tmp_path / "run" / name for name in ("trainer", "trainer-2", "aux", "trainer-3")]
     assert claim_run_directory(str(tmp_path), "other", "trainer") == tmp_path / "other" / "trainer"
+
+
+def test_journal_folder_without_locks_is_claimed_with_a_notice(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert claim_run_directory(str(tmp_path), "run", "trainer") == tmp_path / "run" / "trainer"
+    assert f"{tmp_path / 'run' / 'trainer'} cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_journal_folder_is_free_again_when_the_program_and_its_children_have_ended(tmp_path):

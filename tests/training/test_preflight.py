@@ -85,13 +85,13 @@ def test_check_finds_a_healthy_set_up_ready(running, tmp_path):
     code, output = checked(peer_arguments(initial_peers=[running]), tmp_path)
     assert code == 0, output
     assert FAILED not in output and WARNING not in output, output
-    for name in ("open files", "identity", "model and tokenizer", "memory", "disk", "own address", "initial peer",
-                 "peer-to-peer daemon: it starts", "round trip", "clock: within", "own port from outside",
-                 "bandwidth", "settings of the run: as those", "data"):  # fmt: skip
+    for name in ("open files", "identity", "model and tokenizer", "memory", "shared memory", "disk", "own address",
+                 "initial peer", "peer-to-peer daemon: it starts", "round trip", "clock: within",
+                 "own port from outside", "bandwidth", "settings of the run: as those", "data"):  # fmt: skip
         assert name in output, name
     port = address_of(running)[1]
     assert f"127.0.0.1 TCP port {port} answers after" in output
-    assert output.splitlines()[-1].startswith("READY: 14 checks passed")
+    assert output.splitlines()[-1].startswith("READY: 15 checks passed")
     assert not (tmp_path / "outputs").exists(), "a check changes nothing"
 
 
@@ -213,7 +213,7 @@ def test_check_as_a_person_starts_it(running, closed_port, tmp_path):
     outputs = [program.communicate(timeout=240) for program in (trainer, auxiliary)]
     assert (trainer.returncode, auxiliary.returncode) == (2, 0), outputs
     assert "a batch of 16 x 64 tokens " in outputs[0][0] and "batch" not in outputs[1][0]
-    assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 8 checks failed: initial peer /ip4/127"), outputs
+    assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 9 checks failed: initial peer /ip4/127"), outputs
     assert outputs[1][0].splitlines()[-1].startswith("READY"), outputs
     assert [error for _, error in outputs] == ["", ""]
     assert list(tmp_path.iterdir()) == []
@@ -277,6 +277,23 @@ def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, 
 
 
 @pytest.mark.parametrize(
+    ("called", "own", "advice"),
+    [
+        ("2001:db8::7", "/ip4/198.51.100.7/tcp/31337/p2p/Qm", "add /ip6/::/tcp/PORT to --host_maddrs"),
+        ("198.51.100.7", "/ip6/2001:db8::7/tcp/31337/p2p/Qm", "add /ip4/0.0.0.0/tcp/PORT to --host_maddrs"),
+        ("2001:db8::7", "/ip6/2001:db8::7/tcp/31337/p2p/Qm", "open the port in the firewall"),
+        ("198.51.100.7", "/dns4/peer.example/tcp/31337/p2p/Qm", "open the port in the firewall"),
+    ],
+)
+def test_check_tells_a_missing_kind_of_address_from_a_firewall(monkeypatch, called, own, advice):
+    tried = [Knock(called, 31337, open=False, error="refused")]
+    monkeypatch.setattr(preflight, "ask_to_knock", lambda *_: tried)
+    monkeypatch.setattr(preflight, "visible_addresses", lambda dht: [own])
+    check = preflight.check_reachability(None, "/ip6/2001:db8::1/tcp/1/p2p/Qm", announced=[])
+    assert check.state == FAILED and advice in check.fix
+
+
+@pytest.mark.parametrize(
     ("speed", "given", "state", "words"),
     [
         (Speed(100.0, 20.0), None, OK, "100 Mbit/s from the peer, 20 Mbit/s to it; use --bandwidth 20, or auto"),
@@ -312,6 +329,32 @@ def test_check_of_disk(tmp_path, monkeypatch):
         usage = namedtuple("usage", "free")(int(backups + spare))
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
         assert preflight.check_disk(tmp_path, memory).state == state
+
+
+@pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.01, OK)])
+def test_check_of_shared_memory(tmp_path, monkeypatch, spare, state):
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    model = torch.nn.Linear(1000, 1000)
+    needed = 3.5 * 4 * 1_001_000
+    usage = namedtuple("usage", "free")(int(spare * needed))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    check = preflight.check_shared_memory(model)
+    assert check.state == state and str(tmp_path) in check.found
+    if state == OK:
+        preflight.require_shared_memory(model)
+    else:
+        assert "docker run --shm-size 1g" in check.fix
+        with pytest.raises(ValueError, match=r"^too little shared memory: 0\.01 GB are needed .*--shm-size 1g"):
+            preflight.require_shared_memory(model)
+
+
+def test_check_of_shared_memory_that_is_read_only_or_not_there(tmp_path, monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path / "none")
+    assert preflight.check_shared_memory(model).state == OK
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
+    assert "nothing can be written" in preflight.check_shared_memory(model).lines()
 
 
 WORKLOAD = Workload(2**20, batch_size=8, length=512, half_precision=True)

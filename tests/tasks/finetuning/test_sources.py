@@ -143,3 +143,10 @@ def test_fingerprint_depends_on_the_records_alone():
     assert first == sources.fingerprint({"test": [], "train": [dict(reversed(record.items()))]})
     for other in ({"train": [{**record, "idx": 1}], "test": []}, {"train": [], "test": [record]}):
         assert sources.fingerprint(other) != first
+
+
+@pytest.mark.parametrize("odd", ["[" * 100_000 + "]" * 100_000, "1" * 5000])
+def test_json_that_python_does_not_read_is_an_error_with_its_line(tmp_path, odd):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ' + odd + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not valid JSON"):
+        sources.read_json_lines(tmp_path / "a.jsonl")
