@@ -6,6 +6,7 @@ from pathlib import Path
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
+FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
 
 
 def main() -> int:
@@ -16,7 +17,7 @@ def main() -> int:
     from src.training import console
     from src.training.dht import visible_addresses
     from src.training.history import read_history
-    from src.training.monitor import watch
+    from src.training.monitor import Watch
     from src.training.reconnect import KeepInTouch
     from src.training.terminal import TerminalView
 
@@ -28,7 +29,7 @@ def main() -> int:
     if peer.check:
         leave_at_once(check(peer, collaboration, training, progress))
     try:
-        swarm, journal, store, threads = build(peer, collaboration, training, progress=progress, stop=stop)
+        swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -45,11 +46,14 @@ def main() -> int:
         history = read_history(journal.path)  # an earlier part of the run, if this peer was started anew
         journal.listeners.append(history.add)
         progress.start(history, swarm.optimizer.tracker)
-    watch(swarm, peer.run_id, period=peer.refresh_period, journal=journal, store=store, progress=progress, stop=stop)
+    total_steps = training.total_steps
+    watch = Watch(
+        swarm, peer.run_id, total_steps=total_steps, journal=journal, store=store, progress=progress, stop=stop
+    )
+    watch.run(period=peer.refresh_period, when_over=end.complete)
     progress.close()
     progress.say("leaving the swarm")
-    for thread in threads:
-        thread.join(STOP_SECONDS / 2)  # a round that is under way may end; the uploader is not waited for longer
+    end.wait_for(threads, seconds=FINISH_SECONDS)
     swarm.leave()
     journal.close()
     leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
@@ -88,9 +92,10 @@ def build(peer, collaboration, training, *, progress, stop):
     from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
+    from src.training.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
     from src.training.journal import claim_run_directory
     from src.training.report import Reporter
+    from src.training.run_end import RunEnd
     from src.training.swarm import join_run, record_start, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
@@ -111,29 +116,45 @@ def build(peer, collaboration, training, *, progress, stop):
         training=training,
         auxiliary=True,
     )
-    swarm_lock, threads, store = threading.Lock(), [], None
+    swarm_lock = threading.Lock()
     report = directory / "report.html"
-    threads.append(Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop))
+    reporter = Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop)
+    assistant = notice = evaluator = uploader = store = None
     if peer.assist_in_averaging:
-        threads.append(AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop))
+        assistant = AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop)
+        assistant.final_epoch = training.total_steps
     if peer.store_checkpoints:
-        path = Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint"
         store = CheckpointStore(
-            path,
+            Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint",
             model,
             tokenizer,
             swarm.optimizer,
+            run_id=peer.run_id,
             swarm_lock=swarm_lock,
             every_epochs=peer.save_checkpoint_epoch_interval,
         )
+        if store.last_epoch > 0:
+            progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")
+        notice = CheckpointNotice(store, swarm.dht, peer.run_id, swarm.public_key, stop=stop)
         if evaluate is not None:
-            threads.append(Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop))
+            evaluator = Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop)
         if peer.repo_url:
-            threads.append(
-                Uploader(store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop)
+            uploader = Uploader(
+                store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop
             )
+    end = RunEnd(
+        peer.run_id,
+        training.total_steps,
+        store=store,
+        evaluator=evaluator,
+        uploader=uploader,
+        reporter=reporter,
+        progress=progress,
+        stop=stop,
+    )
     record_start(journal, node.settings, role="auxiliary peer")
-    return swarm, journal, store, threads
+    threads = [thread for thread in (reporter, assistant, notice, evaluator, uploader) if thread is not None]
+    return swarm, journal, store, threads, end
 
 
 if __name__ == "__main__":

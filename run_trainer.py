@@ -51,7 +51,9 @@ def main() -> int:
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     code = train(trainer, progress)
-    progress.say(f"stopped at epoch {swarm.optimizer.local_epoch}, leaving the swarm")
+    epoch = swarm.optimizer.local_epoch
+    how = "trained to the last epoch," if epoch >= training.total_steps else "stopped at epoch"
+    progress.say(f"{how} {epoch}, leaving the swarm")
     swarm.leave()
     journal.close()
     leave_at_once(code)  # at an ordinary exit hivemind's futures complain that their event loop is closed

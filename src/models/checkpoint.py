@@ -1,5 +1,6 @@
 """Loads published or trained weights strictly: every key must fit, or the error names the first that do not."""
 
+import stat
 from pathlib import Path
 
 import torch
@@ -39,6 +40,17 @@ def load_checkpoint(model, path):
     tensors are one and the same.
     """
     load_strictly(model, read_state_dict(path), source=path)
+
+
+def give_usual_mode(directory):
+    """Lets the files of a directory be read by whoever may read new files: safetensors writes for its owner alone."""
+    probe = Path(directory) / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)  # asking for the umask itself means setting it, for all threads
+    probe.unlink()
+    for path in Path(directory).iterdir():
+        if path.is_file():
+            path.chmod(mode)
 
 
 def load_backbone(backbone, path):

@@ -22,7 +22,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging as transformers_logging
 
 from .albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
-from .checkpoint import load_strictly, read_state_dict
+from .checkpoint import give_usual_mode, load_strictly, read_state_dict
 from .config import LeanAlbertConfig
 from .model_card import (
     CURVE_FILE,
@@ -206,8 +206,8 @@ def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
             shutil.copyfile(path, aside / path.name)
         for name, text in texts.items():
             (aside / name).write_text(text, encoding="utf-8")
+        give_usual_mode(aside)
         for path in aside.iterdir():
-            path.chmod(0o644)  # safetensors writes for its owner alone
             flush_to_disk(path)
         flush_to_disk(aside)
         if out.exists():

@@ -82,6 +82,17 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     def swarm_epoch() -> int:
         return 0
 
+    final_epoch = math.inf  # of the run
+
+    def get_current_state(self):
+        """As hivemind's, but the last epoch is named only when its step is done: that state is kept as the result."""
+        updates = tuple(self.pending_updates)
+        metadata, tensors, infos = super().get_current_state()
+        is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
+        if is_under_way and metadata["epoch"] >= self.final_epoch:
+            metadata["epoch"] -= 1
+        return metadata, tensors, infos
+
     def load_state_from_peers(self, **kwargs):
         """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
         self._expected_epoch.value = self.swarm_epoch()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src.training.backup import restore_backup, save_backup
 from src.training.console import Progress
-from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
+from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, fetch_checkpoint_epochs, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal, report_refusals
 from src.training.schedules import sequence_length
@@ -23,6 +23,12 @@ from src.training.sync import LocalWorkers
 logger = logging.getLogger(__name__)
 
 WAIT_FOR_PENDING_SECONDS = 15.0
+LAST_UPDATE_SECONDS = 300.0  # the same at the end of a run, whose last update is part of the result; rounds end before
+# At the end of a run its state is handed over to the auxiliary peers that store it: so long, and three downloads more.
+HAND_OVER_SECONDS = 60.0
+USUAL_BANDWIDTH = 100.0  # Mbit/s, of a peer that does not say it
+ANNOUNCE_SECONDS = 5.0  # between two reports that this trainer is there, at the last epoch
+LOOKS_BEFORE_LEAVING = 3  # a look into the DHT may find nothing although something is there
 
 
 class CollaborativeCallback(TrainerCallback):
@@ -62,13 +68,19 @@ class CollaborativeCallback(TrainerCallback):
         self.total_samples = self.lone_epochs = 0  # since the start
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.num_downloads = 0
+        self.optimizer.state_averager.final_epoch = training.total_steps
+
+    @property
+    def run_is_over(self) -> bool:
+        """Whether this trainer has reached the last epoch of the run."""
+        return self.optimizer.local_epoch >= self.training.total_steps
 
     def resume(self) -> None:
         """Load the backup, if there is one. Raises ValueError if it is damaged or of another model."""
         if self.state_path.exists():
             epoch = restore_backup(self.state_path, self.model, self.optimizer)
             self.progress.say(f"resumed from {self.state_path} at epoch {epoch}")
-            if epoch >= self.training.total_steps:
+            if self.run_is_over:
                 self.progress.say("the run is at its end, --total_steps; raise it, or choose another --run_id")
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -87,7 +99,7 @@ class CollaborativeCallback(TrainerCallback):
 
     def _lead_workers(self, control):
         """Let the other processes of this peer follow; stop when any of them, or the run's end, asks for it."""
-        done = self.optimizer.local_epoch >= self.training.total_steps or self.stop.is_set()
+        done = self.run_is_over or self.stop.is_set()
         epoch, stop, checksums = self.workers.agree(self.parameters, epoch=self.optimizer.local_epoch, stop=done)
         if checksums:
             self.journal.write("local_workers", epoch=epoch, checksums=checksums)
@@ -96,7 +108,7 @@ class CollaborativeCallback(TrainerCallback):
 
     def _wait_for_peers(self) -> None:
         """Announce this trainer and wait until ``wait_for_peers`` of them are there, or the run has begun."""
-        if self.peer.wait_for_peers <= 1:
+        if self.peer.wait_for_peers <= 1 or self.run_is_over:
             return
         said, tracker = False, self.optimizer.tracker
         while not self.stop.is_set() and tracker.global_epoch == self.optimizer.local_epoch:
@@ -121,7 +133,7 @@ class CollaborativeCallback(TrainerCallback):
             self.scaler.update(finite)
         if not finite:
             self._discard_gradients(samples)
-        elif samples > 0 and not self.stop.is_set():  # whoever leaves must not begin another round
+        elif samples > 0 and not self.stop.is_set() and not self.run_is_over:  # who leaves must begin no other round
             started = time.monotonic()
             self.optimizer.step(batch_size=samples)
             self.waits.append(time.monotonic() - started)
@@ -187,16 +199,79 @@ class CollaborativeCallback(TrainerCallback):
         return self._lead_workers(control)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Let delayed updates finish, then write the last backup; after a stop nobody is searched for any more."""
-        if self.stop.is_set():
-            self.optimizer.stop_waiting()
-        deadline = time.monotonic() + WAIT_FOR_PENDING_SECONDS
-        averager = self.optimizer.state_averager
-        while averager.pending_updates and time.monotonic() < deadline:
-            time.sleep(0.1)
-            averager.step(apply_delayed_updates=True)
+        """Let delayed updates finish, write the last backup, and at the end of the run hand its state over."""
+        self._finish_updates()
         self._record_rounds()
         self._save_backup()
+        if self.run_is_over:
+            self._hand_over()
+
+    def _finish_updates(self) -> None:
+        """After a stop, which may come while this waits, nobody is searched for any more."""
+        averager, now = self.optimizer.state_averager, time.monotonic()
+        give_up_at = now + (LAST_UPDATE_SECONDS if self.run_is_over else WAIT_FOR_PENDING_SECONDS)
+        stopping = False
+        while True:
+            if self.stop.is_set() and not stopping:
+                stopping = True
+                self.optimizer.stop_waiting()
+                give_up_at = min(give_up_at, time.monotonic() + WAIT_FOR_PENDING_SECONDS)
+            if not averager.pending_updates or time.monotonic() >= give_up_at:
+                return
+            time.sleep(0.1)
+            averager.step(apply_delayed_updates=True)
+
+    def _hand_over(self) -> None:
+        """Share the state of the last epoch until each auxiliary peer that stores checkpoints has stored it.
+
+        Waits for no other, not for ever, and not after a stop. Who only connects to others shares nothing.
+        """
+        limit, asked, looks_in_vain = self._hand_over_seconds(), False, 0
+        give_up_at, announce_at = time.monotonic() + limit, 0.0
+        while not self.stop.is_set() and not self.optimizer.client_mode and looks_in_vain < LOOKS_BEFORE_LEAVING:
+            if time.monotonic() >= announce_at:
+                self._announce()
+                announce_at = time.monotonic() + ANNOUNCE_SECONDS
+            stored = self._stored_epochs()
+            if stored and min(stored) >= self.training.total_steps:
+                self.progress.say(f"the state of epoch {self.training.total_steps} is stored")
+                return
+            looks_in_vain = 0 if stored else looks_in_vain + 1
+            if asked and looks_in_vain == LOOKS_BEFORE_LEAVING:
+                self.progress.say(f"nobody is left to store the state of the last epoch; it is in {self.state_path}")
+            if time.monotonic() >= give_up_at:
+                self.progress.say(
+                    f"nobody has stored the state of the last epoch within {limit:.0f} s; it is in {self.state_path}. "
+                    "With the same flags this trainer hands it over again"
+                )
+                return
+            if stored and not asked:
+                asked = True
+                self.progress.say(
+                    f"the run is over: waiting until its state is stored, at most {limit:.0f} s (Ctrl+C: leave now)"
+                )
+            self.stop.wait(0.5)
+
+    def _announce(self) -> None:
+        """That this trainer is in the last epoch; hivemind reports none that has computed nothing since its start."""
+        try:
+            self.optimizer.tracker.announce()
+        except Exception as error:  # the DHT may have ended
+            logger.debug("could not announce the last epoch: %r", error)
+
+    def _stored_epochs(self) -> list[int]:
+        try:
+            return list(fetch_checkpoint_epochs(self.dht, self.peer.run_id).values())
+        except Exception as error:  # the DHT may have ended
+            logger.debug("could not look for checkpoints: %r", error)
+            return []
+
+    def _hand_over_seconds(self) -> float:
+        optimizer = self.optimizer.state_averager.optimizer
+        statistics = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [*self.parameters, *(value for value in statistics if isinstance(value, torch.Tensor))]
+        megabits = sum(tensor.numel() * tensor.element_size() for tensor in tensors) * 8 / 1e6
+        return HAND_OVER_SECONDS + 3 * megabits / (self.peer.bandwidth or USUAL_BANDWIDTH)
 
     def _record_rounds(self) -> None:
         for averaging_round in self.optimizer.finished_rounds():

@@ -58,7 +58,7 @@ class Progress:
     def say(self, message: str) -> None:
         """A line that stays."""
         clear = "\r\033[K" if self.live else ""
-        print(f"{clear}{message}", file=self.stream, flush=True)
+        print(f"{clear}{message}\n", end="", file=self.stream, flush=True)  # in one write: several threads speak
 
     def routine(self, message: str) -> None:
         """A line of which there is one an epoch; a view that shows its figures otherwise leaves it out."""

@@ -64,6 +64,18 @@ class MetricsSchema(pydantic.BaseModel):
     metrics: dict[BytesWithPublicKey, TrainerMetrics]
 
 
+class StoredCheckpoint(pydantic.BaseModel):
+    """What an auxiliary peer that stores checkpoints says as long as it lives: the epoch of its newest one, or 0."""
+
+    epoch: pydantic.conint(ge=0, strict=True)
+
+
+class CheckpointSchema(pydantic.BaseModel):
+    """One record for each such peer, stored under its public key, as with metrics."""
+
+    checkpoints: dict[BytesWithPublicKey, StoredCheckpoint]
+
+
 def short_peer_name(public_key: bytes) -> str:
     """The eight hexadecimal digits by which people tell a trainer from others; nobody can take another one's."""
     return hashlib.sha256(public_key).hexdigest()[:8]
@@ -105,7 +117,11 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             use_relay=True,
             identity_path=peer.identity_path,
             shutdown_timeout=LEAVE_SECONDS,
-            record_validators=[SchemaValidator(MetricsSchema, prefix=peer.run_id), signature],
+            record_validators=[
+                SchemaValidator(MetricsSchema, prefix=peer.run_id),
+                SchemaValidator(CheckpointSchema, prefix=peer.run_id),
+                signature,
+            ],
             authorizer=None if membership is None else MemberAuthorizer(membership),
         )
     except (P2PDaemonError, ValidationError, RuntimeError) as error:
@@ -186,27 +202,45 @@ def store_metrics(
     dht: hivemind.DHT, run_id: str, public_key: bytes, metrics: TrainerMetrics, expiration: float
 ) -> None:
     """Publish a trainer's metrics for ``expiration`` seconds, in the background."""
+    _store(dht, f"{run_id}_metrics", public_key, metrics, expiration)
+
+
+def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
+    """The newest metrics of all trainers by public key; records that are not valid are left out."""
+    return _fetch(dht, f"{run_id}_metrics", TrainerMetrics)
+
+
+def store_checkpoint_epoch(dht: hivemind.DHT, run_id: str, public_key: bytes, epoch: int, expiration: float) -> None:
+    """Publish, for ``expiration`` seconds and in the background, that this peer stores checkpoints: up to ``epoch``."""
+    _store(dht, f"{run_id}_checkpoints", public_key, StoredCheckpoint(epoch=epoch), expiration)
+
+
+def fetch_checkpoint_epochs(dht: hivemind.DHT, run_id: str) -> dict[bytes, int]:
+    """The newest stored epoch of each peer that stores checkpoints and lives, by public key."""
+    return {key: stored.epoch for key, stored in _fetch(dht, f"{run_id}_checkpoints", StoredCheckpoint).items()}
+
+
+def _store(dht: hivemind.DHT, key: str, public_key: bytes, record: pydantic.BaseModel, expiration: float) -> None:
     dht.store(
-        key=f"{run_id}_metrics",
+        key=key,
         subkey=public_key,
-        value=metrics.dict(),
+        value=record.dict(),
         expiration_time=get_dht_time() + expiration,
         return_future=True,
     )
 
 
-def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
-    """The newest metrics of all trainers by public key; records that are not valid are left out."""
-    record = dht.get(f"{run_id}_metrics", latest=True)
-    metrics = {}
-    if record is None or not isinstance(record.value, dict):
-        return metrics
-    for public_key, entry in record.value.items():
+def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[bytes, pydantic.BaseModel]:
+    found = dht.get(key, latest=True)
+    records = {}
+    if found is None or not isinstance(found.value, dict):
+        return records
+    for public_key, entry in found.value.items():
         try:
-            metrics[public_key] = TrainerMetrics.parse_obj(entry.value)
+            records[public_key] = kind.parse_obj(entry.value)
         except pydantic.ValidationError as error:
-            logger.warning("ignored a malformed metrics record: %s", error.errors()[0]["msg"])
-    return metrics
+            logger.warning("ignored a malformed record of %s: %s", key, error.errors()[0]["msg"])
+    return records
 
 
 def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingProgress]:

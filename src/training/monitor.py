@@ -1,14 +1,21 @@
 """What the auxiliary peer sees of the swarm: one summary an epoch, one row a trainer, all of it in the metrics file."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median_low
 
+from src.training.auxiliary import CheckpointStore
 from src.training.console import Progress
 from src.training.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
 from src.training.journal import Journal, printable, report_refusals
 from src.training.swarm import Swarm
 
 MAX_LEAD = 50  # epochs by which a report may be ahead of those before it
+NOTICE_END_SECONDS = 0.5
+LOOKS_FOR_LAST_REPORTS = 3  # a second apart: a trainer's report may come later than its state
+DOWNLOAD_SECONDS = 600.0
+LONGEST_PAUSE_SECONDS = 60.0  # between two attempts to get the last state
 
 
 @dataclass
@@ -70,31 +77,143 @@ class MetricsMonitor:
         )
 
 
-def watch(swarm: Swarm, run_id: str, *, period: float, journal: Journal, store, progress: Progress, stop) -> None:
-    """Report the trainers' metrics and keep the checkpoint fresh until ``stop`` is set."""
-    monitor = MetricsMonitor()
-    while not stop.wait(period):
-        metrics = fetch_metrics(swarm.dht, run_id)
-        progress.peers_seen(fetch_progress(swarm.dht, run_id))
-        for name, record in monitor.new_reports(metrics):
-            journal.write(
+class Watch:
+    """Reports the trainers' metrics and keeps the checkpoint fresh, to the run's end and beyond, until ``stop`` is set.
+
+    Whatever ``--save_checkpoint_epoch_interval`` says, the state of the last epoch, ``total_steps``, is stored as soon
+    as trainers have reached it: they wait for that before they leave.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        run_id: str,
+        *,
+        total_steps: int,
+        journal: Journal,
+        store: CheckpointStore | None,
+        progress: Progress,
+        stop,
+    ):
+        self.swarm, self.run_id, self.total_steps = swarm, run_id, total_steps
+        self.journal, self.store, self.progress, self.stop = journal, store, progress, stop
+        self.monitor = MetricsMonitor()
+        self._has_looked = self._said_kept = False
+        self._said_troubles: set[str] = set()
+
+    def run(self, *, period: float, when_over: Callable[[], None] = lambda: None) -> None:
+        """Look every ``period`` seconds; call ``when_over`` once, when the run is over and its last state stored."""
+        completed = False
+        while not self._is_stopped_within(period, until_over=not completed):
+            self.look()
+            if completed or not self.is_over():
+                self._store_if_due()
+            elif self._store_last_state():
+                self._look_for_last_reports()
+                when_over()
+                completed = True
+
+    def is_over(self) -> bool:
+        """Whether the run has reached its last epoch, as far as this peer knows."""
+        stored = self.store.last_epoch if self.store is not None else 0
+        return max(self.swarm.optimizer.tracker.global_epoch, self.monitor.last_epoch, stored) >= self.total_steps
+
+    def _is_stopped_within(self, seconds: float, *, until_over: bool) -> bool:
+        """Wait for the next look; the end of the run is noticed before it is due."""
+        wake_up_at = time.monotonic() + seconds
+        while (left := wake_up_at - time.monotonic()) > 0 and not (until_over and self.is_over()):
+            if self.stop.wait(min(left, NOTICE_END_SECONDS)):
+                return True
+        return self.stop.is_set()
+
+    def look(self) -> None:
+        """Pass on what trainers have published since the last look."""
+        metrics = fetch_metrics(self.swarm.dht, self.run_id)
+        self.progress.peers_seen(fetch_progress(self.swarm.dht, self.run_id))
+        reports = self.monitor.new_reports(metrics)
+        for name, record in reports:
+            self.journal.write(
                 "peer", peer=name, epoch=record.epoch, samples=record.samples, total_samples=record.total_samples,
                 samples_per_second=round(record.samples_per_second, 3), failed_rounds=record.failed_rounds,
                 lone_epochs=record.lone_epochs, failure=printable(record.failure),
             )  # fmt: skip
-        report_refusals(swarm.optimizer.take_refusals(), journal, progress.say)
-        summary = monitor.summarise(metrics)
+        report_refusals(self.swarm.optimizer.take_refusals(), self.journal, self.progress.say)
+        summary = self.monitor.summarise(metrics)
         if summary is not None:
-            journal.write("swarm_epoch", **vars(summary))
-            progress.routine(describe(summary))
-        if store is not None and monitor.last_epoch > 0 and store.is_due(monitor.last_epoch):
-            try:
-                epoch = store.update(timeout=600.0)
-            except (ValueError, OSError) as error:
-                progress.say(f"no checkpoint stored, will try again: {error}")
-            else:
-                journal.write("checkpoint", epoch=epoch, path=str(store.path))
-                progress.say(f"stored the state of epoch {epoch} in {store.path}")
+            self.journal.write("swarm_epoch", **vars(summary))
+            self.progress.routine(describe(summary))
+        if self._has_looked:  # what is found at first may be years old, of trainers that are gone
+            self._notice_rewound_run([record.epoch for _, record in reports], metrics)
+        self._has_looked = True
+
+    def _look_for_last_reports(self) -> None:
+        for _ in range(LOOKS_FOR_LAST_REPORTS):
+            self.look()
+            if self.monitor.last_epoch >= self.total_steps or self.stop.wait(1.0):
+                return
+
+    def _notice_rewound_run(self, new_epochs: list[int], metrics: dict[bytes, TrainerMetrics]) -> None:
+        """Say once that trainers have gone back behind the checkpoint: until they are past it, it is not replaced."""
+        if self.store is None or self._said_kept:
+            return
+        behind = self.store.last_epoch - 1  # the slower trainers of a run may be an epoch behind
+        newest = max(new_epochs, default=0)
+        if 0 < newest < behind and all(record.epoch < behind for record in metrics.values()):
+            self._say_kept(f"the trainers are at epoch {newest}")
+
+    def _say_kept(self, what_is_older: str) -> None:
+        self._said_kept = True
+        self.progress.say(
+            f"{what_is_older}, older than the checkpoint of epoch {self.store.last_epoch} in {self.store.path}: that "
+            "one is kept until they are past it. To store what they have now, stop this peer, move the checkpoint "
+            "away (or choose another --local_path), and start it again"
+        )
+
+    def _store_if_due(self) -> None:
+        if self.store is not None and self.monitor.last_epoch > 0 and self.store.is_due(self.monitor.last_epoch):
+            self._store()
+
+    def _store(self) -> None:
+        before = self.store.last_epoch
+        try:
+            epoch = self.store.update(timeout=DOWNLOAD_SECONDS)
+        except (ValueError, OSError) as error:
+            if not self.stop.is_set():
+                self._say_trouble(f"no checkpoint stored, will try again: {error}")
+            return
+        self._said_troubles.clear()
+        if epoch > before:
+            self.journal.write("checkpoint", epoch=epoch, path=str(self.store.path))
+            self.progress.say(f"stored the state of epoch {epoch} in {self.store.path}")
+        elif epoch < before and not self._said_kept:
+            self._say_kept(f"a trainer sent the state of epoch {epoch}")
+
+    def _say_trouble(self, trouble: str) -> None:
+        """Once, however often it comes before the next checkpoint."""
+        if trouble not in self._said_troubles:
+            self.progress.say(trouble)
+        self._said_troubles.add(trouble)
+
+    def _store_last_state(self) -> bool:
+        """Until the last state is on disk, with growing pauses; False if there is none, or the peer is stopped."""
+        pause = 1.0
+        while self.store is not None and self.store.last_epoch < self.total_steps:
+            if self.stop.is_set() or not self.is_over():  # somebody had claimed an epoch that the run is not in
+                return False
+            # the assistant holds the optimizer while it searches, now for a round that nobody will begin
+            self.swarm.optimizer.give_up_waiting()
+            self._store()
+            if self.store.last_epoch >= self.total_steps:
+                break
+            if self.swarm.optimizer.tracker.global_progress.num_peers == 0:
+                self._say_trouble(
+                    f"the trainers have left before the state of the last epoch, {self.total_steps}, was stored; it is "
+                    "in their backups: start one of them again with the same flags, and it hands it over"
+                )
+            self.stop.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            self.look()
+        return not self.stop.is_set()
 
 
 def describe(summary: EpochSummary) -> str:

@@ -226,8 +226,12 @@ class Reporter(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.wait(self.interval):
-            self._write(refresh_seconds=self.interval)
+            self.write()
         self._write(refresh_seconds=None)
+
+    def write(self) -> None:
+        """Now; an open browser loads it again when the next one is due."""
+        self._write(refresh_seconds=self.interval)
 
     def _write(self, *, refresh_seconds: float | None) -> None:
         try:

@@ -40,6 +40,7 @@ OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER
 LINGER_SECONDS = 1.0
 SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
 LAST_CALL = 1.0  # seconds in which a leader whose patience is used up begins with those who are there
+LEAVING = "this peer is leaving"
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -401,6 +402,8 @@ class RoundReporting(Gated):
                         num_refused,
                     )
                 )
+            elif given_up == LEAVING:
+                pass  # no failure
             elif given_up:
                 self._rounds_sender.send(Round(self.round_kind, seconds, error=given_up, reasons=reasons))
             elif not step.cancelled():
@@ -433,7 +436,7 @@ class RoundReporting(Gated):
     def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
         """Empty as long as there is hope; ``seconds`` is how long the search's owner has waited for it."""
         if self.patience.is_over:
-            return "this peer is leaving"
+            return LEAVING
         if self.patience.spent == float("inf"):
             return "the search was given up"
         lean = self._matchmaking if isinstance(self._matchmaking, LeanMatchmaking) else None

@@ -380,3 +380,12 @@ def test_export_explains_bad_input_in_one_line_and_writes_nothing(
     assert error.startswith("python -m src.models.export: error: ") and error.count("\n") == 1
     assert message in error
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_export_may_be_read_by_whoever_may_read_new_files(checkpoint, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main([str(checkpoint), str(tmp_path / "out")]) == 0
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}

@@ -79,6 +79,7 @@ class FakeOptimizer:
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
         self.downloads = []
         self.client_mode, self.refusals, self.waits = False, [], True
+        self.num_given_up = 0
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         self.state_averager = SimpleNamespace(
@@ -150,6 +151,9 @@ class FakeOptimizer:
 
     def stop_waiting(self) -> None:
         self.waits = False
+
+    def give_up_waiting(self) -> None:
+        self.num_given_up += 1
 
     @torch.no_grad()
     def load_state_from_peers(self) -> None:

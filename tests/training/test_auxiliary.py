@@ -1,19 +1,21 @@
 """The auxiliary peer keeps one complete checkpoint, scores and uploads it, and survives a broken network."""
 
 import io
+import json
 import os
 import threading
-from types import SimpleNamespace
+import time
 
 import pytest
 import torch
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
-from src.training.auxiliary import AveragingAssistant, CheckpointStore, Evaluator, Uploader
+from src.training.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
 from src.training.console import Progress
+from src.training.dht import fetch_checkpoint_epochs
 from src.training.journal import Journal, read_journal
 from src.training.rounds import Round
-from tests.reference.fake_swarm import FakeOptimizer, tiny_model
+from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -47,8 +49,8 @@ def make_store(folder, *, every_epochs=5):
             averager.local_epoch = averager.epoch_of_peers
 
     averager.load_state_from_peers = download
-    return CheckpointStore(folder / "run" / "checkpoint", model, Tokenizer(), optimizer, swarm_lock=threading.Lock(),
-                           every_epochs=every_epochs)  # fmt: skip
+    return CheckpointStore(folder / "run" / "checkpoint", model, Tokenizer(), optimizer, run_id="run",
+                           swarm_lock=threading.Lock(), every_epochs=every_epochs)  # fmt: skip
 
 
 def entries(folder) -> set[str]:
@@ -66,6 +68,93 @@ def test_checkpoint_opens_with_from_pretrained_and_gives_logits_everywhere(tmp_p
     for name, parameter in LeanAlbertForPreTraining.from_pretrained(store.path).named_parameters():
         assert bool((parameter == 0.25).all()), name
     assert entries(store.path.parent) == {"checkpoint"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_checkpoint_may_be_read_by_whoever_may_read_new_files(tmp_path, umask):
+    store = make_store(tmp_path)
+    before = os.umask(umask)
+    try:
+        store.update(timeout=60.0)
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in store.path.iterdir()} == dict.fromkeys(
+        entries(store.path), 0o666 & ~umask
+    )
+
+
+def test_checkpoint_says_its_epoch_and_the_store_goes_on_from_it_after_a_restart(tmp_path):
+    make_store(tmp_path).update(timeout=60.0)
+    store = make_store(tmp_path, every_epochs=5)
+    assert json.loads((store.path / "checkpoint.json").read_text()) == {"run_id": "run", "epoch": 7}
+    assert store.last_epoch == 7
+    assert [store.is_due(epoch) for epoch in (7, 11, 12)] == [False, False, True]
+    assert store.snapshot(tmp_path / "upload") == 7
+    LeanAlbertForPreTraining.from_pretrained(store.path)
+
+
+def test_checkpoint_is_never_replaced_by_an_older_state(tmp_path):
+    make_store(tmp_path).update(timeout=60.0)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    store = make_store(tmp_path)
+    store.optimizer.state_averager.epoch_of_peers = 5
+    assert store.update(timeout=60.0) == 5
+    assert store.last_epoch == 7
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+
+
+def test_checkpoint_that_does_not_say_its_epoch_is_replaced_by_the_first_new_one(tmp_path):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    (store.path / "checkpoint.json").unlink()  # as earlier versions wrote it
+    store = make_store(tmp_path)
+    assert store.last_epoch == 0 and not store.snapshot(tmp_path / "upload")
+    assert store.update(timeout=60.0) == 7
+    assert store.last_epoch == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [('{"run_id": "another", "epoch": 40}', "holds the model of run 'another', epoch 40; choose another directory"),
+     ("{", "cannot read"), ("[]", "cannot read"), ('{"run_id": "run"}', "cannot read"),
+     ('{"run_id": "run", "epoch": "7"}', "names the epoch '7'"), ('{"run_id": "run", "epoch": -1}', "names the epoch")],
+)  # fmt: skip
+def test_checkpoint_of_another_run_or_of_no_clear_origin_is_an_error_of_one_line(tmp_path, content, complaint):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    (store.path / "checkpoint.json").write_text(content)
+    with pytest.raises(ValueError, match=complaint) as error:
+        make_store(tmp_path)
+    assert "--local_path" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_checkpoint_is_still_there_after_a_kill_in_the_middle_of_a_swap(tmp_path):
+    store = make_store(tmp_path)
+    store.update(timeout=60.0)
+    store.path.rename(store.path.with_name(".checkpoint.old"))
+    assert make_store(tmp_path).last_epoch == 7
+    assert entries(store.path.parent) == {"checkpoint"}
+
+
+def test_notice_tells_the_trainers_what_is_stored_and_what_is_new(tmp_path):
+    store, dht, stop = make_store(tmp_path), FakeDHT(), threading.Event()
+    notice = CheckpointNotice(store, dht, "run", b"key", stop=stop)
+    notice.start()
+    try:
+        wait_until(lambda: fetch_checkpoint_epochs(dht, "run") == {b"key": 0})
+        store.update(timeout=60.0)
+        wait_until(lambda: fetch_checkpoint_epochs(dht, "run") == {b"key": 7}, timeout=2.0)
+    finally:
+        stop.set()
+        notice.join(10.0)
+    assert not notice.is_alive()
+
+
+def wait_until(condition, *, timeout=10.0) -> None:
+    give_up_at = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
 
 
 def test_checkpoint_holds_the_tokenizer(tmp_path):
@@ -242,9 +331,65 @@ def test_uploader_waits_less_after_a_failure(tmp_path, interval, after_success, 
     uploader = make_uploader(tmp_path, FakeHub(failures=1), interval=interval)
     uploader.store.update(timeout=60.0)
     waits = []
-    uploader.stop = SimpleNamespace(wait=lambda seconds: waits.append(seconds) or len(waits) > 2)
+    uploader._is_stopped_within = lambda seconds: waits.append(seconds) or len(waits) > 2
     uploader.run()
     assert waits == [interval, after_failure, after_success]
+
+
+def test_uploader_sends_what_is_new_when_the_peer_is_stopped(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub(), interval=43_200.0)
+    uploader.store.update(timeout=60.0)
+    uploader.start()
+    uploader.stop.set()
+    uploader.join(10.0)
+    assert not uploader.is_alive()
+    assert [message for message, _ in uploader.api.uploads] == ["Epoch 7"]
+    assert uploader.progress.stream.getvalue().splitlines() == [
+        "uploading epoch 7 to org/name before leaving", "uploaded epoch 7 to org/name",
+    ]  # fmt: skip
+    uploader.say_what_is_missing()
+    assert len(uploader.progress.stream.getvalue().splitlines()) == 2, "nothing is missing"
+
+
+def test_uploader_that_fails_at_the_end_says_where_the_checkpoint_is(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub(failures=1), interval=43_200.0)
+    uploader.store.update(timeout=60.0)
+    uploader.stop.set()
+    uploader.run()
+    last = uploader.progress.stream.getvalue().splitlines()[-1]
+    assert last == f"upload to org/name failed, epoch 7 is in {uploader.store.path} only: the hub is away"
+
+
+def test_uploader_that_has_no_time_left_says_so(tmp_path):
+    hub, goes_on = FakeHub(), threading.Event()
+    uploader = make_uploader(tmp_path, hub, interval=43_200.0)
+    hub.upload_folder = lambda **kwargs: goes_on.wait(30.0)
+    uploader.store.update(timeout=60.0)
+    uploader.start()
+    uploader.stop.set()
+    try:
+        uploader.join(0.5)
+        uploader.say_what_is_missing()
+    finally:
+        goes_on.set()
+        uploader.join(10.0)
+    assert "no time left: epoch 7 is not uploaded to org/name; it is in" in uploader.progress.stream.getvalue()
+
+
+def test_uploader_in_a_hurry_does_not_wait_for_its_interval(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub(failures=1), interval=43_200.0)
+    uploader.store.update(timeout=60.0)
+    uploader.start()
+    try:
+        uploader.hurry()
+        wait_until(lambda: uploader.tried_epoch == 7)
+        assert uploader.is_behind and uploader.api.uploads == []
+        uploader.hurry()
+        assert uploader.api.done.wait(10.0)
+    finally:
+        uploader.stop.set()
+        uploader.join(10.0)
+    assert not uploader.is_behind
 
 
 def test_uploader_survives_errors_that_say_nothing_and_files_that_vanish(tmp_path, monkeypatch):
@@ -300,8 +445,11 @@ def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
 
     evaluator = make_evaluator(tmp_path, evaluate)
     evaluator.store.update(timeout=60.0)
+    scored, write = [], evaluator.journal.write
+    evaluator.journal.write = lambda *args, **kwargs: scored.append(evaluator.scored_epoch) or write(*args, **kwargs)
     evaluator.start()
     evaluator.join(20.0)
+    assert scored == [0, 7] and evaluator.scored_epoch == 12, "scored means that the scores are there"
     assert not evaluator.is_alive()
     records = read_journal(tmp_path / "metrics.jsonl")
     assert [(r["event"], r["epoch"], r["loss"], r["order_accuracy"]) for r in records] == [
@@ -362,3 +510,15 @@ def test_assistant_goes_on_after_an_error(tmp_path, caplog):
     assistant.join(10.0)
     assert len(calls) == 2
     assert "a round went wrong" in caplog.text
+
+
+@pytest.mark.parametrize("epoch_of_peers", [9, 10])
+def test_assistant_begins_no_round_in_the_last_epoch_and_records_no_search_that_it_ended(tmp_path, epoch_of_peers):
+    assistant = make_assistant(tmp_path, num_peers=2, own_epoch=9, epoch_of_peers=epoch_of_peers)
+    assistant.final_epoch, goes_on = 10, epoch_of_peers < 10
+    assistant.optimizer.rounds = [Round("gradients", 1.0, error="no other trainer was ready within 7 s"),
+                                  Round("gradients", 1.0, num_peers=3, received=0.5)]  # fmt: skip
+    assistant.assist()
+    assert bool(assistant.optimizer.steps) == goes_on
+    errors = [record["error"] for record in read_journal(tmp_path / "metrics.jsonl")]
+    assert errors == (["no other trainer was ready within 7 s", ""] if goes_on else [""])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from transformers import TrainerControl
 
+from src.training import callback as callback_module
 from src.training.backup import read_backup, save_backup
 from src.training.callback import describe_incomplete
-from src.training.dht import fetch_metrics
+from src.training.dht import fetch_metrics, store_checkpoint_epoch
 from src.training.hf_trainer import LossScaler
 from src.training.history import THIS_PEER, RunHistory
 from src.training.journal import read_journal
@@ -305,6 +306,125 @@ def test_callback_does_not_wait_for_partners_after_a_stop(tmp_path):
     callback.stop.set()
     run(callback.on_train_end)
     assert given_up == [True]
+
+
+def test_callback_lets_the_last_update_of_a_run_take_longer_unless_it_is_stopped(tmp_path, monkeypatch):
+    callback = make_callback(tmp_path, FakeOptimizer(tiny_model(), epoch=3), total_steps=3)
+    averager, calls = callback.optimizer.state_averager, []
+    averager.pending_updates = {"update"}
+    monkeypatch.setattr(callback_module, "WAIT_FOR_PENDING_SECONDS", 0.1)
+
+    def finish(**kwargs):
+        calls.append(callback.optimizer.waits)
+        if len(calls) == 4:
+            callback.stop.set()
+
+    averager.step = finish
+    run(callback.on_train_end)
+    assert 4 < len(calls) < 10, "0.1 s of waiting would have been a single call"
+    assert calls[:4] == [True] * 4 and calls[4:] == [False] * (len(calls) - 4), "nobody is searched for after the stop"
+
+
+# -- the end of a run -------------------------------------------------------------------------------------------------
+
+
+def at_the_end(folder, *, stored=(), client_mode=False, **options):
+    """A callback that has trained the last epoch, 3; auxiliary peers have stored the epochs ``stored``."""
+    optimizer = FakeOptimizer(tiny_model(), epoch=3)
+    optimizer.client_mode = client_mode
+    callback = make_callback(folder, optimizer, total_steps=3, **options)
+    for number, epoch in enumerate(stored):
+        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, epoch, expiration=60.0)
+    return callback
+
+
+def leaving(callback) -> threading.Thread:
+    thread = threading.Thread(target=run, args=(callback.on_train_end,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_callback_waits_at_the_end_until_every_auxiliary_peer_has_stored_the_state(tmp_path):
+    callback = at_the_end(tmp_path, stored=(2, 0))
+    thread = leaving(callback)
+    for number in (0, 1):
+        thread.join(0.7)
+        assert thread.is_alive(), number
+        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, 3, expiration=60.0)
+    thread.join(5.0)
+    assert not thread.is_alive()
+    assert callback.optimizer.tracker.announced >= 1, "also if it has computed nothing since it was started"
+    assert read_backup(callback.state_path)["epoch"] == 3
+    waiting, stored = said_by(callback).splitlines()
+    assert waiting.startswith("the run is over: waiting until its state is stored, at most 60 s (Ctrl+C")
+    assert stored == "the state of epoch 3 is stored"
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [("nobody stores", {}), ("all is stored", {"stored": (3, 4)}),
+     ("it shares nothing itself", {"stored": (0,), "client_mode": True})],
+)  # fmt: skip
+def test_callback_leaves_at_once_at_the_end_when_there_is_nothing_to_wait_for(tmp_path, why, options):
+    callback = at_the_end(tmp_path, **options)
+    started = time.monotonic()
+    run(callback.on_train_end)
+    assert time.monotonic() - started < 3.0
+    assert "waiting" not in said_by(callback)
+
+
+def test_callback_that_is_stopped_waits_for_no_checkpoint(tmp_path):
+    callback = at_the_end(tmp_path, stored=(0,))
+    thread = leaving(callback)
+    thread.join(0.7)
+    assert thread.is_alive()
+    callback.stop.set()
+    thread.join(1.0)
+    assert not thread.is_alive()
+    assert len(said_by(callback).splitlines()) == 1
+
+
+def test_callback_waits_for_no_checkpoint_before_the_last_epoch(tmp_path):
+    callback = make_callback(tmp_path)
+    store_checkpoint_epoch(callback.dht, "fake", b"aux", 0, expiration=60.0)
+    started = time.monotonic()
+    run(callback.on_train_end)
+    assert time.monotonic() - started < 0.4 and said_by(callback) == ""
+
+
+def test_callback_gives_up_waiting_for_a_checkpoint_and_says_where_the_state_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(callback_module, "HAND_OVER_SECONDS", 0.2)
+    callback = at_the_end(tmp_path, stored=(0,))
+    run(callback.on_train_end)
+    assert f"nobody has stored the state of the last epoch within 0 s; it is in {callback.state_path}" in said_by(
+        callback
+    )
+
+
+def test_callback_does_not_wait_for_an_auxiliary_peer_that_has_gone(tmp_path):
+    callback = at_the_end(tmp_path, stored=(0,))
+    thread = leaving(callback)
+    thread.join(0.7)
+    callback.dht.records.clear()
+    thread.join(5.0)
+    assert not thread.is_alive()
+    assert "nobody is left to store the state of the last epoch" in said_by(callback)
+
+
+def test_callback_waits_longer_for_a_larger_state_and_a_slower_connection(tmp_path):
+    callback = at_the_end(tmp_path)
+    millions = sum(parameter.numel() for parameter in callback.parameters) / 1e6
+    callback.peer.bandwidth = 0.001  # Mbit/s
+    assert callback._hand_over_seconds() >= 60 + 3 * millions * 4 * 8 / 0.001
+    callback.peer.bandwidth = None
+    assert 60 < callback._hand_over_seconds() < 61
+
+
+def test_callback_at_the_end_of_a_run_begins_no_round_and_waits_for_no_partner(tmp_path):
+    """As when a trainer is started once more to hand the last state over."""
+    callback = at_the_end(tmp_path, wait_for_peers=2)
+    assert local_step(callback).should_training_stop
+    assert callback.optimizer.steps == []
 
 
 # -- backups and rollback ---------------------------------------------------------------------------------------------

@@ -14,7 +14,15 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
-from src.training.dht import TrainerMetrics, fetch_metrics, start_dht, store_metrics, visible_addresses
+from src.training.dht import (
+    TrainerMetrics,
+    fetch_checkpoint_epochs,
+    fetch_metrics,
+    start_dht,
+    store_checkpoint_epoch,
+    store_metrics,
+    visible_addresses,
+)
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SOME_PEER_ID = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
@@ -204,6 +212,49 @@ def test_fetch_metrics_survives_a_record_that_is_no_dictionary(swarm):
     wait_for_metrics(first, lambda metrics: first_key in metrics)
     plain = SimpleNamespace(get=lambda key, latest: SimpleNamespace(value=[1, 2]))
     assert fetch_metrics(plain, RUN) == {}
+
+
+def test_stored_epochs_reach_other_peers_and_nobody_speaks_for_another_or_without_a_signature(swarm):
+    (first, first_key), (second, second_key), (stranger, stranger_key) = swarm
+
+    def wait_for(dht, expected) -> None:
+        give_up_at = time.monotonic() + 30
+        while (found := fetch_checkpoint_epochs(dht, RUN)) != expected:
+            assert time.monotonic() < give_up_at, found
+            time.sleep(0.05)
+
+    store_checkpoint_epoch(first, RUN, first_key, 0, expiration=60)
+    store_checkpoint_epoch(second, RUN, second_key, 40, expiration=60)
+    wait_for(first, {first_key: 0, second_key: 40})
+    store_checkpoint_epoch(first, RUN, first_key, 20, expiration=61)
+    wait_for(second, {first_key: 20, second_key: 40})
+
+    def forge(dht, subkey, value) -> None:
+        dht.store(key=f"{RUN}_checkpoints", subkey=subkey, value=value, expiration_time=get_dht_time() + 300)
+
+    forge(second, first_key, {"epoch": 100})
+    forge(stranger, stranger_key, {"epoch": 100})
+    for value in ({"epoch": -1}, {"epoch": 20.0}, {"epoch": True}, {}, 20, "20"):
+        forge(first, first_key, value)
+    for dht in (first, second):
+        assert fetch_checkpoint_epochs(dht, RUN) == {first_key: 20, second_key: 40}
+
+
+@pytest.mark.parametrize("value", [{"epoch": -1}, {"epoch": "20"}, {"epoch": 2.5}, {}, [20], "text", None], ids=str)
+def test_fetch_checkpoint_epochs_leaves_out_damaged_records(value):
+    values = {b"honest": SimpleNamespace(value={"epoch": 20}), b"other": SimpleNamespace(value=value)}
+    dht = SimpleNamespace(get=lambda key, latest: SimpleNamespace(value=values))
+    assert fetch_checkpoint_epochs(dht, RUN) == {b"honest": 20}
+
+
+def test_stored_epoch_ends_with_the_peer_that_says_it(swarm):
+    (first, _), (second, second_key), _ = swarm
+    store_checkpoint_epoch(second, "short", second_key, 1, expiration=2)
+    give_up_at = time.monotonic() + 10
+    while not fetch_checkpoint_epochs(first, "short"):
+        assert time.monotonic() < give_up_at
+    time.sleep(2.5)
+    assert fetch_checkpoint_epochs(first, "short") == {}
 
 
 def test_visible_addresses_come_public_first_and_loopback_last():

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from src import LeanAlbertForMaskedLM, load_tokenizer
+from src.models.checkpoint import read_state_dict
+from src.training.auxiliary import stored_epoch
 from src.training.backup import read_backup
 from src.training.history import read_history
 from src.training.journal import read_journal
@@ -99,7 +101,8 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
         assert sum("p2pd" in process.name() for process in processes) == 3
         for trainer in trainers:
             assert trainer.process.wait(240) == 0, trainer.output()
-        auxiliary.wait_for_line(r"epoch \d on held-out text: loss \d", timeout=60)
+        auxiliary.wait_for_line(r"epoch 8 on held-out text: loss \d", timeout=60)
+        auxiliary.wait_for_line("evaluate it with", timeout=30)
         assert auxiliary.stop() == 0, auxiliary.output()
         assert not still_alive(processes, timeout=10)
 
@@ -130,6 +133,13 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
     assert 0.0 <= history.held_out[-1].accuracy < history.held_out[-1].loss < 20.0
     report = (run / "aux" / "report.html").read_text(encoding="utf-8")
     assert all(name in report for name in history.peers) and "Held-out" in report
+    # the last state has been handed over, whatever the interval of 3, and nothing has failed on the way
+    assert stored_epoch(run / "aux" / "checkpoint", "test") == history.last_checkpoint == EPOCHS
+    stored = read_state_dict(run / "aux" / "checkpoint")
+    backups = [read_backup(run / name / "backup.pth")["model"] for name in ("trainer", "trainer-2")]
+    assert any(all(torch.equal(stored[key], backup[key]) for key in stored) for backup in backups)
+    last_lines = "\n".join(peer.output().partition(f"epoch {EPOCHS}")[2] for peer in swarm.peers)
+    assert not re.search("fail|not complete|try again|no checkpoint", last_lines), last_lines
     tokenizer = load_tokenizer(run / "aux" / "checkpoint")
     model = LeanAlbertForMaskedLM.from_pretrained(run / "aux" / "checkpoint").eval()
     with torch.no_grad():
