@@ -4,19 +4,18 @@ import threading
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.utils import get_dht_time
-from hivemind.utils.crypto import RSAPrivateKey
 
+from src.training.auth import Identity
 from src.training.dht import fetch_progress
 
 
 class PhantomTrainer(threading.Thread):
     """Reports a few samples of whatever epoch the others are in, until ``stop`` is set."""
 
-    def __init__(self, dht, run_id: str, *, stop: threading.Event):
+    def __init__(self, dht, identity: Identity, run_id: str, *, stop: threading.Event):
         super().__init__(name="phantom", daemon=True)
-        validator = RSASignatureValidator(RSAPrivateKey())
-        dht.add_validators([validator])
-        self.dht, self.run_id, self.stop, self.owner = dht, run_id, stop, validator.local_public_key
+        self.dht, self.run_id, self.stop = dht, run_id, stop
+        self.owner = RSASignatureValidator(identity.private_key).local_public_key
 
     def run(self) -> None:
         while not self.stop.wait(0.3):
