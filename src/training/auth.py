@@ -28,7 +28,7 @@ from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from arguments import PeerArguments
-from src.training.records import peer_id_of
+from src.training.records import MAX_REMEMBERED, peer_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -280,6 +280,8 @@ class MemberGate:
         token = self.tokens.get(peer)
         objection = "has shown no valid token" if token is None else self.membership.objection(token)
         if objection and (peer, objection) not in self._refused:
+            if len(self._refused) >= MAX_REMEMBERED:
+                self._refused.pop()
             self._refused.add((peer, objection))
             self.on_refusal(peer, objection if token is None else f"its token {objection}")
         return objection
