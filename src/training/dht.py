@@ -22,9 +22,10 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
 from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
-from src.training.records import MAX_LIFETIME, OwnedRecords, sift_dictionaries
+from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _explain(error: str, peer: PeerArguments) -> str:
         )
     if "is already taken by another peer" in error:
         return f"--identity_path {peer.identity_path}: a running peer of this run has this identity; each needs its own"
-    return f"cannot start the peer-to-peer daemon: {error.strip().splitlines()[-1]}"
+    return f"cannot start the peer-to-peer daemon: {printable(error.strip().splitlines()[-1])}"
 
 
 def visible_addresses(dht: hivemind.DHT) -> list[str]:
@@ -253,7 +254,7 @@ def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[
         try:
             records[public_key] = kind.parse_obj(entry.value)
         except pydantic.ValidationError as error:
-            logger.warning("ignored a malformed record of %s: %s", key, error.errors()[0]["msg"])
+            logger.debug("ignored a malformed record of %s in %s: %s", name_of(public_key), key, error)
     return records
 
 
@@ -268,6 +269,8 @@ def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingPro
             record = LocalTrainingProgress.parse_obj(entry.value)
             # its time is that of the last batch, which may take minutes; a report is renewed meanwhile
             record.time = max(record.time, entry.expiration_time - REPORT_SECONDS)
+            if not math.isfinite(record.time) or not math.isfinite(record.samples_per_second):
+                continue
             progress[short_peer_name(public_key)] = record
         except pydantic.ValidationError as error:
             logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Sequence
@@ -186,6 +187,8 @@ async def _ping(dht, node, *, peer_id: str, count: int = 3) -> Ping | None:
             logger.debug("no answer to a ping: %r", error)
             return best
         seconds = time.perf_counter() - started
+        if not math.isfinite(answer.dht_time):
+            return best
         if best is None or seconds < best.seconds:
             best = Ping(seconds, answer.dht_time - (sent + seconds / 2))
     return best

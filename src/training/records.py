@@ -72,8 +72,7 @@ def peer_of(owner: object) -> bytes | None:
     return None if known is None else known[1]
 
 
-@functools.lru_cache(MAX_REMEMBERED)
-def name_of(owner: bytes) -> str:
+def name_of(owner: object) -> str:
     """The peer id as text, as others see this peer in the network; ``?`` for a subkey that names no key."""
     peer = peer_of(owner)
     return "?" if peer is None else PeerID(peer).to_base58()

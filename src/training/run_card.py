@@ -9,19 +9,24 @@ import json
 import logging
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import hivemind
 from hivemind.utils import get_dht_time
 
 from src.models import LeanAlbertConfig
+from src.training.journal import printable
+from src.training.records import MAX_BYTES, name_of
 
 logger = logging.getLogger(__name__)
 
-# How values travel and which remote calls there are; to be changed with either.
-PROTOCOL = "LeanALBERT 1: gradients in 8 bits by blocks from 65537 values, else float16; parameters float16"
+# How values travel, how records are signed, and which remote calls there are; to be changed with any of them.
+PROTOCOL = (
+    "LeanALBERT 2: owned records; gradients in 8 bits by blocks from 65537 values, else float16; parameters float16"
+)
 PUBLISH_SECONDS, EXPIRE_SECONDS = 30.0, 150.0
 ANSWER_SECONDS = 15.0  # the DHT's process may have ended: never wait for it for ever
-MAX_NAMED = 4
+MAX_NAMED, MAX_VALUE_LENGTH = 4, 80
 OWN_OPTIONS = {"activation_memory", "sparse_prediction", "classifier_dropout_prob"}  # of the model: a peer's own affair
 SCHEDULE = (
     "target_batch_size", "average_state_every", "matchmaking_time", "min_vector_size", "learning_rate",
@@ -62,16 +67,32 @@ def differences(own: dict[str, str], others: list[dict[str, str]]) -> list[str]:
     for name, value in own.items():
         theirs = Counter(card[name] for card in others if name in card).most_common(1)
         if theirs and theirs[0][0] != value:
-            found.append(f"{name} is {value} here and {theirs[0][0]} in the run")
+            found.append(f"{name} is {value} here and {printable(theirs[0][0], MAX_VALUE_LENGTH)} in the run")
     return found
 
 
-class RunCard(threading.Thread):
-    """Publishes this peer's card under its key as long as it lives, and compares it with those of others."""
+def read_card(content: object) -> dict[str, str] | None:
+    """What another peer has published, or None if that is no card."""
+    try:
+        card = json.loads(content) if isinstance(content, str) and len(content) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    is_flat = isinstance(card, dict) and all(isinstance(value, str) for value in card.values())
+    return card if is_flat else None
 
-    def __init__(self, dht: hivemind.DHT, run_id: str, owner: bytes, card: dict[str, str]):
+
+class RunCard(threading.Thread):
+    """Publishes this peer's card under its key as long as it lives, and compares it with those of others.
+
+    Those of ``initial_peers``, whom this peer has chosen and whose ids nobody else can have, count for all.
+    """
+
+    def __init__(
+        self, dht: hivemind.DHT, run_id: str, owner: bytes, card: dict[str, str], *, initial_peers: Sequence[str] = ()
+    ):
         super().__init__(name="run card", daemon=True)
         self.dht, self.key, self.owner, self.card = dht, f"{run_id}_card", owner, card
+        self.trusted = {address.rsplit("/p2p/", 1)[-1] for address in initial_peers}
         self.stop = threading.Event()
 
     def join_run(self) -> None:
@@ -109,14 +130,11 @@ class RunCard(threading.Thread):
         ).result(ANSWER_SECONDS)
 
     def read_others(self) -> list[dict[str, str]]:
-        """The cards of all other peers; whatever is no card is left out."""
+        """The cards of the initial peers, or, if there are none, of all others; whatever is no card is left out."""
         found = self.dht.get(self.key, latest=True, return_future=True).result(ANSWER_SECONDS)
-        cards = []
+        cards = {}
         for owner, entry in found.value.items() if found is not None and isinstance(found.value, dict) else ():
-            try:
-                card = json.loads(entry.value) if owner != self.owner else None
-            except (TypeError, ValueError):
-                continue
-            if isinstance(card, dict):
-                cards.append({str(name): str(value) for name, value in card.items()})
-        return cards
+            if owner != self.owner and (card := read_card(entry.value)) is not None:
+                cards[owner] = card
+        trusted = [card for owner, card in cards.items() if name_of(owner) in self.trusted]
+        return trusted or list(cards.values())

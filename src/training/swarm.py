@@ -58,7 +58,8 @@ def join_run(
     """
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
-    RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=trainer)).join_run()
+    card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
+    RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers).join_run()
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
