@@ -207,7 +207,7 @@ class BoundedProgressTracker(ProgressTracker):
                   and (record.epoch > 0 or record.samples_accumulated > 0)]  # fmt: skip
         if self.has_trained or not epochs:
             return math.inf
-        known = self.first_hand[0] - 1 if self.first_hand is not None else 0
+        known = max(self.local_progress.epoch, self.first_hand[0] if self.first_hand is not None else 0) - 1
         return min((epoch for epoch in epochs if known <= epoch <= possible), default=min(epochs)) + 1
 
     def _bounded(self, record: LocalTrainingProgress) -> LocalTrainingProgress:

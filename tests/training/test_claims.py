@@ -134,6 +134,15 @@ def test_newcomer_whose_chosen_peers_are_out_of_date_still_finds_the_swarm():
     assert parse(rewound, one={"epoch": 100}, other={"epoch": 101}).epoch == 101, "all have gone back to a backup"
 
 
+def test_newcomer_that_has_taken_the_state_of_the_swarm_is_not_held_back_by_a_slow_trainer():
+    tracker = bare_tracker()
+    tracker.report_local_progress(500, 0)  # a state that was checked, while one trainer computes a batch for minutes
+    assert not tracker.has_trained
+    slow = {"epoch": 480, "samples_accumulated": 3}
+    progress = parse(tracker, slow=slow, one={"epoch": 500, "samples_accumulated": 30}, other={"epoch": 501})
+    assert (progress.epoch, progress.num_peers) == (501, 4)
+
+
 def test_rounds_and_states_bear_out_what_is_believed_and_nothing_else():
     tracker = bare_tracker()
     assert tracker.known_epoch() is None
