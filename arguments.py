@@ -128,6 +128,11 @@ class TrainerPeerArguments(PeerArguments):
         "Fill each row with several texts that do not see each other: next to no padding, at any --pad_to_multiple_of. "
         "per_device_train_batch_size then counts rows; samples are counted as before.",
     )
+    init_checkpoint: str | None = option(
+        None,
+        "Begin a run with the weights of a published state.pth, a backup or a stored checkpoint; for the first "
+        "trainer, whoever joins gets them from the swarm.",
+    )
     statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.")
     backup_every_epochs: int = option(10, "Write a backup of model and optimizer every so many epochs (and at exit).")
     state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")
@@ -310,8 +315,8 @@ TOPICS = {
         "authorize", "use_ipfs", "wait_for_peers", "check",
     ),
     "model, tokenizer and text": (
-        "model_config_path", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir", "seed",
-        "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
+        "model_config_path", "init_checkpoint", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir",
+        "seed", "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
         "pack_sequences",
     ),
     "batches, memory and speed of this machine": (

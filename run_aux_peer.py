@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
@@ -87,7 +88,6 @@ def check(peer, collaboration, training, progress) -> int:
 
 def build(peer, collaboration, training, *, progress, stop):
     """All that an auxiliary peer consists of. hivemind forks its processes, so it comes before threads are started."""
-    import threading
 
     from huggingface_hub import HfApi
 
@@ -116,13 +116,11 @@ def build(peer, collaboration, training, *, progress, stop):
         training=training,
         auxiliary=True,
     )
-    swarm_lock = threading.Lock()
     report = directory / "report.html"
     reporter = Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop)
     assistant = notice = evaluator = uploader = store = None
     if peer.assist_in_averaging:
         assistant = AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop)
-        assistant.final_epoch = training.total_steps
     if peer.store_checkpoints:
         store = CheckpointStore(
             Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint",
@@ -130,7 +128,6 @@ def build(peer, collaboration, training, *, progress, stop):
             tokenizer,
             swarm.optimizer,
             run_id=peer.run_id,
-            swarm_lock=swarm_lock,
             every_epochs=peer.save_checkpoint_epoch_interval,
         )
         if store.last_epoch > 0:
@@ -158,4 +155,4 @@ def build(peer, collaboration, training, *, progress, stop):
 
 
 if __name__ == "__main__":
-    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS))
+    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS, scratch=make_socket_directory()))

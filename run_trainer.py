@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
@@ -122,6 +123,7 @@ def check(peer, collaboration, training, progress) -> int:
     from functools import partial
 
     from arguments import run_settings
+    from src.training.backup import load_initial_weights
     from src.training.preflight import Workload, run_checks
     from src.training.run_card import make_run_card
     from tasks.mlm.task import build_data, build_model, check_sequence_length
@@ -129,8 +131,11 @@ def check(peer, collaboration, training, progress) -> int:
     def make_model():
         model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
         check_sequence_length(model, training.max_sequence_length)
+        if peer.init_checkpoint is not None:
+            settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
         return model, tokenizer
 
+    settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
         output_dir=training.output_dir,
@@ -142,7 +147,7 @@ def check(peer, collaboration, training, progress) -> int:
             half_precision=training.fp16 or training.bf16,
         ),
         build_model=make_model,
-        make_card=partial(make_run_card, settings=run_settings(peer, collaboration, training), trainer=True),
+        make_card=partial(make_run_card, settings=settings, trainer=True),
         read_data=lambda tokenizer: build_data(tokenizer, peer, training, peer_seed=b"check"),
         say=progress.say,
     )
@@ -153,6 +158,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from transformers import PrinterCallback
 
     from arguments import run_settings
+    from src.training.backup import load_initial_weights
     from src.training.callback import CollaborativeCallback
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import claim_run_directory, num_starts
@@ -164,7 +170,13 @@ def build(peer, collaboration, training, *, progress, stop):
     check_sequence_length(model, training.max_sequence_length)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
+    state_path = Path(peer.state_path) if peer.state_path else directory / "backup.pth"
     settings = run_settings(peer, collaboration, training)
+    if peer.init_checkpoint is not None and state_path.exists():
+        progress.say(f"there is a backup, {state_path}: --init_checkpoint is not read")
+    elif peer.init_checkpoint is not None:
+        settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
+        progress.say(f"begins with the weights of {peer.init_checkpoint} ({settings['init_checkpoint']})")
     node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
     workers = LocalWorkers(size=training.world_size, device=training.device)
     # A peer that is started again under the same identity goes on with other data than it began with last time.
@@ -186,7 +198,7 @@ def build(peer, collaboration, training, *, progress, stop):
         meter=meter,
         scaler=scaler,
         current_length=current_length,
-        state_path=Path(peer.state_path) if peer.state_path else directory / "backup.pth",
+        state_path=state_path,
         journal=journal,
         progress=progress,
         stop=stop,
@@ -209,4 +221,4 @@ def build(peer, collaboration, training, *, progress, stop):
 
 
 if __name__ == "__main__":
-    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS))
+    sys.exit(run_supervised(main, grace_seconds=KILL_SECONDS, scratch=make_socket_directory()))

@@ -4,7 +4,6 @@ Ends with the figures of the run, a learning curve, and what the resulting model
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -68,8 +67,9 @@ def main() -> int:
         print(f"\n{options.minutes:g} minutes were too short (--minutes): {missing}", file=sys.stderr)
         return 1
     report(run, seconds=time.monotonic() - started)
-    fill_masks(run / "aux" / "checkpoint")
-    print(NEXT_STEPS.format(checkpoint=run / "aux" / "checkpoint", trainer=run / "trainer"))
+    model, epoch = newest_model(run)
+    fill_masks(model, epoch)
+    print(NEXT_STEPS.format(model=model))
     return 0
 
 
@@ -91,13 +91,11 @@ def what_is_missing(run: Path) -> str:
 
     backups = [run / name / "backup.pth" for name in ("trainer", "trainer-2")]
     try:
-        epochs = summarise_run(run / "trainer" / "metrics.jsonl").epochs
+        summarise_run(run / "trainer" / "metrics.jsonl")
     except (OSError, ValueError):
         return "no epoch was finished"
     if not all(backup.exists() for backup in backups):
         return "one of the trainers did not get to its first epoch"
-    if not (run / "aux" / "checkpoint").is_dir():
-        return f"after {epochs} epochs the auxiliary peer had not stored a checkpoint yet"
     return ""
 
 
@@ -117,19 +115,37 @@ learning curve: {curve}
 report of the run, for a browser: {run / "aux" / "report.html"}""")
 
 
-def fill_masks(checkpoint: Path) -> None:
-    """Let the checkpoint that the auxiliary peer stored complete three sentences."""
+def newest_model(run: Path) -> tuple[Path, int]:
+    """A directory that `from_pretrained` opens, and its epoch: what the auxiliary peer has stored.
+
+    When time was up before the last epoch, a trainer has a newer one in its backup, which is exported.
+    """
+    from src.models.export import main as export
+    from src.training.auxiliary import stored_epoch
+    from src.training.backup import read_backup
+
+    checkpoint, backup = run / "aux" / "checkpoint", run / "trainer" / "backup.pth"
+    stored, epoch = stored_epoch(checkpoint, "demo"), read_backup(backup)["epoch"]
+    if stored >= epoch:
+        return checkpoint, stored
+    print()
+    demo = REPOSITORY / "demo"
+    export([str(backup), str(run / "model"), "--model-config", str(demo / "config.json"),
+            "--tokenizer", str(demo / "tokenizer")])  # fmt: skip
+    return run / "model", epoch
+
+
+def fill_masks(checkpoint: Path, epoch: int) -> None:
+    """Let a model complete three sentences."""
     from transformers import pipeline
 
     from src import LeanAlbertForMaskedLM, load_tokenizer
-    from src.training.auxiliary import ORIGIN_FILE
     from src.training.console import quiet_libraries
 
     quiet_libraries()
     fill = pipeline(
         "fill-mask", model=LeanAlbertForMaskedLM.from_pretrained(checkpoint), tokenizer=load_tokenizer(checkpoint)
     )
-    epoch = json.loads((checkpoint / ORIGIN_FILE).read_text(encoding="utf-8"))["epoch"]
     print(f"\nWhat the model of epoch {epoch} fills in (a few minutes teach it little more than what is frequent):")
     for example in EXAMPLES:
         words = ", ".join(f"«{answer['token_str']}» {answer['score']:.0%}" for answer in fill(example, top_k=3))
@@ -140,7 +156,7 @@ NEXT_STEPS = """
 Next:
   python run_trainer.py                          your own swarm; it prints how others join
   python -m tasks.mlm.inspect_data               look at masked training batches
-  {checkpoint}
+  {model}
                                                  opens with LeanAlbertForMaskedLM.from_pretrained
 """
 

@@ -1,10 +1,17 @@
-"""Fixtures shared by all tests: where the optional reference data lies, and how many threads a test may use."""
+"""Fixtures shared by all tests: where the optional reference data lies, how many threads a test may use, and that no
+peer leaves a file behind."""
 
 import os
+import shutil
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+from src.training.sockets import is_abandoned
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
@@ -30,3 +37,49 @@ def golden_dir() -> Path:
 def shared_data_dir() -> Path:
     """Real RuCoLA and Russian SuperGLUE records and a corpus of Russian prose."""
     return _directory_or_skip(SHARED / "data", "real evaluation data is")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def temporary_directory():
+    """Where peers make temporary files: TMPDIR of all programs that tests start, and where hivemind makes its sockets
+    in this one. Each worker has its own."""
+    own = Path(tempfile.gettempdir())  # of this program: Python remembers it
+    directory = Path(tempfile.mkdtemp(prefix="peers-", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(directory))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(own / "torchinductor"))
+        if "hivemind" in sys.modules:  # after collection: else no test uses it here
+            from hivemind.p2p import P2P
+
+            from src.training import sockets
+
+            patch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{directory}/")
+            patch.setattr(sockets, "_own", directory)
+        yield directory
+    shutil.rmtree(directory)
+
+
+_seen: set[Path] = set()
+
+
+@pytest.fixture(autouse=True)
+def no_file_is_left(request, temporary_directory):
+    """After every test, the temporary directory holds nothing whose peer has ended."""
+    yield
+    if request.node.get_closest_marker("fails_to_start"):
+        _seen.update(temporary_directory.glob("p2pd-*"))
+    give_up_at = time.monotonic() + 5.0  # torch's helper ends two seconds after its last user
+    while (left := left_behind(temporary_directory) - _seen) and time.monotonic() < give_up_at:
+        time.sleep(0.1)
+    _seen.update(left)
+    assert not left, f"left in the temporary directory: {', '.join(sorted(path.name for path in left))}"
+
+
+def left_behind(directory: Path) -> set[Path]:
+    """What lies in a directory, but for sockets on which a process listens, and directories that a process uses."""
+    entries = set(directory.iterdir())
+    if not entries:
+        return entries
+    listening = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
+    in_use = {path for path in entries if any(f"{name}/".startswith(f"{path}/") for name in listening)}
+    return {path for path in entries - in_use if not path.is_dir() or is_abandoned(path)}

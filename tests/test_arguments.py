@@ -42,6 +42,7 @@ DEFAULTS = {
         "statistics_expiration": 600.0,
         "backup_every_epochs": 10,
         "state_path": None,
+        "init_checkpoint": None,
         "wait_for_peers": 1,
         "pack_sequences": False,
     },

@@ -85,6 +85,7 @@ def tokenizer_without(*roles: str) -> dict:
 
 BACKUP = {"model": {"x": torch.zeros(1000)}, "optimizer": {}, "scheduler": {}, "epoch": 1}
 FOREIGN = {**BACKUP, "model": {"albert.foreign.weight": torch.zeros(3)}}
+INITIAL = "--run_id r --init_checkpoint"
 CONFIG = "--run_id r --model_config_path config.json"
 SOURCE = "--run_id r --dataset_sources"
 
@@ -177,6 +178,17 @@ def trainer_cases() -> list[Case]:
         ("backup is text", "--run_id r --state_path s.pth", ("--state_path", "s.pth", "not a backup"),
          {"s.pth": CYRILLIC}),
         ("backup is a folder", "--run_id r --state_path d", ("--state_path", "d", "directory"), {"d/x": ""}),
+        # the weights a run begins with
+        ("no initial checkpoint", f"{INITIAL} none.pth", ("--init_checkpoint none.pth", "no such file")),
+        ("truncated initial checkpoint", f"{INITIAL} s.pth", ("--init_checkpoint s.pth", "truncated"),
+         {"s.pth": shortened(saved(BACKUP), 2000)}),
+        ("initial checkpoint of another model", f"{INITIAL} s.pth",
+         ("--init_checkpoint s.pth: ", "missing: albert.emb", "unexpected: albert.foreign.weight"),
+         {"s.pth": saved(FOREIGN)}),
+        ("initial checkpoint is text", f"{INITIAL} s.pth", ("--init_checkpoint s.pth: not a",), {"s.pth": CYRILLIC}),
+        ("initial checkpoint is some folder", f"{INITIAL} d", ("--init_checkpoint d: no model.safeten",), {"d/x": ""}),
+        ("damaged initial checkpoint", f"{INITIAL} d", ("--init_checkpoint d: ", "not a complete safetensors file"),
+         {"d/model.safetensors": "x"}),
         # addresses and this machine
         ("address without protocol", "--run_id r --initial_peers 203.0.113.5:31337",
          ("--initial_peers", "203.0.113.5:31337", "multiaddress")),
@@ -212,6 +224,8 @@ def auxiliary_cases() -> list[Case]:
         ("address", "--run_id r --initial_peers 203.0.113.5:31337", ("--initial_peers", "203.0.113.5:31337")),
         ("checkpoint over somebody's files", "--run_id r --store_checkpoints --local_path mine",
          ("--local_path", "mine", "thesis.txt"), {"mine/thesis.txt": "ten years"}),
+        ("checkpoint of another run", "--run_id r --store_checkpoints --local_path mine",
+         ("--local_path", "mine", "run 'other', epoch 7"), {"mine/checkpoint.json": '{"run_id": "other", "epoch": 7}'}),
         ("checkpoint is a file", "--run_id r --store_checkpoints --local_path mine", ("--local_path", "mine"),
          {"mine": ""}),
         ("no held-out text", "--run_id r --store_checkpoints --eval_sources none.txt", ("none.txt", "no such file")),

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
-from demo.run_demo import parse_arguments, run_arguments, what_is_missing
+from demo.run_demo import newest_model, parse_arguments, run_arguments, what_is_missing
+from src.models import export
+from src.training import backup
 
 
 @pytest.mark.parametrize(("total_steps", "warmup_steps"), [(1, 0), (6, 1), (16, 2), (20, 3), (100, 15), (400, 60)])
@@ -40,6 +42,20 @@ def test_demo_names_what_a_run_lacks_that_was_stopped_early(tmp_path):
     assert "one of the trainers" in what_is_missing(tmp_path)
     for name in ("trainer", "trainer-2"):
         (tmp_path / name / "backup.pth").touch()
-    assert what_is_missing(tmp_path) == "after 8 epochs the auxiliary peer had not stored a checkpoint yet"
-    (tmp_path / "aux" / "checkpoint").mkdir()
     assert what_is_missing(tmp_path) == ""
+
+
+@pytest.mark.parametrize(("stored", "of_backup"), [(0, 8), (5, 8), (8, 8), (9, 8)])
+def test_demo_shows_the_newest_model_that_any_peer_has(tmp_path, monkeypatch, stored, of_backup):
+    exported = []
+    monkeypatch.setattr(export, "main", lambda arguments: exported.append(arguments[:2]))
+    monkeypatch.setattr(backup, "read_backup", lambda path: {"epoch": of_backup})
+    checkpoint = tmp_path / "aux" / "checkpoint"
+    if stored:
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "checkpoint.json").write_text(json.dumps({"run_id": "demo", "epoch": stored}))
+    if stored >= of_backup:
+        assert newest_model(tmp_path) == (checkpoint, stored) and exported == []
+    else:
+        assert newest_model(tmp_path) == (tmp_path / "model", of_backup)
+        assert exported == [[str(tmp_path / "trainer" / "backup.pth"), str(tmp_path / "model")]]

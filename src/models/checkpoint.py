@@ -1,5 +1,7 @@
 """Loads published or trained weights strictly: every key must fit, or the error names the first that do not."""
 
+import hashlib
+import json
 import stat
 from pathlib import Path
 
@@ -12,6 +14,7 @@ PRETRAINING_HEADS = ("predictions.", "sop_classifier.")
 POOLER = "pooler."
 BACKBONE_PREFIX = "albert."
 MAX_NAMED_KEYS = 3
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"  # names that transformers gives them
 
 
 def read_state_dict(path):
@@ -102,11 +105,37 @@ def complete_aliases(expected, state_dict):
     return completed
 
 
+def fingerprint(model):
+    """Sixteen hexadecimal digits that stand for a model's weights: names, shapes and values as the model holds them.
+
+    The same for equal weights, whatever file, file format or (within float32) number format they came from.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted((*model.named_parameters(), *model.named_buffers())):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 def _read_directory(path):
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path}: no .safetensors file in this directory; pass one written by save_pretrained")
-    return {name: tensor for file in files for name, tensor in _read_safetensors(file).items()}
+    """The files that `from_pretrained` takes; others, such as an older copy or a stale shard, may lie beside them."""
+    if (path / WEIGHTS_FILE).is_file():
+        return _read_safetensors(path / WEIGHTS_FILE)
+    if not (path / INDEX_FILE).is_file():
+        raise ValueError(f"{path}: no {WEIGHTS_FILE} in this directory; pass one written by save_pretrained")
+    state_dict = {}
+    for name in _shards(path / INDEX_FILE):
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: {INDEX_FILE} names {name}, which is not there")
+        state_dict |= _read_safetensors(path / name)
+    return state_dict
+
+
+def _shards(index):
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{index}: not an index of shards; pass a directory written by save_pretrained") from error
 
 
 def _read_safetensors(path):

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import os
 import shutil
 import threading
@@ -29,8 +28,6 @@ NOTICE_SECONDS, NOTICE_EXPIRES_SECONDS = 5.0, 20.0
 class AveragingAssistant(threading.Thread):
     """Joins the trainers' averaging rounds as a reducer without tensors of its own."""
 
-    final_epoch = math.inf  # of the run: in it nobody averages any more, and who still searches has missed nothing
-
     def __init__(self, optimizer: LeanOptimizer, journal: Journal, *, period: float, stop):
         super().__init__(name="averaging assistant", daemon=True)
         self.optimizer, self.journal, self.period, self.stop = optimizer, journal, period, stop
@@ -45,11 +42,9 @@ class AveragingAssistant(threading.Thread):
     def assist(self) -> None:
         """Be ready for the next rounds, and record those that are over."""
         tracker = self.optimizer.tracker
-        if tracker.global_progress.num_peers > 1 and tracker.global_epoch < self.final_epoch:
+        if tracker.global_progress.num_peers > 1:
             self.optimizer.assist()
         for averaging_round in self.optimizer.finished_rounds():
-            if averaging_round.error and tracker.global_epoch >= self.final_epoch:
-                continue
             self.journal.write("round", epoch=tracker.global_epoch, complete=averaging_round.complete,
                                **vars(averaging_round))  # fmt: skip
 
@@ -94,18 +89,16 @@ class CheckpointStore:
     """Keeps the newest state of the swarm as a directory that ``from_pretrained`` opens.
 
     The directory says which epoch it holds, so that a peer that is started again goes on from there.
-    ``swarm_lock`` is held while the optimizer's parameters change, ``self.lock`` while the directory does.
+    ``self.lock`` is held while the directory changes.
     """
 
-    def __init__(
-        self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, run_id: str, swarm_lock, every_epochs: int
-    ):
+    def __init__(self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, run_id: str, every_epochs: int):
         old = self._neighbours(path)[1]
         if old.exists() and not path.exists():  # killed in the middle of a swap
             old.rename(path)
         refuse_foreign_directory(path)  # it will be replaced as a whole
         self.path, self.model, self.tokenizer, self.optimizer, self.run_id = path, model, tokenizer, optimizer, run_id
-        self.swarm_lock, self.every_epochs, self.last_epoch = swarm_lock, every_epochs, stored_epoch(path, run_id)
+        self.every_epochs, self.last_epoch = every_epochs, stored_epoch(path, run_id)
         self.lock = threading.Lock()
 
     @staticmethod
@@ -121,10 +114,9 @@ class CheckpointStore:
 
         Raises ValueError if no trainer could give it or if it is damaged, OSError if it cannot be written.
         """
-        with self.swarm_lock:
-            epoch = self._download(timeout)
-            if epoch > self.last_epoch:
-                self._save(epoch)
+        epoch = self._download(timeout)
+        if epoch > self.last_epoch:
+            self._save(epoch)
         return epoch
 
     def _download(self, timeout: float) -> int:

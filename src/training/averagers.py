@@ -39,7 +39,17 @@ ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third
 NUM_WITNESSES = 3
 
 
-class LeanGradientAverager(RoundReporting, GradientAverager):
+class ClosesConnection:
+    """Mixin: an averager closes its connection to p2pd when it is shut down, and so removes its socket."""
+
+    async def _shutdown(self, timeout: float | None) -> None:
+        try:
+            await super()._shutdown(timeout)
+        finally:
+            await self._p2p.shutdown()
+
+
+class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
     """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
 
     Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
@@ -63,7 +73,7 @@ class LeanGradientAverager(RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(RoundReporting, TrainingStateAverager):
+class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -71,6 +81,7 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
     """
 
     round_kind = "parameters"
+    has_taken_state = False  # by the last `load_state_from_peers`
     averages_parameters = True
 
     def __init__(self, *args, **kwargs):
@@ -95,14 +106,16 @@ class LeanStateAverager(RoundReporting, TrainingStateAverager):
 
     def load_state_from_peers(self, **kwargs):
         """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
-        self._expected_epoch.value = self.swarm_epoch()
+        self._expected_epoch.value, self.has_taken_state = self.swarm_epoch(), False
         groups = self.optimizer.param_groups
+        some_parameter = groups[0]["params"][0]
+        version = some_parameter._version  # hivemind does not say whether it has loaded anything
         own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
-            return super().load_state_from_peers(**kwargs)
+            super().load_state_from_peers(**kwargs)
+            self.has_taken_state = some_parameter._version != version
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
-            return None
         finally:
             for group, options in zip(groups, own, strict=True):
                 group.update(options)
@@ -314,6 +327,7 @@ def end_searches_without_waiting() -> None:
 
 
 __all__ = [
+    "ClosesConnection",
     "LeanGradientAverager",
     "LeanStateAverager",
     "correct_step_cancellation",

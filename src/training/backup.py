@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
-from src.models.checkpoint import load_strictly
+from src.models.checkpoint import fingerprint, load_strictly, read_state_dict
 from src.training.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
+
+WORD_EMBEDDINGS = "albert.embeddings.word_embeddings.weight"
 
 
 def write_atomically(path: Path, write) -> None:
@@ -32,6 +34,45 @@ def write_atomically(path: Path, write) -> None:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # torch's archive writer covers up the reason, such as a full disk
         raise
+
+
+def load_initial_weights(model: torch.nn.Module, path: Path) -> str:
+    """Let a model that is about to train begin with the weights of a checkpoint; returns their fingerprint.
+
+    ``path``: a published state.pth, a trainer's backup, a .safetensors file, or a directory that `from_pretrained`
+    opens. Statistics and epochs in it are left aside. Raises ValueError, with what to do, unless every weight fits.
+    """
+    where = f"--init_checkpoint {path}"
+    try:
+        state_dict = read_state_dict(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{where}: there is no such file or directory") from error
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{path}: ')}") from error
+    try:
+        load_strictly(model, state_dict, source=f"{where}: this checkpoint")
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint(model, state_dict)}") from error
+    broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(f"{where}: values of {broken[0]}{more} are not finite; take a checkpoint from before that")
+    return fingerprint(model)
+
+
+def _hint(model: torch.nn.Module, state_dict: dict) -> str:
+    """What to do about a checkpoint that does not fit in one of two usual ways."""
+    rows, own_rows = (
+        len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else None
+        for weights in (state_dict, model.state_dict())
+    )
+    if rows is not None and rows != own_rows:
+        return f'; for {rows} tokens, set "vocab_size": {rows} in the file of --model_config_path, for all peers'
+    if rows is not None and not any(name.startswith("sop_classifier.") for name in state_dict):
+        return "; a model without the sentence-order head cannot go on: pass the pretraining checkpoint it came from"
+    return ""
 
 
 def save_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> None:

@@ -55,7 +55,7 @@ class CollaborativeCallback(TrainerCallback):
         workers: LocalWorkers | None = None,
     ):
         self.workers = workers or LocalWorkers()
-        self.dht, self.public_key, self.optimizer = swarm.dht, swarm.public_key, swarm.optimizer
+        self.swarm, self.dht, self.public_key, self.optimizer = swarm, swarm.dht, swarm.public_key, swarm.optimizer
         self.model, self.parameters = model, [p for p in model.parameters() if p.requires_grad]
         self.peer, self.training, self.meter, self.scaler = peer, training, meter, scaler
         self.current_length, self.state_path = current_length, state_path
@@ -68,6 +68,7 @@ class CollaborativeCallback(TrainerCallback):
         self.total_samples = self.lone_epochs = 0  # since the start
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.num_downloads = 0
+        self.has_weights = True  # those of the run
         self.optimizer.state_averager.final_epoch = training.total_steps
 
     @property
@@ -87,9 +88,19 @@ class CollaborativeCallback(TrainerCallback):
         """Take the state of peers if it is newer than the backup, then wait for partners if asked to."""
         newest = self.optimizer.tracker.global_epoch
         if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
-            self.optimizer.load_state_from_peers()
-            self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
+            self.has_weights = self.swarm.take_state(
+                has_backup=self.state_path.exists(),
+                has_checkpoint=self.peer.init_checkpoint is not None and not self.state_path.exists(),
+                say=self.progress.say,
+                stop=self.stop,
+            )
+            if self.has_weights:
+                self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
             self._record_downloads(batch=0)
+        if self.has_weights:
+            self.optimizer.share_state()
+        else:
+            self.stop.set()
         self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
         self.optimizer.before_epoch_ends = self._back_up_if_due
         self._follow_epoch()
@@ -368,6 +379,8 @@ class CollaborativeCallback(TrainerCallback):
 
     @torch.no_grad()
     def _save_backup(self) -> None:
+        if not self.has_weights:  # the next start would go on from it
+            return
         if not torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
             logger.warning("no backup written: parameters are not finite")
             return

@@ -6,11 +6,13 @@ of ordinary size that point the wrong way.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from statistics import median_low
+from functools import partial
+from statistics import median_high, median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 import torch
@@ -21,13 +23,23 @@ from hivemind.proto import averaging_pb2, runtime_pb2
 from hivemind.utils.asyncio import attach_event_on_finished
 
 logger = logging.getLogger(__name__)
+failure_logger = logging.getLogger("hivemind.averaging.allreduce")  # `RoundReporting` collects what is said there
 
-MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one
-# The gradient of a part may have one direction only, as those of the order head have at first: then its norm is that of
-# one random number, which is tiny in one batch of twenty. So a part that is a small share of the whole has more room.
-SMALL_SHARE, MAX_SMALL_RATIO = 0.1, 300.0
+MAX_NORM_RATIO = 10.0  # how far a part's norm may lie above the usual one, whatever the rest of the contribution is
+# Honest peers differ by more than that in single parts: who has no labels of sentence order has no gradient there, nor
+# in the rows of words it never meets. So a part may be anything, as long as all of the sender's parts together stay
+# below this many times what is usual for a whole contribution. Measured in a tiny model at the end of its training: the
+# gradient of a language that it has not seen yet was 60 times that of the one it knows, in batches of equal size.
+MAX_WHOLE_RATIO = 80.0
+# One round shows little of what is usual: a single sample that the model knew by heart had 1/350 of another's.
+# Without own values and memory there is even less to go by: the first parts of a round may be unlike the rest.
+FIRST_WHOLE_RATIO, UNKNOWN_RATIO = 500.0, 1e6
+FORGETTING = 0.9  # a round
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
 WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
+MAX_OBJECTION_LENGTH = 200  # bytes
+OBJECTION_SECONDS = 1.0  # that a peer to whose averages there is an objection has to read it
+PARTING_SECONDS = 0.5  # that a round waits at its end for those who have not hung up yet: they may have an objection
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
 
 
@@ -63,8 +75,34 @@ async def checked_messages(stream) -> AsyncIterator[averaging_pb2.AveragingData]
         yield message
 
 
+def objection_message(code: int, reason: str) -> averaging_pb2.AveragingData:
+    """A message that says what is wrong with the other side's values, in a field that hivemind leaves empty there."""
+    return averaging_pb2.AveragingData(code=code, peer_id=reason.encode()[:MAX_OBJECTION_LENGTH])
+
+
+def objection_in(message: averaging_pb2.AveragingData) -> str:
+    return message.peer_id[:MAX_OBJECTION_LENGTH].decode(errors="replace")
+
+
+class Usual:
+    """The highest of the norms of late, and from how many rounds that is known."""
+
+    def __init__(self):
+        self.norm, self.num_rounds = 0.0, 0
+
+    def remember(self, norm: float) -> None:
+        self.norm = max(norm, FORGETTING * self.norm)
+        self.num_rounds += 1
+
+    def ratio(self) -> float:
+        """How far a whole contribution may lie above what is usual."""
+        return FIRST_WHOLE_RATIO if self.num_rounds <= 1 else MAX_WHOLE_RATIO
+
+
 class Judge:
     """Decides which contributions to a part are averaged; remembers across rounds what is usual.
+
+    What is usual follows this peer's own values, which nobody else can move; only who has none goes by the others'.
 
     ``max_weight``: a larger weight counts as this, one beyond ten times this is not believed at all.
     ``harmless_rms``: values whose root mean square is not above this are never too large.
@@ -74,7 +112,14 @@ class Judge:
 
     def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
-        self.usual_norms: dict[int, float] = {}  # number of a part -> what its norm was in recent rounds
+        self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
+
+    def room_for_whole(self, own_norm: float) -> float:
+        """Up to which norm a whole contribution is believed, to be asked once a round; infinite if nothing is known."""
+        if self.max_distance is not None:
+            return 0.0  # parameters hardly differ, in no part
+        self.whole.remember(own_norm)
+        return self.whole.ratio() * self.whole.norm or math.inf
 
     def combine(
         self,
@@ -85,32 +130,39 @@ class Judge:
         own: int | None,
         harmless: float,
         small: float = 0.0,
+        before: dict[int, float] | None = None,
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
 
         ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large;
-        ``small``: one up to which it matters little to the whole.
+        ``small``: one up to which a sender's parts of this round together are not, infinite if this peer's own values
+        say nothing of that; ``before``: what that norm is without this part, by sender, and is then with it.
         """
+        before = {} if before is None else before
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
             if values.shape != shape:
                 refused[sender] = f"has shape {list(values.shape)} instead of {list(shape)}"
+            elif not values.is_floating_point():
+                refused[sender] = f"has values of type {values.dtype}"
             elif not 0 <= weight <= 10 * self.max_weight:  # nor NaN
                 refused[sender] = f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}"
             elif not math.isfinite(norm := float(values.norm())):
                 refused[sender] = "is not finite"
             else:
                 weights[sender], norms[sender] = min(weight, self.max_weight), norm
-        unlike = self._too_large(part, norms, weights, shape, own, harmless, small)
+        sums = {sender: math.hypot(norm, before.get(sender, 0.0)) for sender, norm in norms.items()}
+        unlike = self._too_large(part, norms, sums, weights, shape, own, harmless, small)
         unlike.update(self._too_far(contributions, norms, weights, own))
         for sender in unlike:
-            del weights[sender], norms[sender]
+            del weights[sender], norms[sender], sums[sender]
+        before.update(sums)
         refused.update(unlike)
         if not weights:  # not even this peer's own: better nothing than NaN
             values = contributions[own][0] if own in contributions else torch.zeros(shape)
             return torch.nan_to_num(values, 0.0, 0.0, 0.0), refused
-        usual = median_low(norms.values())
-        self.usual_norms[part] = 0.8 * self.usual_norms.get(part, usual) + 0.2 * usual
+        # the higher of two: else one who sends nothing but zeros would make the other's values look large
+        self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
@@ -119,25 +171,39 @@ class Judge:
             average.add_(contributions[sender][0], alpha=weight)
         return average.div_(total), refused
 
-    def _too_large(self, part, norms, weights, shape, own, harmless, small) -> dict[int, str]:
+    def _too_large(self, part, norms, sums, weights, shape, own, harmless, small) -> dict[int, str]:
         if not norms:
             return {}
-        reference = max(self.usual_norms.get(part, 0.0), median_low(norms.values()))
-        typical_weight = median_low(weights.values())
-        if own in norms and weights[own] > 0:
-            reference, typical_weight = max(reference, norms[own]), weights[own]
+        usual = self.parts[part].norm
+        if weights.get(own):
+            reference, typical_weight = max(usual, norms[own]), weights[own]
+        else:  # most of the others cannot lie far from what they usually send
+            median = median_low(norms.values())
+            reference = max(usual, min(median, MAX_NORM_RATIO * usual) if usual else median)
+            typical_weight = median_low(weights.values())
+        if small == math.inf:
+            small = self._room_by_memory(part, median_low(sums.values()))
         harmless = max(harmless, self.harmless_rms * math.sqrt(shape.numel()))
         refused = {}
         for sender, norm in norms.items():
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
             allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
-            if norm > self._highest(reference * allowance, harmless, small):
+            if not self._is_possible(norm, sums[sender], reference * allowance, harmless, small * allowance):
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
 
+    def _room_by_memory(self, part: int, median: float) -> float:
+        """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
+        if self.max_distance is not None:
+            return 0.0  # see `room_for_whole`
+        known = math.hypot(*(usual.norm for usual in self.parts.values()))
+        if known and self.parts[part].num_rounds:
+            return self.parts[part].ratio() * known
+        return UNKNOWN_RATIO * max(known, median) or math.inf
+
     @staticmethod
-    def _highest(reference: float, harmless: float, small: float) -> float:
-        return max(MAX_NORM_RATIO * reference, min(MAX_SMALL_RATIO * reference, small), harmless)
+    def _is_possible(norm: float, with_others: float, reference: float, harmless: float, small: float) -> bool:
+        return norm <= max(MAX_NORM_RATIO * reference, harmless) or with_others <= small
 
     def _too_far(self, contributions, norms, weights, own) -> dict[int, str]:
         # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
@@ -154,25 +220,35 @@ class Judge:
         return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
 
     def check_average(
-        self, part: int, own: torch.Tensor, delta: torch.Tensor, *, harmless: float, small: float = 0.0
-    ) -> None:
+        self,
+        part: int,
+        own: torch.Tensor,
+        delta: torch.Tensor,
+        *,
+        harmless: float,
+        small: float = 0.0,
+        before: float = 0.0,
+    ) -> float:
         """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
 
-        ``harmless`` and ``small`` as for `combine`; an infinite ``harmless`` means that the own values say nothing.
+        ``harmless``, ``small`` and ``before`` as for `combine`, ``before`` for the one who sent it. An infinite
+        ``harmless`` means that the own values say nothing. Returns what ``before`` is for the next part.
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
         norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
+        together = math.hypot(norm, before)
         if harmless == math.inf:
-            return
-        reference = max(own_norm, self.usual_norms.get(part, 0.0))
+            return together
+        reference = max(own_norm, self.parts[part].norm)
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
-        if norm > self._highest(reference, harmless, small):
+        if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
         if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
             raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
+        return together
 
 
 class JudgingReducer:
@@ -231,40 +307,106 @@ class JudgingReducer:
 
 
 class CheckedContainer(TensorPartContainer):
-    """Takes a result from another peer only if ``check(peer_index, part_index, own part, delta)`` has no objection."""
+    """Takes averages from another peer as long as ``check(peer_index, part_index, own part, delta)`` has no objection.
+
+    After one the peer's other averages are left, too: the own values stand in for them. ``when_over(peer_index,
+    objection)`` is called when no further average of a peer is wanted, with "" if all of them were good.
+    """
 
     check = staticmethod(lambda *arguments: None)
+    when_over = staticmethod(lambda *arguments: None)
 
     def register_processed_part(self, peer_index: int, part_index: int, part: torch.Tensor) -> None:
-        if part_index < len(self._input_parts_by_peer[peer_index]):
-            self.check(peer_index, part_index, self._input_parts_by_peer[peer_index][part_index][0], part)
+        num_parts = self.num_parts_by_peer[peer_index]
+        if self._outputs_registered_by_peer[peer_index] == num_parts:
+            return  # on its way before the peer heard of the objection
+        try:
+            if part_index < num_parts:
+                self.check(peer_index, part_index, self._input_parts_by_peer[peer_index][part_index][0], part)
+        except AllreduceException as error:
+            self._stand_in(peer_index)
+            self.when_over(peer_index, str(error))
+            return
         super().register_processed_part(peer_index, part_index, part)
+        if self._outputs_registered_by_peer[peer_index] == num_parts:
+            self.when_over(peer_index, "")
+
+    def register_failed_reducer(self, peer_index: int) -> None:
+        self._stand_in(peer_index)
+        self.when_over(peer_index, "")
+
+    def _stand_in(self, peer_index: int) -> None:
+        """As hivemind's `register_failed_reducer`; the own values are not judged."""
+        for part_index in range(self._outputs_registered_by_peer[peer_index], self.num_parts_by_peer[peer_index]):
+            own = self._input_parts_by_peer[peer_index][part_index][0]
+            super().register_processed_part(peer_index, part_index, torch.zeros_like(own))
+            self.failed_size += own.numel()
 
 
 class _CheckedStub:
-    """Calls a reducer, checks its messages, and hangs up after ``num_parts`` of them.
+    """Calls a reducer, checks its messages, and hangs up after ``num_parts`` of them or when told to `end`.
 
     The reducer lingers until then, see `RoundReporting.rpc_aggregate_part`. Hanging up waits until the end of the own
     parts is sent: without it the reducer would take the call for a broken one.
+
+    The own messages end when it is known whether the averages are good, so that the last one may be an objection. Until
+    the reducer has read that, what it sends is thrown away: a reducer that nobody reads from reads nothing, either, and
+    would stand until its own time is up. ``note(text)`` is called with what the reducer objects to.
     """
 
-    def __init__(self, stub, num_parts: int):
-        self.stub, self.num_parts = stub, num_parts
+    def __init__(self, stub, num_parts: int, note=lambda text: None):
+        self.stub, self.num_parts, self.note = stub, num_parts, note
+        self.objection, self.is_over = "", asyncio.Event()
+        self._caller: asyncio.Task | None = None
+
+    def end(self, objection: str = "") -> None:
+        """No further average is wanted; to be called in the task that takes the averages."""
+        if self.is_over.is_set():
+            return
+        self.objection = objection
+        self.is_over.set()
+        if objection:
+            self._caller = asyncio.current_task()
+            asyncio.get_running_loop().call_later(OBJECTION_SECONDS, self._caller.cancel)
 
     async def rpc_aggregate_part(self, inputs):
         sent_all = asyncio.Event()
-        stream = await self.stub.rpc_aggregate_part(attach_event_on_finished(inputs, sent_all))
+        stream = await self.stub.rpc_aggregate_part(attach_event_on_finished(self._with_verdict(inputs), sent_all))
         return self._take_parts(stream, sent_all)
+
+    async def _with_verdict(self, inputs) -> AsyncIterator[averaging_pb2.AveragingData]:
+        async for message in inputs:
+            if self.objection:
+                break
+            yield message
+        await self.is_over.wait()
+        if self.objection:
+            yield objection_message(averaging_pb2.PROTOCOL_VIOLATION, self.objection)
 
     async def _take_parts(self, stream, sent_all: asyncio.Event) -> AsyncIterator[averaging_pb2.AveragingData]:
         num_taken = 0
         async for message in checked_messages(stream):
+            if self.objection:
+                break
+            reason = objection_in(message)
+            if message.code != averaging_pb2.AVERAGED_PART and reason:
+                raise AllreduceException(f"ended the call, as this peer {reason}")
+            if reason:
+                self.note(f"left out values of this peer, the first {reason}")
             yield message
             num_taken += 1
             if num_taken == self.num_parts:
                 await sent_all.wait()
+                break
+        if self.objection:
+            with contextlib.suppress(Exception):
+                async for message in stream:
+                    if message.code != averaging_pb2.AVERAGED_PART:
+                        break  # it has heard
                 await stream.aclose()
-                return
+            self._caller.cancel()  # the reason is known; that parts are missing would be no other one
+        elif num_taken == self.num_parts:
+            await stream.aclose()
 
 
 class JudgingAllReduce(AllReduceRunner):
@@ -277,32 +419,27 @@ class JudgingAllReduce(AllReduceRunner):
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
         container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
-        container.check = self._check_average
+        container.check, container.when_over = self._check_average, self._end_call
+        self._calls: dict[int, _CheckedStub] = {}  # by place in the group
+        self._num_served, self._nobody_served = 0, asyncio.Event()
+        self._nobody_served.set()
+        self._untold: dict = {}  # peer -> why its values are left out
         self.tensor_part_container = container
         self.parts_for_local_averaging = container.get_raw_input_parts(self.own_index)
         self.tensor_part_reducer = JudgingReducer(
             len(self.parts_for_local_averaging), len(self.sender_peer_ids), self._combine
         )
         self.is_sender = self.peer_id in self.sender_peer_ids
-        self.own_norm, self.num_values = self._norm(tensors), max(1, sum(tensor.numel() for tensor in tensors))
+        self._has_values = self.is_sender and self.weight > 0  # auxiliary and who tags along has none to compare with
+        self._room = judge.room_for_whole(self._norm(tensors)) if self._has_values else math.inf
+        self._averaged: dict[int, float] = {}  # sender -> norm of its parts that entered an average
+        self._taken: dict[int, float] = {}  # place in the group -> norm of the averages taken from there
         self._refusals: Counter = Counter()
         self._first_reasons: dict = {}
 
     @staticmethod
     def _norm(tensors: Sequence[torch.Tensor]) -> float:
         return math.hypot(*(float(norm) for norm in torch._foreach_norm(list(tensors))))
-
-    def _limits(self, num_values: int, *, without_own: float) -> dict[str, float]:
-        """Up to which norms so many values can do no harm, or little, see `Judge.combine`.
-
-        ``without_own`` is for a peer whose own values say nothing, as it is auxiliary or tags along.
-        """
-        if not self.is_sender or self.weight == 0:
-            return {"harmless": without_own, "small": math.inf}
-        return {
-            "harmless": self.own_norm * math.sqrt(num_values / self.num_values),  # as large as the own are on average
-            "small": SMALL_SHARE * self.own_norm,
-        }
 
     def _number(self, peer_index: int, part_index: int) -> int:
         """A part's place among all parts of all tensors, which does not depend on who averages it."""
@@ -315,18 +452,27 @@ class JudgingAllReduce(AllReduceRunner):
             contributions,
             shape=shape,
             own=self.sender_peer_ids.index(self.peer_id) if self.is_sender else None,
-            **self._limits(shape.numel(), without_own=0.0),
+            harmless=0.0,
+            small=self._room,
+            before=self._averaged,
         )
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
             self._refusals[peer] += 1
-            self._first_reasons.setdefault(peer, reason)
+            if peer not in self._first_reasons:
+                self._first_reasons[peer] = self._untold[peer] = reason
         return average
 
     def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
         if peer_index != self.own_index:
-            limits = self._limits(own.numel(), without_own=math.inf)
-            self.judge.check_average(self._number(peer_index, part_index), own, delta, **limits)
+            self._taken[peer_index] = self.judge.check_average(
+                self._number(peer_index, part_index),
+                own,
+                delta,
+                harmless=0.0 if self._has_values else math.inf,
+                small=self._room,
+                before=self._taken.get(peer_index, 0.0),
+            )
 
     @property
     def refused(self) -> tuple[str, ...]:
@@ -336,9 +482,40 @@ class JudgingAllReduce(AllReduceRunner):
             for count in (self._refusals[peer],)
         )
 
+    def missing_peers(self) -> list:
+        """Those whose averages or values had not come when the round ended."""
+        container, reducer = self.tensor_part_container, self.tensor_part_reducer
+        counts = zip(container._outputs_registered_by_peer, container.num_parts_by_peer, strict=True)
+        missing = {self.ordered_peer_ids[i] for i, (came, due) in enumerate(counts) if self.is_sender and came < due}
+        for contributions, average in zip(reducer.contributions, reducer.averages, strict=True):
+            if not average.done() or average.cancelled():
+                senders = set(range(reducer.num_senders)) - contributions.keys() - reducer.failed
+                missing.update(self.sender_peer_ids[i] for i in senders)
+        return [peer for peer in self.ordered_peer_ids if peer in missing and peer != self.peer_id]
+
     def _get_peer_stub(self, peer):
-        num_parts = self.tensor_part_container.num_parts_by_peer[self.ordered_peer_ids.index(peer)]
-        return _CheckedStub(super()._get_peer_stub(peer), num_parts)
+        index = self.ordered_peer_ids.index(peer)
+        num_parts = self.tensor_part_container.num_parts_by_peer[index]
+        call = _CheckedStub(super()._get_peer_stub(peer), num_parts, note=partial(self._note_failure, peer))
+        self._calls[index] = call
+        return call
+
+    def _end_call(self, peer_index: int, objection: str) -> None:
+        if objection:
+            self._note_failure(self.ordered_peer_ids[peer_index], objection)
+        if peer_index in self._calls:
+            self._calls[peer_index].end(objection)
+
+    @staticmethod
+    def _note_failure(peer, reason: str) -> None:
+        failure_logger.debug("Caught %r when communicating with %s", AllreduceException(reason), peer)
+
+    async def run(self) -> AsyncIterator[torch.Tensor]:
+        """As hivemind's, but those who take this peer's averages may still say what they think of them."""
+        async for difference in super().run():
+            yield difference
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
 
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
@@ -348,12 +525,71 @@ class JudgingAllReduce(AllReduceRunner):
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """As hivemind's, with malformed tensors refused before they are read."""
-        if context.remote_id not in self.sender_peer_ids:
+        """As hivemind's, with malformed tensors refused before they are read, and reasons given to who is refused."""
+        peer = context.remote_id
+        if peer not in self.sender_peer_ids:
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        async for message in super().rpc_aggregate_part(checked_messages(stream), context):
+        messages = checked_messages(stream)
+        self._num_served += 1
+        self._nobody_served.clear()
+        try:
+            num_sent, code = 0, averaging_pb2.AVERAGED_PART
+            async for message in super().rpc_aggregate_part(self._parts_in(messages), context):
+                num_sent, code = num_sent + 1, message.code
+                if code == averaging_pb2.AVERAGED_PART and peer in self._untold:
+                    message.MergeFrom(objection_message(code, self._untold.pop(peer)))
+                with self._limit_reading(peer):
+                    yield message
+            if code != averaging_pb2.AVERAGED_PART:
+                return
+            if num_sent < self.tensor_part_reducer.num_parts:
+                yield objection_message(averaging_pb2.INTERNAL_ERROR, "was left out of the round")
+                return
+            objection = await self._last_word(messages)
+            if objection:
+                self._note_failure(peer, objection)
+                yield averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR)  # heard
+        finally:
+            self._num_served -= 1
+            if self._num_served == 0:
+                self._nobody_served.set()
+
+    async def _parts_in(self, messages) -> AsyncIterator[averaging_pb2.AveragingData]:
+        """The parts that a caller sends; its call stays open until it knows whether it objects to the averages."""
+        for _ in range(self.tensor_part_reducer.num_parts):
+            message = await anext(messages, None)
+            if message is None:
+                return
+            if message.code == averaging_pb2.PROTOCOL_VIOLATION:
+                raise AllreduceException(f"ended its call, as this peer {objection_in(message)}")
             yield message
+
+    @staticmethod
+    async def _last_word(messages) -> str:
+        """What a caller who has sent all its parts and was sent all averages objects to."""
+        with contextlib.suppress(TimeoutError, AllreduceException):
+            message = await asyncio.wait_for(anext(messages, None), OBJECTION_SECONDS)
+            if message is not None and message.code == averaging_pb2.PROTOCOL_VIOLATION:
+                return f"does not take all averages, as this peer {objection_in(message)}"
+        return ""
+
+    @contextlib.contextmanager
+    def _limit_reading(self, peer):
+        """Leave a sender out that does not take an average in time: hivemind would wait for it until the round ends."""
+        if self.sender_timeout is None:
+            yield
+            return
+
+        def leave_out() -> None:
+            self._note_failure(peer, f"does not read what it is sent, for {self.sender_timeout:.0f} s")
+            self._leaving_out = asyncio.ensure_future(self._ban_sender(peer))
+
+        timer = asyncio.get_running_loop().call_later(self.sender_timeout, leave_out)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 __all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "check_wire_tensor", "checked_messages"]

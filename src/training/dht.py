@@ -16,7 +16,7 @@ import pydantic.v1 as pydantic  # hivemind validates records with pydantic's fir
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import P2PDaemonError
+from hivemind.p2p import P2P, P2PDaemonError
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -26,6 +26,7 @@ from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
 from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
+from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
     sift_dictionaries()  # before the node's process is forked
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
     records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
     try:
@@ -142,7 +144,7 @@ def _identity_file(peer: PeerArguments, identity: Identity) -> Iterator[dict]:
     if peer.identity_path is not None:
         yield {"identity_path": str(Path(peer.identity_path).expanduser())}
         return
-    with tempfile.TemporaryDirectory(prefix="leanalbert-") as folder:  # nobody else may enter it
+    with tempfile.TemporaryDirectory(dir=socket_directory()) as folder:  # nobody else may enter it
         path = Path(folder) / "identity.key"
         write_key(path, identity.private_key)
         # hivemind would first start another daemon, to see whether somebody else has this key

@@ -293,12 +293,13 @@ class LeanMatchmaking(Matchmaking):
         waited, epoch, first = time.monotonic() - self._began, self._epoch(step), self._first
         if epoch is None or first is None or last is None:
             return
-        missing = first.looking & last.looking if waited > self.request_timeout else set()
+        missing, known = set(), first.looking.union(*map(first.of_epoch, (epoch - 1, epoch, epoch + 1)))
+        if waited > self.request_timeout:
+            # when there was no group, the others may have had theirs before this peer came, and be in the next epoch
+            missing |= last.ready(epoch) if members else last.looking
         if waited > LONG_WAIT * self.min_matchmaking_time:
-            missing |= first.of_epoch(epoch) & last.of_epoch(epoch)
-            if self.averages_parameters:
-                missing |= first.of_epoch(epoch - 1) & last.of_epoch(epoch - 1)
-        for peer in missing - members:
+            missing |= last.of_epoch(epoch) | (last.of_epoch(epoch - 1) if self.averages_parameters else set())
+        for peer in known & missing - members:
             self.attendance.missed(peer)
 
 

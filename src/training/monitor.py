@@ -224,8 +224,6 @@ class Watch:
         while self.store is not None and self.store.last_epoch < self.total_steps:
             if self.stop.is_set() or not self.is_over():  # somebody had claimed an epoch that the run is not in
                 return False
-            # the assistant holds the optimizer while it searches, now for a round that nobody will begin
-            self.swarm.optimizer.give_up_waiting()
             self._store()
             if self.store.last_epoch >= self.total_steps:
                 break

@@ -251,6 +251,11 @@ class LeanOptimizer(hivemind.Optimizer):
         self.stop_waiting()
         super().shutdown()
 
+    def share_state(self) -> None:
+        """From now on hand this peer's state to those that join."""
+        if not (self.client_mode or self.auxiliary):
+            self.state_averager.allow_state_sharing = True
+
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
@@ -296,13 +301,15 @@ def make_collaborative_optimizer(
     collaboration: CollaborationArguments,
     training: HFTrainerArguments,
     auxiliary: bool = False,
+    shares_state: bool = True,
     metrics_path: Path | None = None,
     identity: Identity | None = None,
 ) -> LeanOptimizer:
     """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
 
     They add what they are about to do to the file ``metrics_path``. An auxiliary peer has no gradients, so nothing of
-    its own can be delayed; hivemind fails if asked to.
+    its own can be delayed; hivemind fails if asked to. One that has no state worth sharing yet passes
+    ``shares_state=False``, and calls `LeanOptimizer.share_state` when it has.
     """
     learning_rate = make_learning_rate(training)
     membership = None if identity is None else identity.membership
@@ -357,7 +364,7 @@ def make_collaborative_optimizer(
         grad_averager_factory=partial(
             LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averager_options
         ),
-        averager_opts=averager_options,
+        averager_opts={**averager_options, "allow_state_sharing": None if shares_state else False},
         tracker_opts={
             "min_refresh_period": min(0.5, refresh / 4),
             "default_refresh_period": min(3.0, refresh),

@@ -21,7 +21,7 @@ from src.models.memory import Memory, largest_batch, predict_memory
 from src.training.auth import load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
-from src.training.run_card import RunCard, differences
+from src.training.run_card import RunCard
 
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
@@ -308,8 +308,7 @@ def join(peer):
 
 def check_run_card(dht, peer, owner: bytes, card: dict[str, str]) -> Check:
     """Whether the run would take this peer: all settings that peers must have in common."""
-    others = RunCard(dht, peer.run_id, owner, card, initial_peers=peer.initial_peers).read_others()
-    found = differences(card, others)
+    found = RunCard(dht, peer.run_id, owner, card, initial_peers=peer.initial_peers).differences()
     if found:
         return Check("settings of the run", FAILED, "; ".join(found), "take the flags and files of the other peers")
     return Check("settings of the run", OK, "as those of the other peers")

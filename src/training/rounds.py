@@ -85,7 +85,7 @@ class _FailureCollector(logging.Handler):
         self.failures: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = record.getMessage().replace("TimeoutError()", "TimeoutError('nothing came in time')")
         if message.startswith("Caught") and len(self.failures) < MAX_REASONS:
             self.failures.append(printable(message, MAX_REASON_LENGTH))  # it may quote another peer
 
@@ -288,13 +288,25 @@ class RoundReporting(Gated):
         self._collect_failures()
         kwargs.update(self._round_timeouts())
         began = time.monotonic()
-        result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        try:
+            result = _RoundResult(await super()._aggregate_with_group(group_info, **kwargs))
+        except MatchmakingException as error:
+            if not isinstance(error.__context__, asyncio.CancelledError):
+                raise
+            raise MatchmakingException(  # hivemind's text would end in a colon
+                f"the round was broken off after {time.monotonic() - began:.0f} s{self._waited_for(group_info)}"
+            ) from error
         result.began = began
         runner = self._running_groups[group_info.group_id].result()
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
         return result
+
+    def _waited_for(self, group_info: GroupInfo) -> str:
+        runner = self._running_groups.get(group_info.group_id)
+        peers = runner.result().missing_peers() if runner is not None and runner.done() else ()
+        return f", while it waited for {', '.join(map(str, peers))}" if peers else ""
 
     def _seconds_left(self) -> float:
         """Of this peer's patience, while the owner of the present step waits for it."""

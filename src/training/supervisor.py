@@ -33,6 +33,22 @@ POLL_SECONDS = 0.02
 CLEANER_SECONDS = 3.0  # torch's ends two seconds after its last user
 GIVE_UP_SECONDS = 10.0  # a process that hangs inside the kernel cannot be killed by anyone
 
+_scratch: Path | None = None  # of the program that this process supervises, or is
+_supervisor_pid: int | None = None
+
+
+def _end_family() -> None:
+    kill_descendants()
+    if os.getppid() != _supervisor_pid:  # else it does so when the cleaners of shared memory have ended, too
+        _remove_scratch()
+
+
+def _remove_scratch() -> None:
+    if _scratch is not None:
+        import shutil  # here, because it takes longer to import than all the rest
+
+        shutil.rmtree(_scratch, ignore_errors=True)
+
 
 def _prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -113,7 +129,7 @@ def start_deadline(seconds: float) -> None:
     def enforce() -> None:
         time.sleep(seconds)
         logger.error("Not finished %g s after the request to stop: ending by force", seconds)
-        kill_descendants()
+        _end_family()
         os._exit(1)
 
     threading.Thread(target=enforce, name="deadline", daemon=True).start()
@@ -150,8 +166,12 @@ def _install_in_this_process_only(handler: Callable[[int, object], None]) -> Non
     os.register_at_fork(after_in_child=reset_in_child)
 
 
-def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.0) -> NoReturn:
+def run_supervised(
+    main: Callable[[], int | None], *, grace_seconds: float = 30.0, scratch: Path | None = None
+) -> NoReturn:
     """Run ``main`` in a supervised child, then end with its exit code once no descendant is left.
+
+    The directory ``scratch``, if there is one, is removed then.
 
     Call it last in a script, on the main thread. Neither process returns from it: this one executes the supervisor,
     the child ends as an interpreter does, exit handlers included.
@@ -165,7 +185,9 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
 
     Exit code: ``main``'s, or 128 + n if signal n ended the child (130 after Ctrl+C).
     """
+    global _scratch
     assert threading.current_thread() is threading.main_thread(), "signals are delivered to the main thread"
+    _scratch = scratch
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # may be inherited as ignored, children would then vanish unseen
     # Blocked signals stay pending through fork and exec, until the supervisor asks for them: none is lost.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
@@ -181,12 +203,14 @@ def run_supervised(main: Callable[[], int | None], *, grace_seconds: float = 30.
         _run_child(main, supervisor_pid, mask, grace_seconds)
     interpreter = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: starts in 30 ms
     second_interrupt = TORCHRUN_SECONDS if under_torchrun else SECOND_INTERRUPT_SECONDS
-    arguments = [str(child_pid), str(grace_seconds), str(second_interrupt)]
+    arguments = [str(child_pid), str(grace_seconds), str(second_interrupt), str(scratch or "")]
     # the script's own arguments only to be seen in `ps`
     os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments, *sys.argv])
 
 
 def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[int], grace_seconds: float) -> NoReturn:
+    global _supervisor_pid
+    _supervisor_pid = supervisor_pid
     os.setsid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     end_with_parent()
@@ -199,7 +223,7 @@ def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[in
 
     def clean_up_without_supervisor() -> None:
         if os.getpid() == child_pid and os.getppid() != supervisor_pid:
-            kill_descendants()
+            _end_family()
 
     atexit.register(clean_up_without_supervisor)
     try:
@@ -226,6 +250,7 @@ def _start_guard(supervisor_pid: int, grace_seconds: float) -> None:
     if os.getppid() == program_pid:  # else it was killed before PDEATHSIG was set
         select.select([supervisor], [], [])  # until it has ended
         time.sleep(grace_seconds)
+        _remove_scratch()  # now: this process ends with the program
         _kill_tree(program_pid)
     os._exit(0)
 
@@ -250,12 +275,12 @@ def leave_at_once(code: int) -> NoReturn:
     """End this program and its descendants without exit handlers, which would wait for half-started processes."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kill_descendants()
+    _end_family()
     os._exit(code)
 
 
 def _end_at_once(signal_number: int, frame: object) -> None:
-    kill_descendants()
+    _end_family()
     os._exit(128 + signal_number)
 
 
@@ -293,11 +318,14 @@ def _exit_code(status: int, first_signal: int | None) -> int:
 
 
 def _watch_until_nothing_is_left() -> int:
+    global _scratch
+    _scratch = Path(sys.argv[4]) if sys.argv[4] else None
     try:
         return _supervise(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
     finally:
         kill_descendants()
         _kill_cleaners_that_stay()
+        _remove_scratch()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, LeanAlbertForSequenceClassification, LeanAlbertModel
-from src.models.checkpoint import load_backbone, load_checkpoint
+from src.models.checkpoint import fingerprint, load_backbone, load_checkpoint
 from src.models.heads import SpanClassificationModel
 
 
@@ -41,6 +42,40 @@ def test_load_checkpoint_reads_shards(trained, empty, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     load_checkpoint(empty, str(tmp_path))
     assert_equal_states(empty.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_load_checkpoint_takes_the_files_that_from_pretrained_takes(trained, empty, tmp_path, shards):
+    trained.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if shards else {}))
+    stale = {name: torch.full_like(tensor, 7.0) for name, tensor in trained.state_dict().items()}
+    unique = {name: stale[name] for name in dict(trained.named_parameters())}
+    save_file(unique, tmp_path / "model_old.safetensors", metadata={"format": "pt"})
+    save_file(unique, tmp_path / "model-99999-of-99999.safetensors", metadata={"format": "pt"})
+    load_checkpoint(empty, tmp_path)
+    assert_equal_states(empty.state_dict(), trained.state_dict())
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "absent.safetensors"}}'])
+def test_load_checkpoint_of_a_directory_with_a_damaged_index_is_one_line(empty, tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json") as error:
+        load_checkpoint(empty, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_fingerprint_is_of_the_weights_not_of_the_file(trained, empty, tiny_config, tmp_path):
+    own = fingerprint(trained)
+    assert len(own) == 16 and own != fingerprint(empty)
+    torch.save({"model": trained.state_dict(), "epoch": 3}, tmp_path / "state.pth")
+    trained.save_pretrained(tmp_path / "whole")
+    trained.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for path in ("state.pth", "whole", "shards", "whole/model.safetensors"):
+        other = LeanAlbertForPreTraining(tiny_config(share_large_matrices=True))
+        load_checkpoint(other, tmp_path / path)
+        assert fingerprint(other) == own, path
+    with torch.no_grad():
+        trained.albert.pooler.bias[3] += 1e-6
+    assert fingerprint(trained) != own
 
 
 def test_load_checkpoint_names_keys_that_do_not_fit(trained, empty, tmp_path):

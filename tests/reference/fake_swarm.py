@@ -77,9 +77,8 @@ class FakeOptimizer:
         self.model, self.samples_per_epoch = model, samples_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
-        self.downloads = []
+        self.downloads, self.shares_state = [], False
         self.client_mode, self.refusals, self.waits = False, [], True
-        self.num_given_up = 0
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         self.state_averager = SimpleNamespace(
@@ -154,12 +153,13 @@ class FakeOptimizer:
     def stop_waiting(self) -> None:
         self.waits = False
 
-    def give_up_waiting(self) -> None:
-        self.num_given_up += 1
+    def share_state(self) -> None:
+        self.shares_state = True
 
     @torch.no_grad()
     def load_state_from_peers(self) -> None:
         self.num_downloads += 1
+        self.state_averager.has_taken_state = self.downloaded_value is not None
         if self.downloaded_value is not None:
             for parameter in self.parameters:
                 parameter.fill_(self.downloaded_value)

@@ -50,7 +50,7 @@ def make_store(folder, *, every_epochs=5):
 
     averager.load_state_from_peers = download
     return CheckpointStore(folder / "run" / "checkpoint", model, Tokenizer(), optimizer, run_id="run",
-                           swarm_lock=threading.Lock(), every_epochs=every_epochs)  # fmt: skip
+                           every_epochs=every_epochs)  # fmt: skip
 
 
 def entries(folder) -> set[str]:
@@ -254,7 +254,6 @@ def test_checkpoint_is_not_replaced_when_the_download_fails(tmp_path, trouble, c
     with pytest.raises(ValueError, match=complaint):
         store.update(timeout=60.0)
     assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
-    assert not store.swarm_lock.locked()
     assert store.optimizer.local_epoch >= 7
 
 
@@ -510,15 +509,3 @@ def test_assistant_goes_on_after_an_error(tmp_path, caplog):
     assistant.join(10.0)
     assert len(calls) == 2
     assert "a round went wrong" in caplog.text
-
-
-@pytest.mark.parametrize("epoch_of_peers", [9, 10])
-def test_assistant_begins_no_round_in_the_last_epoch_and_records_no_search_that_it_ended(tmp_path, epoch_of_peers):
-    assistant = make_assistant(tmp_path, num_peers=2, own_epoch=9, epoch_of_peers=epoch_of_peers)
-    assistant.final_epoch, goes_on = 10, epoch_of_peers < 10
-    assistant.optimizer.rounds = [Round("gradients", 1.0, error="no other trainer was ready within 7 s"),
-                                  Round("gradients", 1.0, num_peers=3, received=0.5)]  # fmt: skip
-    assistant.assist()
-    assert bool(assistant.optimizer.steps) == goes_on
-    errors = [record["error"] for record in read_journal(tmp_path / "metrics.jsonl")]
-    assert errors == (["no other trainer was ready within 7 s", ""] if goes_on else [""])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -16,6 +17,7 @@ from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.averaging.partition import AllreduceException
 from hivemind.compression import (
     BlockwiseQuantization,
     CompressionInfo,
@@ -32,11 +34,13 @@ from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
 
 from src.training.averagers import (
+    ClosesConnection,
     LeanGradientAverager,
     LeanStateAverager,
     correct_step_cancellation,
     end_searches_without_waiting,
 )
+from src.training.contributions import Judge
 from src.training.journal import read_journal
 from src.training.matchmaking import Attendance
 from src.training.optimizer import EIGHT_BIT_THRESHOLD
@@ -48,6 +52,7 @@ from src.training.rounds import (
     Patience,
     Round,
     RoundReporting,
+    _FailureCollector,
 )
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -67,7 +72,7 @@ COMPRESSIONS = {
 }
 
 
-class PlainAverager(RoundReporting, DecentralizedAverager):
+class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
     """Averages any tensors and reports its rounds. At module level: remote calls are named after the class."""
 
     round_kind = "anything"
@@ -286,6 +291,45 @@ def test_search_is_given_up_at_once_when_its_owner_wants_to_leave(two_nodes, shu
     assert averager._vain_search.value == float("-inf"), "this says nothing about the others"
 
 
+class RefusingJudge(Judge):
+    """Has something against whatever others send, or against the averages they send back."""
+
+    def __init__(self, what: str):
+        super().__init__(max_weight=1.0)
+        self.what = what
+
+    def combine(self, part, contributions, *, own, **kwargs):
+        average, refused = super().combine(part, contributions, own=own, **kwargs)
+        if self.what == "values":
+            return contributions[own][0], {sender: "is disliked" for sender in contributions if sender != own}
+        return average, refused
+
+    def check_average(self, part, own, delta, **kwargs):
+        if self.what == "averages" and float(delta.norm()) > 0:
+            raise AllreduceException("sent an average that is disliked")
+
+
+@pytest.mark.parametrize("what", ["averages", "values"])
+@pytest.mark.parametrize("size", [3000, 300_000], ids=["all is sent at once", "more than the pipes hold"])
+def test_who_is_refused_hears_of_it_at_once_and_with_the_reason(two_nodes, shut_down_at_end, what, size):
+    averagers = []
+    for node, value in zip(two_nodes, (1.0, 2.0), strict=True):
+        options = averager_options(f"refused_{what}_{size}", NoCompression())
+        options.update(start=False, part_size_bytes=2000, sender_timeout=6.0, reducer_timeout=8.0)
+        averager = PlainAverager([torch.full((size,), value)], node, **options)
+        averager.judge = RefusingJudge(what) if value == 1.0 else Judge(max_weight=1.0)
+        averager.run_in_background(await_ready=True)
+        averagers.append(shut_down_at_end(averager))
+    run_together(lambda: [averager.step(wait=False, timeout=15, allow_retries=False) for averager in averagers])
+    for averager, other in zip(averagers, reversed(averagers), strict=True):
+        last = reported_rounds(averager)[-1]
+        assert last.seconds < 5.5 and not last.error, "a search of 1.5 s, and a round without waiting"
+        (reason,) = last.reasons
+        assert "disliked" in reason and other.peer_id.to_base58() in reason
+    with averagers[0].get_tensors() as (tensor,):
+        assert float(tensor.max()) <= 1.5 and float(tensor.min()) == 1.0, "its own values stand in for the other's"
+
+
 # Below no process is started: the averagers' methods are called as in the averager's own process.
 
 
@@ -404,6 +448,27 @@ def test_round_report_names_the_error():
     (timed_out,) = report_of(ReportingFakeAverager(TimeoutError()))  # has no message of its own
     assert "timed out" in timed_out.error.lower() or "TimeoutError" in timed_out.error
     assert report_of(ReportingFakeAverager(asyncio.CancelledError("owner's wish")), cancelled=True) == []
+
+
+def test_round_that_is_broken_off_says_for_whom_it_waited():
+    async def broken_off(*args, **kwargs):
+        try:
+            raise asyncio.CancelledError
+        except asyncio.CancelledError as error:
+            raise MatchmakingException(f"Unable to run All-Reduce: {error}")  # noqa: B904, as hivemind does
+
+    averager = ReportingFakeAverager(None)
+    averager._running_groups[b"group"].result().missing_peers = lambda: ["slow", "slower"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FakeAverager, "_aggregate_with_group", broken_off)
+        (failed,) = report_of(averager)
+    assert failed.error == "the round was broken off after 0 s, while it waited for slow, slower"
+
+
+def test_silence_of_a_partner_is_called_by_its_name():
+    collector = _FailureCollector()
+    collector.emit(logging.makeLogRecord({"msg": f"Caught {TimeoutError()!r} when communicating to partner"}))
+    assert collector.take() == ("Caught TimeoutError('nothing came in time') when communicating to partner",)
 
 
 def test_round_report_ends_the_activity_also_after_a_failure():
@@ -630,7 +695,7 @@ def test_remote_calls_stream_in_both_directions(averager_type):
     averager_type._collect_rpc_handlers()
     handlers = {handler.method_name: handler for handler in averager_type._rpc_handlers}
     assert (handlers.pop("rpc_sample_state", None) is not None) == (averager_type is LeanStateAverager)  # our own
-    original = {handler.method_name: handler for handler in handlers_of(averager_type.__bases__[1])}
+    original = {handler.method_name: handler for handler in handlers_of(averager_type.__bases__[-1])}
     assert handlers == original  # the same messages and streams as in hivemind's own class
     part = handlers["rpc_aggregate_part"]
     assert part.stream_input and part.stream_output

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+from src import LeanAlbertForMaskedLM
 from src.models.checkpoint import load_checkpoint
 from src.training import backup
-from src.training.backup import read_backup, restore_backup, save_backup, write_atomically
+from src.training.backup import load_initial_weights, read_backup, restore_backup, save_backup, write_atomically
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
@@ -219,3 +220,85 @@ def test_backup_of_another_model_is_refused_and_changes_nothing(tmp_path):
     assert optimizer.local_epoch == 0
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+# -- the weights a run begins with ------------------------------------------------------------------------------------
+
+
+def save_in_every_form(model, folder) -> list:
+    """The same weights as a published checkpoint, bare, as a trainer's backup, and as an auxiliary peer stores them."""
+    torch.save({"model": model.state_dict()}, folder / "state.pth")
+    torch.save(model.state_dict(), folder / "bare.pth")
+    save_backup(folder / "backup.pth", model, FakeOptimizer(model, epoch=EPOCH))
+    model.save_pretrained(folder / "checkpoint")
+    return [folder / name for name in ("state.pth", "bare.pth", "backup.pth", "checkpoint")]
+
+
+def test_initial_weights_are_taken_from_every_form_and_have_one_fingerprint(tmp_path):
+    saved, fingerprints = tiny_model(seed=1), set()
+    for path in save_in_every_form(saved, tmp_path):
+        model = tiny_model(seed=2)
+        fingerprints.add(load_initial_weights(model, path))
+        for (name, tensor), other in zip(model.state_dict().items(), saved.state_dict().values(), strict=True):
+            assert torch.equal(tensor, other), (path, name)
+    assert len(fingerprints) == 1 and len(fingerprints.pop()) == 16
+
+
+def without(state: dict, *names: str) -> dict:
+    return {name: tensor for name, tensor in state.items() if not name.startswith(names)}
+
+
+def not_finite(state: dict) -> dict:
+    return {**state, "albert.pooler.bias": torch.full_like(state["albert.pooler.bias"], float("nan"))}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: without(state, "albert.pooler.bias"), ["missing: albert.pooler.bias"]),
+        (lambda state: {**state, "albert.more": torch.zeros(2)}, ["unexpected: albert.more"]),
+        (lambda state: {**state, "albert.pooler.bias": torch.zeros(3)},
+         ["of another shape: albert.pooler.bias ([3], the model has [32])"]),
+        (lambda state: {}, ["missing: albert.embeddings.word_embeddings.weight", "more"]),
+        (lambda state: {**state, "albert.embeddings.word_embeddings.weight": torch.zeros(305, 16)},
+         ["of another shape", '"vocab_size": 305', "--model_config_path", "all peers"]),
+        (lambda state: without(state, "albert.pooler", "sop_classifier"),
+         ["missing: albert.pooler.weight", "sentence-order head", "pretraining checkpoint"]),
+        (not_finite, ["values of albert.pooler.bias are not finite"]),
+        (lambda state: [1, 2], ["found neither"]),
+        (lambda state: {"model": {"epoch": 3}}, ["found neither"]),
+    ],
+)  # fmt: skip
+def test_initial_weights_that_do_not_fit_are_an_error_of_one_line(tmp_path, change, words):
+    torch.save(change(dict(tiny_model(seed=1).state_dict())), tmp_path / "state.pth")
+    with pytest.raises(ValueError) as caught:
+        load_initial_weights(tiny_model(), tmp_path / "state.pth")
+    message = str(caught.value)
+    assert message.startswith(f"--init_checkpoint {tmp_path / 'state.pth'}: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_initial_weights_of_a_masked_model_alone_are_refused_with_what_to_do(tmp_path):
+    LeanAlbertForMaskedLM(tiny_model().config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^--init_checkpoint .*missing: .*pooler.*sentence-order head cannot go on"):
+        load_initial_weights(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.pth", "checkpoint/model.safetensors", "checkpoint"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_initial_weights_in_a_truncated_file_are_an_error_of_one_line(tmp_path, name, share):
+    save_in_every_form(tiny_model(), tmp_path)
+    path = tmp_path / name
+    file = path / "model.safetensors" if path.is_dir() else path
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match="not a complete") as caught:
+        load_initial_weights(tiny_model(), path)
+    assert str(caught.value).startswith(f"--init_checkpoint {path}: ") and "\n" not in str(caught.value)
+
+
+def test_initial_weights_that_are_not_there_are_an_error_of_one_line(tmp_path):
+    with pytest.raises(ValueError, match=r"^--init_checkpoint .*none\.pth: there is no such file"):
+        load_initial_weights(tiny_model(), tmp_path / "none.pth")
+    with pytest.raises(ValueError, match=r"no model\.safetensors in this directory"):
+        load_initial_weights(tiny_model(), tmp_path)

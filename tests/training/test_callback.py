@@ -1,5 +1,6 @@
 """The callback steps with the swarm, keeps bad numbers out of it, reports epochs, backs up, and stops when told."""
 
+import dataclasses
 import io
 import math
 import threading
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerControl
 
 from src.training import callback as callback_module
+from src.training import swarm
 from src.training.backup import read_backup, save_backup
 from src.training.callback import describe_incomplete
 from src.training.dht import fetch_metrics, store_checkpoint_epoch
@@ -544,6 +546,84 @@ def test_callback_takes_the_state_of_peers_unless_the_backup_is_newer(tmp_path, 
     optimizer.tracker.global_epoch = of_peers
     run(callback.on_train_begin)
     assert optimizer.num_downloads == downloads
+
+
+def test_callback_shares_its_state_from_the_start_of_training_on(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_trainer(tmp_path, optimizer)[1]
+    callback.resume()
+    assert not optimizer.shares_state
+    run(callback.on_train_begin)
+    assert optimizer.shares_state
+
+
+class Card:
+    """What a run's card says of the weights it began with, and what the others of the run say."""
+
+    def __init__(self, named: str | None, *, confirmed: bool = True):
+        self.named, self.confirmed = named, confirmed
+
+    def learn_initial_weights(self) -> str | None:
+        return self.named
+
+    def correct_initial_weights(self) -> bool:
+        return not self.confirmed
+
+
+def make_joining(folder, card: Card, **peer):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_trainer(folder, optimizer)[1]
+    callback.swarm = dataclasses.replace(callback.swarm, run_card=card)
+    vars(callback.peer).update(initial_peers=["/ip4/203.0.113.5/tcp/1/p2p/Qm"], **peer)
+    return optimizer, callback
+
+
+def test_trainer_that_joins_at_the_first_epoch_waits_for_the_weights_the_run_began_with(tmp_path):
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef"))
+    joining = threading.Thread(target=run, args=(callback.on_train_begin,), daemon=True)
+    joining.start()
+    joining.join(1.5)
+    assert joining.is_alive() and not optimizer.shares_state
+    optimizer.downloaded_value = 0.25  # the first trainer has read its data
+    joining.join(5.0)
+    assert not joining.is_alive() and optimizer.shares_state and not callback.stop.is_set()
+    assert optimizer.parameters[0].flatten()[0] == 0.25
+    assert said_by(callback).count("waiting for a peer that hands over the weights") == 1
+
+
+def test_trainer_that_gets_no_weights_stops_and_leaves_no_backup_of_random_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(swarm, "WAIT_FOR_WEIGHTS_SECONDS", 0.0)
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef"))
+    control = run(callback.on_train_begin)
+    run(callback.on_train_end)
+    assert control.should_training_stop and not optimizer.shares_state
+    assert "no peer has handed over the weights with which this run began (0123456789abcdef)" in said_by(callback)
+    assert not callback.state_path.exists()
+
+
+@pytest.mark.parametrize("peer", [{}, {"init_checkpoint": "state.pth"}, "backup"])
+def test_trainer_that_has_the_weights_of_the_run_waits_for_nobody(tmp_path, peer):
+    optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef" if peer else None))
+    if peer == "backup":
+        save_backup(callback.state_path, optimizer.model, optimizer)
+    else:
+        vars(callback.peer).update(peer)
+    assert not run(callback.on_train_begin).should_training_stop
+    assert optimizer.num_downloads == 1 and optimizer.shares_state
+
+
+@pytest.mark.parametrize(("epoch", "confirmed", "said"), [(0, True, False), (0, False, True), (5, True, True)])
+def test_trainer_with_a_checkpoint_takes_the_state_of_a_run_that_has_begun_and_says_so(
+    tmp_path, epoch, confirmed, said
+):
+    optimizer, callback = make_joining(
+        tmp_path, Card("0123456789abcdef", confirmed=confirmed), init_checkpoint="state.pth"
+    )
+    optimizer.downloaded_value, optimizer.state_averager.local_epoch = 0.25, epoch
+    optimizer.tracker.global_epoch = epoch
+    run(callback.on_train_begin)
+    assert optimizer.parameters[0].flatten()[0] == 0.25
+    assert ("its state was taken, not the weights of --init_checkpoint" in said_by(callback)) is said
 
 
 def test_callback_waits_for_the_trainers_it_was_told_to_wait_for(tmp_path):

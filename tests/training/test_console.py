@@ -28,6 +28,7 @@ ADDRESSES = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
         ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
         ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
         ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),
+        ("--init_checkpoint state.pth --run_id a", "--run_id a"),
         ("--dataset_sources a.txt b.txt --dataset_weights 1 2", "--dataset_sources a.txt b.txt --dataset_weights 1 2"),
     ],
 )

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
 import math
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
 import hivemind
@@ -12,10 +14,28 @@ import pytest
 import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.partition import AllreduceException, BannedException
-from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression, NoCompression
+from hivemind.compression import (
+    BlockwiseQuantization,
+    CompressionInfo,
+    Float16Compression,
+    NoCompression,
+    serialize_torch_tensor,
+)
+from hivemind.p2p import PeerID
+from hivemind.proto import averaging_pb2
 
-from src.training.averagers import LeanStateAverager
-from src.training.contributions import Judge, JudgingAllReduce, JudgingReducer, check_wire_tensor, checked_messages
+from src.training.averagers import ClosesConnection, LeanStateAverager
+from src.training.contributions import (
+    FIRST_WHOLE_RATIO,
+    MAX_WHOLE_RATIO,
+    CheckedContainer,
+    Judge,
+    JudgingAllReduce,
+    JudgingReducer,
+    check_wire_tensor,
+    checked_messages,
+    objection_message,
+)
 from src.training.rounds import RoundReporting
 
 SIZE = 400
@@ -73,7 +93,7 @@ def test_judge_allows_for_the_noise_of_few_samples_but_not_for_less():
 
 
 def test_judge_compares_with_all_values_where_a_part_has_none():
-    """A part of rare words may be zero for this peer and not for another."""
+    """A part of rare words may be zero for this peer, not for another; up to ``harmless`` that is no question."""
     average, refused = combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(0.9), own_rms=1.0)
     assert not refused and float(average.norm()) > 0
     assert combine(Judge(max_weight=1.0), torch.zeros(SHAPE), like(2.0), own_rms=1.0)[1]
@@ -101,22 +121,73 @@ def test_old_parameters_of_an_auxiliary_peer_say_nothing_of_others():
         judge.check_average(0, old, trained[0] - old, harmless=0.0)
 
 
-@pytest.mark.parametrize("role", ["trainer", "tags along", "auxiliary"])
-def test_part_that_is_a_small_share_of_the_whole_has_more_room(role):
-    runner = JudgingAllReduce.__new__(JudgingAllReduce)
-    runner.is_sender, runner.weight = role != "auxiliary", float(role == "trainer")
-    runner.own_norm, runner.num_values = 20.0, 10**6
-    own, limits = torch.tensor([1e-2, -1e-2]), runner._limits(2, without_own=0.0)
+def test_part_may_be_anything_that_the_whole_of_a_contribution_justifies():
+    """A part of which the own values are all zero is no reason, and many such parts are no way around the limit."""
+    judge = Judge(max_weight=1.0)
+    for _ in range(10):
+        room = judge.room_for_whole(own_norm=6.0)
+    assert room == MAX_WHOLE_RATIO * 6.0
+    limits = {"shape": SHAPE, "own": 0, "harmless": 0.0, "small": room}
+    refused, before = [], {}
+    for part in range(1000):
+        contributions = {0: (torch.zeros(SHAPE), 1.0), 1: (like(2.0, part), 1.0)}
+        average, without = judge.combine(part, contributions, before=before, **limits)
+        refused.append(1 in without)
+        assert bool(average.any()) is not refused[-1]
+    first = refused.index(True)
+    assert all(refused[first:]) and first == pytest.approx((room / (2.0 * math.sqrt(SIZE))) ** 2, rel=0.1)
+    assert 1 in judge.combine(0, {0: (like(0.1), 1.0), 1: (like(100.0), 1.0)}, **limits)[1], "beyond it at once"
+    # the same for the averages that come back
+    before, delta = 0.0, like(2.0)
+    for part in range(first - 20):
+        before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
+    with pytest.raises(AllreduceException, match="sent an average of norm"):
+        for part in range(1000):
+            before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
 
-    def is_refused(own, other) -> bool:
-        contributions = {0: (own, 1.0), 1: (other, 1.0)}
-        return 1 in Judge(max_weight=1.0).combine(0, contributions, shape=own.shape, own=0, **limits)[1]
 
-    assert not is_refused(own, 50 * own)
-    assert is_refused(own, 1000 * own) and is_refused(own, math.nan * own)
-    assert is_refused(100 * own, 5000 * own) is (role == "trainer"), "that would be most of the whole"
-    harmless = runner._limits(400, without_own=0.5)["harmless"]
-    assert harmless == (pytest.approx(20.0 * math.sqrt(400 / 10**6)) if role == "trainer" else 0.5)
+def test_usual_norm_needs_rounds_to_be_known_and_is_nobody_elses_to_move():
+    judge = Judge(max_weight=1.0)
+    assert judge.room_for_whole(0.0) == math.inf, "nothing is known yet"
+    judge = Judge(max_weight=1.0)
+    assert [judge.room_for_whole(own_norm=1.0) for _ in range(3)] == [FIRST_WHOLE_RATIO, *[MAX_WHOLE_RATIO] * 2]
+    assert judge.room_for_whole(0.001) > 0.8 * MAX_WHOLE_RATIO, "one easy batch is forgotten less soon than others"
+    for _ in range(200):
+        judge.room_for_whole(0.001)
+    assert judge.room_for_whole(0.001) == pytest.approx(0.001 * MAX_WHOLE_RATIO), "but the end of training is noticed"
+    for _ in range(20):  # most of the others send ever more
+        combine(judge, like(1.0), like(9.0, 1), like(9.0, 2))
+    assert set(combine(judge, like(1.0), like(20.0, 1), like(20.0, 2))[1]) == {1, 2}
+
+
+def test_auxiliary_peer_judges_by_the_parts_it_has_averaged_so_far():
+    def combine_as_auxiliary(judge, part, *values, before=None):
+        contributions = {sender: (one, 1.0) for sender, one in enumerate(values)}
+        options = {"shape": SHAPE, "own": None, "harmless": 0.0, "small": math.inf, "before": before}
+        return set(judge.combine(part, contributions, **options)[1])
+
+    judge = Judge(max_weight=1.0)
+    zeros = torch.zeros(SHAPE)
+    assert not combine_as_auxiliary(judge, 0, zeros, like(1.0)), "it knows nothing of either yet"
+    assert combine_as_auxiliary(Judge(max_weight=1.0), 0, like(1.0), like(1.0, 1), like(1e8)) == {2}
+    for _ in range(6):
+        assert not combine_as_auxiliary(judge, 0, zeros, like(1.0))
+        assert not combine_as_auxiliary(judge, 1, zeros, zeros)
+    assert not combine_as_auxiliary(judge, 1, zeros, like(1.0)), "the first labels of sentence order"
+    assert combine_as_auxiliary(judge, 0, like(1.0), like(200.0)) == {1}
+    for _ in range(20):  # one who sends nothing does not make the other's values look large
+        assert not combine_as_auxiliary(judge, 0, zeros, like(1.0))
+    assert combine_as_auxiliary(judge, 0, like(1.0), like(50.0), before={1: 10_000.0}) == {1}, "with the parts before"
+    assert not combine_as_auxiliary(judge, 0, like(1.0), like(50.0), before={1: 1000.0})
+
+
+def test_parts_of_parameters_are_judged_one_by_one():
+    """They hardly differ between peers, so the whole justifies nothing, with own values or without."""
+    judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+    assert judge.room_for_whole(own_norm=1000.0) == 0.0
+    contributions = {sender: (values, 1.0) for sender, values in enumerate((like(1.0), like(1.0, 1), like(20.0, 2)))}
+    _, refused = judge.combine(0, contributions, shape=SHAPE, own=None, harmless=0.0, small=math.inf)
+    assert set(refused) == {2}
 
 
 def test_judge_counts_a_weight_that_is_too_high_as_the_highest_possible():
@@ -225,6 +296,97 @@ def test_reducer_tells_those_who_wait_that_the_round_has_ended():
     asyncio.run(scenario())
 
 
+class Partners:
+    """A round of two without a network: the runner of one, and calls of the other."""
+
+    own, other = PeerID(b"own"), PeerID(b"other")
+
+    def __init__(self, size: int = 30, **timeouts):
+        self.runner = JudgingAllReduce(
+            judge=Judge(max_weight=1.0),
+            p2p=SimpleNamespace(peer_id=self.own),
+            servicer_type=JudgingAllReduce,
+            prefix=None,
+            group_id=b"group",
+            tensors=[torch.ones(size)],
+            ordered_peer_ids=(self.own, self.other),
+            peer_fractions=(0.5, 0.5),
+            part_size_bytes=40,
+            **timeouts,
+        )
+
+    def call(self, num_parts: int, last=None):
+        """The answers to a call that sends parts and then stays open, or ends with another message."""
+
+        async def messages():
+            for index in range(num_parts):
+                yield averaging_pb2.AveragingData(
+                    code=averaging_pb2.NO_CODE if index else averaging_pb2.PART_FOR_AVERAGING,
+                    group_id=b"" if index else b"group",
+                    tensor_part=serialize_torch_tensor(torch.full((10,), 3.0)),
+                    weight=1.0,
+                )
+            if last is None:
+                await asyncio.Event().wait()
+            yield last
+
+        return self.runner.rpc_aggregate_part(messages(), SimpleNamespace(remote_id=self.other))
+
+
+def test_partner_that_takes_no_averages_is_left_out_in_time(caplog):
+    """Nothing else ends its call: who cannot send does not notice that nothing comes, either."""
+
+    async def scenario():
+        partners = Partners(size=50, sender_timeout=0.2)
+        runner = partners.runner
+        own = [asyncio.create_task(runner.tensor_part_reducer.accumulate_part(0, i, torch.ones(10))) for i in range(3)]
+        answers = partners.call(1)
+        await anext(answers)
+        began = time.monotonic()
+        await asyncio.wait_for(asyncio.gather(*own), 5)  # while the next answer is not asked for
+        return time.monotonic() - began, runner
+
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        seconds, runner = asyncio.run(scenario())
+    assert 0.1 < seconds < 2 and runner.banned_senders == {Partners.other}
+    assert "does not read what it is sent" in caplog.text and str(Partners.other) in caplog.text
+    assert runner.missing_peers() == [Partners.other], "of which no average has come"
+
+
+def test_objection_to_an_average_ends_the_call_for_both(caplog):
+    async def scenario():
+        partners = Partners(size=50)
+        reducer = partners.runner.tensor_part_reducer
+        own = [asyncio.create_task(reducer.accumulate_part(0, i, torch.ones(10))) for i in range(3)]
+        objection = objection_message(averaging_pb2.PROTOCOL_VIOLATION, "sent rubbish")
+        codes = [message.code async for message in partners.call(1, objection)]
+        await asyncio.wait_for(asyncio.gather(*own), 5)
+        return codes
+
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        codes = asyncio.run(asyncio.wait_for(scenario(), 20))
+    assert codes == [averaging_pb2.AVERAGED_PART, averaging_pb2.INTERNAL_ERROR]
+    assert "ended its call, as this peer sent rubbish" in caplog.text
+
+
+def test_own_values_stand_in_for_averages_that_are_refused():
+    """All of them from the first that is, and nothing is asked of the check any more."""
+    container = CheckedContainer([torch.ones(100)], (0.5, 0.5), part_size_bytes=40)
+    checked, over = [], []
+
+    def check(peer_index, part_index, own, delta):
+        checked.append(part_index)
+        if part_index == 1:
+            raise AllreduceException("sent rubbish")
+
+    container.check, container.when_over = check, lambda *arguments: over.append(arguments)
+    for part_index in range(5):
+        container.register_processed_part(1, part_index, torch.full((10,), 7.0))
+    assert checked == [0, 1] and over == [(1, "sent rubbish")]
+    assert [float(part[0]) for part in container._output_parts_by_peer[1]] == [7.0, 0.0, 0.0, 0.0, 0.0]
+    assert container.failed_size == 40
+
+
 # -- tensors as they come from the network ----------------------------------------------------------------------------
 
 
@@ -274,7 +436,7 @@ POISONS = ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "wei
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
-class PlainAverager(RoundReporting, DecentralizedAverager):
+class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
     """Averages any tensors. At module level: remote calls are named after the class."""
 
 

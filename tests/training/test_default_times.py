@@ -4,10 +4,12 @@ Trainers here sleep instead of computing; averaging, its options and its times a
 that an epoch has few samples.
 """
 
+import asyncio
 import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
 import hivemind
@@ -196,18 +198,19 @@ def test_trainers_with_long_batches_or_epochs_average_every_epoch(start_swarm, b
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_record_of_somebody_who_does_not_come_costs_one_wait(start_swarm):
+@pytest.mark.parametrize("follows", [True, False], ids=["it reports new epochs", "it never ends its epoch"])
+def test_record_of_somebody_who_does_not_come_costs_one_wait(start_swarm, follows):
     swarm = start_swarm()
     swarm.add_trainer(0.2)
     swarm.add_trainer(0.2)
-    phantom = PhantomTrainer(*swarm.add_node(), swarm.run_id, stop=swarm.stop)
+    phantom = PhantomTrainer(*swarm.add_node(), swarm.run_id, stop=swarm.stop, follows=follows)
     phantom.start()
     swarm.train(epochs=8, timeout=240)
     phantom.join()
     for trainer in swarm.trainers:
-        long_rounds = [done for done in trainer.averaged() if done.seconds > 10.0]
-        assert len(long_rounds) == 1, trainer.rounds
-        assert 45.0 < long_rounds[0].seconds < 66.0, "the default of --matchmaking_time"
+        print(trainer.rounds)
+        long_rounds = [done for done in trainer.rounds if done.seconds > 2.5]
+        assert len(long_rounds) == 1 and long_rounds[0].seconds < 66.0, trainer.rounds
         assert len(trainer.averaged()) >= len(trainer.epochs) - 1, trainer.rounds
 
 
@@ -223,7 +226,8 @@ def test_trainer_that_dies_is_not_waited_for_long_and_only_once(start_swarm):
             time.sleep(0.05)
         time.sleep(1.0)  # with samples of the next epoch
         swarm.trainers[2].dies = True
-        swarm.trainers[2].optimizer.tracker.shutdown_triggered.set()  # its record stays, and is not renewed
+        tracker = swarm.trainers[2].optimizer.tracker
+        tracker.dht = SimpleNamespace(store=lambda *_, **__: asyncio.sleep(0), get=tracker.dht.get)  # no more reports
 
     killer = threading.Thread(target=kill)
     killer.start()

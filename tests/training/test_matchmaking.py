@@ -214,6 +214,19 @@ def test_dead_assistant_costs_one_short_wait():
     assert not matchmaking.attendance.is_awaited(b"dead") and matchmaking.attendance.is_awaited(b"one")
 
 
+@pytest.mark.parametrize("members", [{b"leader", b"one"}, set()], ids=["a group", "no group"])
+def test_phantom_that_follows_the_epochs_costs_one_short_wait(members):
+    matchmaking, step = leader()
+    see(matchmaking, progress(b"one"), progress(b"phantom"))
+    last = Surroundings({b"one": progress(b"one"), b"phantom": progress(b"phantom", epoch=EPOCH + 1)}, set())
+    if members:
+        note(matchmaking, step, waited=5.0, members=members, last=last)
+    else:  # then this peer may have come when the others were gone
+        matchmaking._began -= 5.0
+        matchmaking._note_missing(step, set(), last)
+    assert matchmaking.attendance.is_awaited(b"phantom") is not bool(members)
+
+
 def test_attendance_gives_those_who_have_come_before_another_chance_ever_later():
     attendance = Attendance()
     attendance.came(b"partner")

@@ -135,6 +135,7 @@ def test_check_says_that_another_program_answers(running, other_program, tmp_pat
     assert f"127.0.0.1 TCP port {other_program} is open, but what answers there is no hivemind peer" in output
 
 
+@pytest.mark.fails_to_start
 def test_check_says_that_the_id_is_wrong(running, tmp_path):
     port = address_of(running)[1]
     address = f"/ip4/127.0.0.1/tcp/{port}/p2p/{OTHER_ID}"
@@ -152,6 +153,7 @@ def test_check_says_that_the_run_has_other_settings(running, tmp_path):
     assert "-> take the flags and files of the other peers" in output
 
 
+@pytest.mark.fails_to_start
 def test_check_says_that_the_clock_is_wrong(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("hivemind.dht.protocol.get_dht_time", lambda: get_dht_time() + 60.0)

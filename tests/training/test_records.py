@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import stat
 import time
 from pathlib import Path
@@ -237,12 +236,12 @@ def test_answer_that_claims_to_be_the_newest_for_ever_does_not_end_all_searches(
 # -- the key is the node's identity -----------------------------------------------------------------------------------
 
 
-def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch, tmp_path, shut_down_at_end):
-    monkeypatch.setattr(dht_module.tempfile, "tempdir", str(tmp_path))
-    modes, make = [], hivemind.DHT
+def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch, shut_down_at_end):
+    modes, paths, make = [], [], hivemind.DHT
 
     def watch(**options):
         path = Path(options["identity_path"])
+        paths.append(path)
         modes.append((stat.S_IMODE(path.stat().st_mode) & 0o077, stat.S_IMODE(path.parent.stat().st_mode) & 0o077))
         return make(**options)
 
@@ -251,7 +250,7 @@ def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch,
     shut_down_at_end(node)
     assert node.peer_id == peer_id_of(public_key(identity.private_key))
     assert modes == [(0, 0)], "nobody else may read the key"
-    assert os.listdir(tmp_path) == []
+    assert not paths[0].parent.exists()
 
 
 def test_client_has_the_identity_of_its_record_key(shut_down_at_end, swarm):

@@ -74,10 +74,11 @@ class Board:
         return SimpleNamespace(result=lambda timeout: found)
 
 
-def join(board, owner: bytes, own: dict) -> None:
+def join(board, owner: bytes, own: dict, *, trains: bool = True) -> RunCard:
     run_card = RunCard(board, "run", owner, own)
     run_card.start = lambda: None
-    run_card.join_run()
+    run_card.join_run(trains=trains)
+    return run_card
 
 
 def test_peer_that_differs_is_refused_and_publishes_nothing(tmp_path):
@@ -134,3 +135,49 @@ def test_cards_of_the_initial_peers_count_for_all_however_many_others_there_are(
     assert b"own" in board.records
     with pytest.raises(ValueError, match="--seed is 2 here and 1 in the run"):
         RunCard(board, "run", b"other", {"--seed": "2"}, initial_peers=[address]).join_run()
+
+
+ONE, OTHER = "0123456789abcdef", "fedcba9876543210"
+
+
+def test_card_names_the_weights_a_run_began_with_only_if_there_are_some(tmp_path):
+    assert card(tmp_path, init_checkpoint=ONE)["--init_checkpoint"] == ONE
+    assert "--init_checkpoint" not in card(tmp_path)
+
+
+def test_peers_with_other_initial_weights_are_refused_and_those_without_are_not(tmp_path):
+    board = Board()
+    join(board, b"first", card(tmp_path, init_checkpoint=ONE))
+    with pytest.raises(ValueError, match=f"--init_checkpoint is {OTHER} here and {ONE} in the run"):
+        join(board, b"second", card(tmp_path, init_checkpoint=OTHER))
+    join(board, b"third", card(tmp_path, init_checkpoint=ONE))
+    assert join(board, b"fourth", card(tmp_path)).initial_weights == ONE
+    del board.records[b"first"], board.records[b"third"]
+    with pytest.raises(ValueError, match=f"and {ONE} in the run"):  # the joiner's card still says so
+        join(board, b"second", card(tmp_path, init_checkpoint=OTHER))
+
+
+def test_peer_that_does_not_train_does_not_keep_a_new_run_from_other_weights(tmp_path):
+    board = Board()
+    join(board, b"trainer", card(tmp_path, init_checkpoint=ONE))
+    auxiliary = join(board, b"auxiliary", card(tmp_path, trainer=False), trains=False)
+    assert auxiliary.initial_weights is None
+    del board.records[b"trainer"]
+    join(board, b"trainer", card(tmp_path, init_checkpoint=OTHER))
+
+
+def test_peer_learns_initial_weights_from_most_and_ignores_what_is_no_fingerprint(tmp_path):
+    said = (ONE, ONE, OTHER, "\x1b[2J", "ab" * 400, 7)
+    board = Board(
+        {bytes([n]): SimpleNamespace(value=json.dumps({"--init_checkpoint": text})) for n, text in enumerate(said)}
+    )
+    assert join(board, b"new", card(tmp_path)).initial_weights == ONE
+
+
+def test_peer_takes_back_initial_weights_that_nobody_else_names(tmp_path):
+    board = Board()
+    join(board, b"first", card(tmp_path))
+    late = join(board, b"late", card(tmp_path, init_checkpoint=ONE))
+    assert late.correct_initial_weights() and late.initial_weights is None
+    join(board, b"third", card(tmp_path, init_checkpoint=OTHER))
+    assert not join(board, b"fourth", card(tmp_path, init_checkpoint=OTHER)).correct_initial_weights()

@@ -51,7 +51,9 @@ def test_caller_hangs_up_after_the_last_part_and_only_when_all_is_sent():
 
     async def scenario():
         stub = FakeStub()
-        stream = await _CheckedStub(stub, NUM_PARTS).rpc_aggregate_part(parts())
+        caller = _CheckedStub(stub, NUM_PARTS)
+        caller.end()  # nobody will object to the answers
+        stream = await caller.rpc_aggregate_part(parts())
         return [message async for message in stream], stub.events
 
     messages, events = asyncio.run(asyncio.wait_for(scenario(), 20))

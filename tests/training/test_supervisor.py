@@ -55,7 +55,10 @@ def main():
 BODY
 
 if __name__ == "__main__":
-    run_supervised(main, grace_seconds=GRACE)
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    note("scratch/file", 1)
+    run_supervised(main, grace_seconds=GRACE, scratch=scratch)
 """
 
 FAMILY = "worker", "stubborn", "daemon"
@@ -134,9 +137,11 @@ class Program:
         return {name: self.pid(name) for name in notes if self.noted(name)}
 
     def assert_nothing_left(self, seconds=0.0):
+        scratch = self.folder / "scratch"
         if seconds:
-            wait_until(lambda: all(ended(pid) for pid in self.pids().values()), seconds)
+            wait_until(lambda: all(ended(pid) for pid in self.pids().values()) and not scratch.exists(), seconds)
         assert [name for name, pid in self.pids().items() if not ended(pid)] == []
+        assert not scratch.exists()
 
 
 @pytest.fixture

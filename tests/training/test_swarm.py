@@ -15,13 +15,14 @@ import psutil
 import pytest
 import torch
 
-from src import LeanAlbertForMaskedLM, load_tokenizer
+from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
 from src.models.checkpoint import read_state_dict
 from src.training.auxiliary import stored_epoch
 from src.training.backup import read_backup
 from src.training.history import read_history
 from src.training.journal import read_journal
 from src.training.local_swarm import REPOSITORY, LocalPeer, LocalSwarm
+from src.training.sockets import remove_abandoned
 from src.training.swarm_report import compare_parameters, summarise_run
 
 EPOCHS = 8
@@ -147,6 +148,43 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
     assert logits.isfinite().all() and logits.shape[-1] == MODEL["vocab_size"]
 
 
+@pytest.mark.timeout(300)
+def test_run_begins_with_the_weights_of_a_checkpoint_and_hands_them_to_a_peer_that_joins(tmp_path):
+    shared = swarm_arguments(tmp_path, target_batch_size=32, total_steps=3)
+    # a learning rate of zero until the end, and no parameters averaged: whatever weights a peer begins with, it keeps
+    shared += ["--num_zero_lr_steps", "3", "--warmup_steps", "3", "--average_state_every", "9"]
+    checkpoints = []
+    for seed in (11, 12):
+        torch.manual_seed(seed)
+        model = LeanAlbertForPreTraining(LeanAlbertConfig(**MODEL))
+        checkpoints.append(tmp_path / f"state{seed}.pth")
+        torch.save({"model": model.state_dict(), "epoch": 77}, checkpoints[-1])
+    flags = [*shared, *TRAINER.split(), "--wait_for_peers", "2"]
+    with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
+        auxiliary = swarm.start("aux", "run_aux_peer.py", shared)
+        first = swarm.start("first", "run_trainer.py", [*flags, "--init_checkpoint", checkpoints[0]])
+        with pytest.raises(RuntimeError, match=r"ended with code 2[^+]*--init_checkpoint is \w{16} here and \w{16} in"):
+            swarm.start("other", "run_trainer.py", [*flags, "--init_checkpoint", checkpoints[1]])
+        joiner = swarm.start("joiner", "run_trainer.py", [*flags, "--seed", "5"])
+        for peer in (first, joiner, auxiliary):
+            processes.update(family(peer))
+        for trainer in (first, joiner):
+            assert trainer.process.wait(120) == 0, trainer.output()
+        assert auxiliary.stop() == 0
+        assert not still_alive(processes, timeout=10)
+    assert "joined at epoch 0" in joiner.output()
+    assert "--init_checkpoint" not in first.output().partition("others join with")[2]
+    folders = [tmp_path / "outputs" / "test" / name for name in ("trainer", "trainer-2")]
+    expected = torch.load(checkpoints[0], weights_only=True)["model"]
+    for folder in folders:
+        backup = read_backup(folder / "backup.pth")
+        assert backup["epoch"] == 3
+        for name, tensor in backup["model"].items():
+            assert torch.equal(tensor, expected[name]), (folder, name)
+    starts = [read_journal(folder / "metrics.jsonl")[0]["arguments"]["init_checkpoint"] for folder in folders]
+    assert starts[0] == starts[1] and re.fullmatch(r"[0-9a-f]{16}", starts[0])
+
+
 class LoneTrainer:
     """A one-peer run with short epochs, in a process group of its own as a shell would start it; `with` ends it."""
 
@@ -185,7 +223,7 @@ class LoneTrainer:
 
 
 @pytest.mark.timeout(300)
-def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_path):
+def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_path, temporary_directory):
     shared = swarm_arguments(tmp_path, target_batch_size=64, total_steps=10_000)
     flags = [*shared, *TRAINER.split(), "--wait_for_peers", "2"]
     flags += ["--delay_optimizer_step", "False", "--delay_grad_averaging", "False"]
@@ -198,16 +236,18 @@ def test_trainer_that_waits_for_a_dead_partner_leaves_at_once_when_asked_to(tmp_
             processes.update(family(peer))
         for process in family(partner):
             process.kill()
-        last = None
-        while (records := read_journal(metrics)) and records[-1] != last:  # until nothing happens any more
-            last = records[-1]
-            time.sleep(5)
+        give_up_at = time.monotonic() + 60
+        while True:  # until it has been looking for a while
+            last = [record for record in read_journal(metrics) if record["event"] == "phase"][-1]
+            if (last["kind"], last["phase"]) == ("gradients", "matchmaking") and time.time() - last["time"] > 0.7:
+                break
+            assert time.monotonic() < give_up_at, trainer.output()
+            time.sleep(0.05)
         asked = time.monotonic()
         assert trainer.stop() == 0, trainer.output()
         assert time.monotonic() - asked < 10, trainer.output()
         assert not still_alive(processes, timeout=5)
-    searching = [record for record in records if record["event"] == "phase" and record["kind"] == "gradients"]
-    assert searching[-1]["phase"] == "matchmaking"
+    remove_abandoned(temporary_directory)  # the partner's, as the next start of a peer does
 
 
 @pytest.mark.timeout(200)
@@ -227,6 +267,29 @@ def test_trainer_leaves_although_none_of_its_processes_answers(tmp_path):
         assert not still_alive(processes, timeout=5)
         assert "stopped at epoch" in trainer.output()
     assert read_backup(tmp_path / "outputs" / "test" / "trainer" / "backup.pth")["epoch"] >= 1
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("way", ["interrupt", "kill the program", "kill p2pd"])
+def test_trainer_that_ends_in_any_way_leaves_no_file_in_the_temporary_directory(tmp_path, temporary_directory, way):
+    before = set(temporary_directory.iterdir())
+    with ending_all(set()) as processes, LoneTrainer(tmp_path) as trainer:
+        trainer.wait_for_epoch()
+        relatives = family(trainer)
+        processes.update(relatives)
+        (sockets,) = set(temporary_directory.glob("leanalbert-*")) - before
+        assert {path.name.partition("-")[0] for path in sockets.iterdir()} >= {"p2pd", "p2pclient", "torch"}
+        if way == "interrupt":
+            trainer.process.send_signal(signal.SIGINT)
+        elif way == "kill the program":
+            next(process for process in relatives if process.ppid() == trainer.process.pid).kill()
+        else:
+            next(process for process in relatives if process.name() == "p2pd").kill()
+            time.sleep(1)
+            trainer.process.terminate()
+        trainer.process.wait(60)
+        assert not still_alive(processes, timeout=5)
+        assert set(temporary_directory.iterdir()) == before
 
 
 @pytest.mark.slow
