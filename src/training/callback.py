@@ -124,7 +124,7 @@ class CollaborativeCallback(TrainerCallback):
         said, tracker = False, self.optimizer.tracker
         while not self.stop.is_set() and tracker.global_epoch == self.optimizer.local_epoch:
             tracker.announce()
-            if tracker.global_progress.num_peers >= self.peer.wait_for_peers:
+            if tracker.num_present() >= self.peer.wait_for_peers:
                 return
             if not said:
                 self.progress.say(f"waiting for {self.peer.wait_for_peers} trainers")

@@ -65,7 +65,7 @@ def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
 
 def report_refusals(refusals: list[tuple[str, str]], journal: "Journal", say: Callable[[str], None]) -> None:
     """Record and say what was not believed: (peer, reason)."""
-    for peer, reason in refusals:
+    for peer, reason in (map(printable, refusal) for refusal in refusals):
         journal.write("refusal", peer=peer, reason=reason)
         say(f"ignored what peer {peer} sent: {reason}")
 

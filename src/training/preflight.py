@@ -22,7 +22,7 @@ from src.models.memory import Memory, largest_batch, predict_memory
 from src.training.auth import load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
-from src.training.run_card import RunCard, differences
+from src.training.run_card import RunCard
 
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
@@ -356,9 +356,9 @@ def join(peer):
     return start_dht(peer, load_identity(peer))
 
 
-def check_run_card(dht, run_id: str, owner: bytes, card: dict[str, str]) -> Check:
+def check_run_card(dht, peer, owner: bytes, card: dict[str, str]) -> Check:
     """Whether the run would take this peer: all settings that peers must have in common."""
-    found = differences(card, RunCard(dht, run_id, owner, card).read_others())
+    found = RunCard(dht, peer.run_id, owner, card, initial_peers=peer.initial_peers).differences()
     if found:
         return Check("settings of the run", FAILED, "; ".join(found), "take the flags and files of the other peers")
     return Check("settings of the run", OK, "as those of the other peers")
@@ -396,7 +396,7 @@ def check_network(peer, say: Callable[[Check], None], card: dict[str, str] | Non
                 say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
             say(describe_speed(measure_speed(dht, split_address(met[0])[1]), split_address(met[0])[0], peer.bandwidth))
             if card is not None:
-                say(check_run_card(dht, peer.run_id, owner, card))
+                say(check_run_card(dht, peer, owner, card))
         elif not peer.initial_peers:
             say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
     finally:

@@ -97,7 +97,8 @@ def join_run(
     require_shared_memory(model)
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
-    run_card = RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=trainer))
+    card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
+    run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
     if run_card.initial_weights:
         settings = {**settings, "init_checkpoint": run_card.initial_weights}

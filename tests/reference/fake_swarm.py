@@ -109,6 +109,8 @@ class FakeOptimizer:
             reported=[],
             announced=0,
             announce=self._announce,
+            highest_plausible_epoch=lambda: float("inf"),
+            num_present=lambda: self.tracker.global_progress.num_peers,
             report_local_progress=lambda epoch, samples_accumulated: self.tracker.reported.append(
                 (epoch, samples_accumulated)
             ),

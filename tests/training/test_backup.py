@@ -3,7 +3,6 @@
 import signal
 import zipfile
 
-import hivemind
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +16,7 @@ from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
+from tests.reference.node import start_node
 
 EPOCH = 7
 
@@ -24,7 +24,7 @@ EPOCH = 7
 @pytest.fixture(scope="module", params=["offloaded", "on the model's device"])
 def lone_peer(request, tmp_path_factory):
     """A model and the real optimizer of a swarm of one, as run_trainer.py makes them."""
-    dht = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    dht, identity = start_node("backup")
     offload = request.param == "offloaded"
     collaboration = CollaborationArguments(
         target_batch_size=8, matchmaking_time=1.0, next_chunk_timeout=2.0, averaging_timeout=10.0,
@@ -36,7 +36,12 @@ def lone_peer(request, tmp_path_factory):
     )  # fmt: skip
     model, interrupt_handler = tiny_model(), signal.getsignal(signal.SIGINT)
     optimizer = make_collaborative_optimizer(
-        model, dht, peer=TrainerPeerArguments(run_id="backup"), collaboration=collaboration, training=training
+        model,
+        dht,
+        peer=TrainerPeerArguments(run_id="backup"),
+        collaboration=collaboration,
+        training=training,
+        identity=identity,
     )
     signal.signal(signal.SIGINT, interrupt_handler)  # hivemind ignores Ctrl+C
     yield model, optimizer

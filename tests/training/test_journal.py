@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 import wandb
 
-from src.training.journal import Journal, append_record, claim_run_directory, num_starts, printable, read_journal
+from src.training.journal import (
+    Journal,
+    append_record,
+    claim_run_directory,
+    num_starts,
+    printable,
+    read_journal,
+    report_refusals,
+)
 
 # the module from its own folder: `import src` loads torch and transformers, which takes seconds
 MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
@@ -301,3 +309,11 @@ def test_journal_wandb_works_offline(tmp_path):
 )
 def test_printable_text_cannot_steer_a_terminal(text, shown):
     assert printable(text, 40) == shown
+
+
+def test_refusals_are_recorded_and_said_in_short_printable_lines(tmp_path):
+    journal, said = Journal(tmp_path / "metrics.jsonl"), []
+    report_refusals([("peer\x1b[2J" * 1000, "it claims\n\u202e" + "x" * 10**6)], journal, said.append)
+    (record,) = read_journal(tmp_path / "metrics.jsonl")
+    for text in (record["peer"], record["reason"], *said):
+        assert text.isprintable() and len(text) < 500
