@@ -66,7 +66,7 @@ def read_pytorch(path):
                 file.seek(0)
                 return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # bytes that are no pickle fail in a dozen ways; torch's words advise unsafe loading
-            raise ValueError("it ends early, or is something else") from error
+            raise ValueError("truncated, or something else") from error
     raise ValueError("its parts claim more memory than the file holds")
 
 
