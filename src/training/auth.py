@@ -271,12 +271,18 @@ class MemberGate:
         self._refused: set[tuple[PeerID, str]] = set()
 
     async def objection(self, peer: PeerID) -> str:
-        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second."""
-        async with self.lock:
-            if peer not in self.tokens:  # perhaps it has just joined: wait until one may look again
-                await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
-            if peer not in self.tokens or time.monotonic() - self.looked_at > REFRESH_SECONDS:
-                await self._look_up()
+        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second.
+
+        One look serves all who have asked before it, and members wait for no stranger's.
+        """
+        asked_at, is_known = time.monotonic(), peer in self.tokens
+        if not is_known or (asked_at - self.looked_at > REFRESH_SECONDS and not self.lock.locked()):
+            async with self.lock:
+                if not is_known:  # perhaps it has just joined: wait until one may look again
+                    wait = self.looked_at + LOOK_UP_SECONDS - time.monotonic()
+                    await asyncio.sleep(wait if self.looked_at < asked_at else 0.0)
+                if self.looked_at < asked_at:
+                    await self._look_up()
         token = self.tokens.get(peer)
         objection = "has shown no valid token" if token is None else self.membership.objection(token)
         if objection and (peer, objection) not in self._refused:

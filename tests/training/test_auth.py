@@ -23,6 +23,7 @@ from arguments import PeerArguments
 from src.training import access, auth
 from src.training.auth import (
     GatedStub,
+    MemberGate,
     Membership,
     MembershipKeeper,
     create_key,
@@ -258,6 +259,48 @@ def test_identity_that_is_no_key_is_refused(tmp_path):
     (tmp_path / "peer.key").write_bytes(b"text")
     with pytest.raises(ValueError, match="is no private key"):
         load_identity(PeerArguments(run_id=RUN, identity_path=str(tmp_path / "peer.key")))
+
+
+def gate_of_strangers(look_up) -> MemberGate:
+    """A gate with one member, ``b"member"``; what is looked up names no other."""
+    membership = SimpleNamespace(members_key="members", objection=lambda token: "", read_records=lambda value: {})
+    gate = MemberGate(membership, look_up, lambda peer, objection: None)
+    gate.tokens[b"member"] = "token"
+    return gate
+
+
+def test_gate_remembers_a_bounded_number_of_strangers(monkeypatch):
+    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", -1.0)
+    monkeypatch.setattr(auth, "MAX_REMEMBERED", 50)
+
+    async def look_up(key):
+        return None
+
+    async def scenario():
+        gate = gate_of_strangers(look_up)
+        for number in range(200):
+            assert await gate.objection(b"%d" % number) == "has shown no valid token"
+        assert len(gate._refused) <= 50
+
+    asyncio.run(scenario())
+
+
+def test_one_look_serves_all_strangers_and_members_wait_for_none():
+    looks = []
+
+    async def look_up(key):
+        looks.append(key)
+        await asyncio.sleep(0.3)
+
+    async def scenario():
+        gate, started = gate_of_strangers(look_up), time.monotonic()
+        strangers = [asyncio.create_task(gate.objection(b"%d" % number)) for number in range(100)]
+        await asyncio.sleep(0.05)
+        assert await gate.objection(b"member") == "" and time.monotonic() - started < 0.2
+        assert set(await asyncio.gather(*strangers)) == {"has shown no valid token"}
+        assert len(looks) == 1 and time.monotonic() - started < 1.0
+
+    asyncio.run(scenario())
 
 
 # -- a private run on loopback ----------------------------------------------------------------------------------------
