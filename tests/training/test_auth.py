@@ -331,6 +331,30 @@ def test_identity_that_is_no_key_is_refused(tmp_path):
         load_identity(PeerArguments(run_id=RUN, identity_path=str(tmp_path / "peer.key")))
 
 
+def gate_of_strangers(look_up) -> MemberGate:
+    """A gate with one member, ``b"member"``; what is looked up names no other."""
+    membership = SimpleNamespace(members_key="members", objection=lambda token: "", read_records=lambda value: {})
+    gate = MemberGate(membership, look_up, lambda peer, objection: None)
+    gate.tokens[b"member"] = "token"
+    return gate
+
+
+def test_gate_remembers_a_bounded_number_of_strangers(monkeypatch):
+    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", -1.0)
+    monkeypatch.setattr(auth, "MAX_REMEMBERED", 50)
+
+    async def look_up(key):
+        return None
+
+    async def scenario():
+        gate = gate_of_strangers(look_up)
+        for number in range(200):
+            assert await gate.objection(b"%d" % number) == "has shown no valid token"
+        assert len(gate._refused) <= 50
+
+    asyncio.run(scenario())
+
+
 # -- a private run on loopback ----------------------------------------------------------------------------------------
 
 
