@@ -129,6 +129,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
         # Peers of different epochs would wait for each other, one here, the other in a round of gradients. Nor may an
         # epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
+        group_info = self._usable_members(group_info)
         members = [self.serializer.loads(gathered) for gathered in group_info.gathered]
         epochs = [data for _, mode, data in members if mode != AveragingMode.AUX.value]  # serialized
         own = self.serializer.loads(members[group_info.peer_ids.index(self.peer_id)][2])

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import logging
 import math
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import median_high, median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
@@ -36,19 +38,25 @@ MAX_WHOLE_RATIO = 80.0
 FIRST_WHOLE_RATIO, UNKNOWN_RATIO = 500.0, 1e6
 FORGETTING = 0.9  # a round
 SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
-WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
+ROUND_DTYPES = {"float32", "float16", "bfloat16", "float64"}  # only such values have an average
+WIRE_DTYPES = ROUND_DTYPES | {"uint8", "int64", "int32", "bool"}  # the optimizer's state has those, too
 MAX_OBJECTION_LENGTH = 200  # bytes
 OBJECTION_SECONDS = 1.0  # that a peer to whose averages there is an objection has to read it
 PARTING_SECONDS = 0.5  # that a round waits at its end for those who have not hung up yet: they may have an objection
+# A member that says nothing of its bandwidth is taken to have the usual one; nobody is waited for as if it had less
+# than the least. In Mbit/s.
+USUAL_BANDWIDTH, LEAST_BANDWIDTH = 50.0, 2.0
+TICK_SECONDS = 0.1  # between two looks at whom a round waits for
+RESERVE = 0.25  # of next_chunk_timeout: kept at a round's end for the averages, when nobody's values are waited for
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
 
 
-def check_wire_tensor(tensor: runtime_pb2.Tensor) -> None:
-    """Raises ValueError if a tensor message contradicts itself.
+def check_wire_tensor(tensor: runtime_pb2.Tensor, dtypes: set[str] = WIRE_DTYPES) -> None:
+    """Raises ValueError if a tensor message contradicts itself, or is none of ``dtypes``.
 
     bitsandbytes reads a blockwise tensor without checks: with a short code book it would read beyond the buffer.
     """
-    if tensor.dtype not in WIRE_DTYPES:
+    if tensor.dtype not in dtypes:
         raise ValueError(f"a tensor of type {tensor.dtype!r}")
     if min(tensor.size, default=0) < 0:
         raise ValueError(f"a tensor of shape {list(tensor.size)}")
@@ -64,14 +72,23 @@ def check_wire_tensor(tensor: runtime_pb2.Tensor) -> None:
         raise ValueError("a blockwise quantized tensor whose sizes contradict each other")
 
 
-async def checked_messages(stream) -> AsyncIterator[averaging_pb2.AveragingData]:
-    """The messages of a round, as long as their tensors are well-formed; then an `AllreduceException`."""
+async def checked_messages(
+    stream, on_violation: Callable[[str], None] = lambda reason: None
+) -> AsyncIterator[averaging_pb2.AveragingData]:
+    """The messages of a round, as long as their tensors are well-formed; then an `AllreduceException`.
+
+    ``on_violation(reason)`` is called before that: no honest peer ever sends such a thing.
+    """
     async for message in stream:
         if message.HasField("tensor_part"):
             try:
-                check_wire_tensor(message.tensor_part)
+                check_wire_tensor(message.tensor_part, ROUND_DTYPES)
             except ValueError as error:
+                on_violation(f"sent {error}")
                 raise AllreduceException(f"sent {error}") from error
+            # hivemind (compression/serialization.py, `deserialize_torch_tensor`) does as it is told here: then whatever
+            # is computed with this part asks for a gradient, too, in the end the averager's own tensors
+            message.tensor_part.requires_grad = False
         yield message
 
 
@@ -141,16 +158,13 @@ class Judge:
         before = {} if before is None else before
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
-            if values.shape != shape:
-                refused[sender] = f"has shape {list(values.shape)} instead of {list(shape)}"
-            elif not values.is_floating_point():
-                refused[sender] = f"has values of type {values.dtype}"
-            elif not 0 <= weight <= 10 * self.max_weight:  # nor NaN
-                refused[sender] = f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}"
-            elif not math.isfinite(norm := float(values.norm())):
-                refused[sender] = "is not finite"
-            else:
-                weights[sender], norms[sender] = min(weight, self.max_weight), norm
+            try:
+                norms[sender] = self._checked_norm(values, weight, shape)
+                weights[sender] = min(weight, self.max_weight)
+            except ValueError as error:
+                refused[sender] = str(error)
+            except Exception as error:  # whatever it is that it sent: the others have their average
+                refused[sender] = f"cannot be read: {error!r}"
         sums = {sender: math.hypot(norm, before.get(sender, 0.0)) for sender, norm in norms.items()}
         unlike = self._too_large(part, norms, sums, weights, shape, own, harmless, small)
         unlike.update(self._too_far(contributions, norms, weights, own))
@@ -170,6 +184,18 @@ class Judge:
         for sender, weight in weights.items():
             average.add_(contributions[sender][0], alpha=weight)
         return average.div_(total), refused
+
+    def _checked_norm(self, values: torch.Tensor, weight: float, shape: torch.Size) -> float:
+        """Raises ValueError if no average can be taken of a contribution."""
+        if values.shape != shape:
+            raise ValueError(f"has shape {list(values.shape)} instead of {list(shape)}")
+        if not values.is_floating_point():
+            raise ValueError(f"has values of type {values.dtype}")
+        if not 0 <= weight <= 10 * self.max_weight:  # nor NaN
+            raise ValueError(f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}")
+        if not math.isfinite(norm := float(values.norm())):
+            raise ValueError("is not finite")
+        return norm
 
     def _too_large(self, part, norms, sums, weights, shape, own, harmless, small) -> dict[int, str]:
         if not norms:
@@ -294,10 +320,23 @@ class JudgingReducer:
         contributions = self.contributions[part_index]
         if len(contributions.keys() | self.failed) < self.num_senders:
             return
-        self.averages[part_index].set_result(self.combine(part_index, contributions))
+        try:
+            self.averages[part_index].set_result(self.combine(part_index, contributions))
+        except Exception as error:  # else all would wait for this part until the round is broken off
+            self.averages[part_index].set_exception(
+                AllreduceException(f"could not combine part {part_index}: {error!r}")
+            )
+            self.averages[part_index].exception()  # that nobody asks for it is no reason for a warning
         self.contributions[part_index] = {}
         if all(average.done() for average in self.averages):
             self.finished.set()
+
+    def waits_for(self) -> set[int]:
+        """The senders whose values are missing where the others wait; senders go from part to part together."""
+        for contributions, average in zip(self.contributions, self.averages, strict=True):
+            if not average.done():
+                return set(range(self.num_senders)) - contributions.keys() - self.failed
+        return set()
 
     def finalize(self) -> None:
         """End the round: whoever still waits is told so."""
@@ -354,8 +393,8 @@ class _CheckedStub:
     would stand until its own time is up. ``note(text)`` is called with what the reducer objects to.
     """
 
-    def __init__(self, stub, num_parts: int, note=lambda text: None):
-        self.stub, self.num_parts, self.note = stub, num_parts, note
+    def __init__(self, stub, num_parts: int, note=lambda text: None, on_violation=lambda reason: None):
+        self.stub, self.num_parts, self.note, self.on_violation = stub, num_parts, note, on_violation
         self.objection, self.is_over = "", asyncio.Event()
         self._caller: asyncio.Task | None = None
 
@@ -385,7 +424,7 @@ class _CheckedStub:
 
     async def _take_parts(self, stream, sent_all: asyncio.Event) -> AsyncIterator[averaging_pb2.AveragingData]:
         num_taken = 0
-        async for message in checked_messages(stream):
+        async for message in checked_messages(stream, self.on_violation):
             if self.objection:
                 break
             reason = objection_in(message)
@@ -409,18 +448,68 @@ class _CheckedStub:
             await stream.aclose()
 
 
-class JudgingAllReduce(AllReduceRunner):
-    """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer."""
+@dataclass(frozen=True)
+class Schedule:
+    """How long a round takes at most, which all its members can compute.
 
-    def __init__(self, *, judge: Judge, tensors: Sequence[torch.Tensor], peer_fractions, **kwargs):
+    ``chunk`` is next_chunk_timeout, ``bandwidths`` are those of the members, Mbit/s or None, ``longest`` is what the
+    averager ends a round by force after.
+    """
+
+    chunk: float
+    bandwidths: Sequence[float | None]
+    longest: float = math.inf
+
+    def seconds(self, num_bytes: int) -> float:
+        """Of the whole round, for so many bytes of values: each peer may send and receive them twice."""
+        slowest = min(map(self._counted, self.bandwidths), default=USUAL_BANDWIDTH)
+        return min(self.chunk + 2 * 8e-6 * num_bytes / slowest, 0.95 * self.longest)
+
+    def sender_seconds(self, num_bytes: int, one: int, other: int) -> float:
+        """For which ``one`` member, by its place in the group, may keep ``other`` waiting, all in all."""
+        slower = min(self._counted(self.bandwidths[one]), self._counted(self.bandwidths[other]))
+        seconds = (1 - RESERVE) * self.chunk + 2 * 8e-6 * num_bytes / slower
+        return min(seconds, self.seconds(num_bytes) - RESERVE * self.chunk)
+
+    @staticmethod
+    def _counted(bandwidth: float | None) -> float:
+        return max(LEAST_BANDWIDTH, bandwidth or USUAL_BANDWIDTH)
+
+
+class JudgingAllReduce(AllReduceRunner):
+    """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer.
+
+    ``ignored``: members whose values are not waited for; ``on_violation(peer, reason)`` is called when a member sends
+    what no honest peer sends.
+    """
+
+    def __init__(
+        self,
+        *,
+        judge: Judge,
+        tensors: Sequence[torch.Tensor],
+        peer_fractions,
+        schedule: Schedule | None = None,
+        ignored=frozenset(),
+        on_violation=lambda peer, reason: None,
+        **kwargs,
+    ):
         super().__init__(tensors=tensors, peer_fractions=peer_fractions, **kwargs)
-        self.judge = judge
+        self.judge, self.schedule, self.ignored, self.on_violation = judge, schedule, ignored, on_violation
         self.tensor_part_reducer.finished.set()  # replaced below; it would complain of having received nothing
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
         container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
         container.check, container.when_over = self._check_average, self._end_call
         self._calls: dict[int, _CheckedStub] = {}  # by place in the group
+        self._talks: dict[int, asyncio.Task] = {}  # the same
+        compression, infos = container.compression, container.tensor_infos
+        self.num_bytes = round(
+            sum(
+                tensor.numel() * tensor.element_size() * compression.estimate_compression_ratio(info)
+                for tensor, info in zip(tensors, infos, strict=True)
+            )
+        )
         self._num_served, self._nobody_served = 0, asyncio.Event()
         self._nobody_served.set()
         self._untold: dict = {}  # peer -> why its values are left out
@@ -496,7 +585,12 @@ class JudgingAllReduce(AllReduceRunner):
     def _get_peer_stub(self, peer):
         index = self.ordered_peer_ids.index(peer)
         num_parts = self.tensor_part_container.num_parts_by_peer[index]
-        call = _CheckedStub(super()._get_peer_stub(peer), num_parts, note=partial(self._note_failure, peer))
+        call = _CheckedStub(
+            super()._get_peer_stub(peer),
+            num_parts,
+            note=partial(self._note_failure, peer),
+            on_violation=partial(self.on_violation, peer),
+        )
         self._calls[index] = call
         return call
 
@@ -511,16 +605,77 @@ class JudgingAllReduce(AllReduceRunner):
         failure_logger.debug("Caught %r when communicating with %s", AllreduceException(reason), peer)
 
     async def run(self) -> AsyncIterator[torch.Tensor]:
-        """As hivemind's, but those who take this peer's averages may still say what they think of them."""
-        async for difference in super().run():
-            yield difference
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
+        """As hivemind's, but in time, and those who take this peer's averages may still say what they think of them."""
+        for peer in self.ignored:
+            if peer in self.sender_peer_ids:
+                await self._ban_sender(peer)
+        time_keeper = asyncio.create_task(self._keep_time())
+        try:
+            async for difference in super().run():
+                yield difference
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
+        finally:
+            time_keeper.cancel()
+
+    async def _communicate_with_peer(self, peer_id) -> None:
+        self._talks[self.ordered_peer_ids.index(peer_id)] = asyncio.current_task()
+        await super()._communicate_with_peer(peer_id)
+
+    # hivemind 1.1.12 (allreduce.py, `rpc_aggregate_part` and `_communicate_with_peer`) limits the time between two
+    # messages only: who sends one just before that time is up, again and again, holds a round for as long as it likes.
+
+    async def _keep_time(self) -> None:
+        """Leave out senders who keep the others waiting for longer than their bandwidth explains; end the round."""
+        if self.schedule is None:
+            return
+        reducer, late, began = self.tensor_part_reducer, Counter(), time.monotonic()
+        ends_at = began + self.schedule.seconds(self.num_bytes)
+        last_call, looked_at = ends_at - RESERVE * self.schedule.chunk, began
+        while (now := time.monotonic()) < ends_at:
+            passed, looked_at = (
+                min(now - looked_at, 2 * TICK_SECONDS),
+                now,
+            )  # if this peer was busy, it is nobody's fault
+            for sender in self._others(reducer.waits_for()):
+                late[sender] += passed
+                # in the end somebody is to blame for it: not those whose turn has just come
+                is_last = now > last_call and late[sender] >= max(late.values()) / 2
+                if late[sender] > self._may_be_late(sender) or is_last:
+                    self._note_failure(
+                        self.sender_peer_ids[sender],
+                        f"kept the round waiting for {late[sender]:.0f} s, more than its bandwidth explains",
+                    )
+                    await self._ban_sender(self.sender_peer_ids[sender])
+            await asyncio.sleep(TICK_SECONDS)
+        for index, task in self._talks.items():
+            if index != self.own_index and not task.done():
+                came = self.tensor_part_container._outputs_registered_by_peer[index]
+                due = self.tensor_part_container.num_parts_by_peer[index]
+                text = f"had sent {came} of {due} averages after {now - began:.0f} s, when the round had to end"
+                self._note_failure(self.ordered_peer_ids[index], text)
+                task.cancel()
+        while not reducer.finished.is_set():
+            for sender in self._others(reducer.waits_for()):
+                await self._ban_sender(self.sender_peer_ids[sender])
+            await asyncio.sleep(0)
+
+    def _others(self, senders: set[int]) -> list[int]:
+        return [sender for sender in senders if self.sender_peer_ids[sender] != self.peer_id]
+
+    def _may_be_late(self, sender: int) -> float:
+        place = self.ordered_peer_ids.index(self.sender_peer_ids[sender])
+        return self.schedule.sender_seconds(self.num_bytes, place, self.own_index)
 
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
         if not self.tensor_part_reducer.finished.is_set():
             await super()._ban_sender(peer_id)
+        # hivemind 1.1.12 (allreduce.py, `run` awaits `_handle_missing_senders`) ends no round before all have begun to
+        # send or sender_timeout is over; for one that is left out there is nothing to wait
+        self.active_senders.add(peer_id)
+        if self.active_senders >= set(self.sender_peer_ids):
+            self.all_senders_started.set()
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
@@ -530,7 +685,7 @@ class JudgingAllReduce(AllReduceRunner):
         if peer not in self.sender_peer_ids:
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        messages = checked_messages(stream)
+        messages = checked_messages(stream, partial(self.on_violation, peer))
         self._num_served += 1
         self._nobody_served.clear()
         try:
@@ -592,4 +747,4 @@ class JudgingAllReduce(AllReduceRunner):
             timer.cancel()
 
 
-__all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "check_wire_tensor", "checked_messages"]
+__all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "Schedule", "check_wire_tensor", "checked_messages"]
