@@ -32,6 +32,9 @@ from src.training.auth import Gated, MemberGate, Membership
 from src.training.contributions import Judge, JudgingAllReduce, Schedule
 from src.training.journal import append_record, printable
 from src.training.matchmaking import Attendance, LeanMatchmaking, is_trainer
+from src.training.state_transfer import Handouts
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
@@ -215,6 +218,7 @@ class RoundReporting(Gated):
     # Peer -> until when. Of the class, as `Gated._gate`: in the process that answers, which holds one averager of it.
     _shunned: dict[PeerID, float] = {}
     _remarks: tuple[str, ...] = ()  # for the report of the next round
+    _handouts: Handouts | None = None
     judge = Judge(max_weight=1.0)
 
     def __init__(
@@ -568,12 +572,19 @@ class RoundReporting(Gated):
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
     ) -> AsyncIterator[averaging_pb2.DownloadData]:
         """Hand this peer's state to another one."""
-        if not await self._admits(context.remote_id):
+        if not await self._admits(context.remote_id) or self._is_shunned(context.remote_id):
             return
-        self.attendance.came(context.remote_id.to_bytes())
+        if self._handouts is None:
+            self._handouts = Handouts()
+        peer = context.remote_id.to_bytes()
+        if objection := self._handouts.objection(peer):
+            logger.debug("no state for %s: %s", context.remote_id, objection)
+            await asyncio.sleep(LINGER_SECONDS)  # it may ask again at once
+            return
+        self.attendance.came(peer)
         self._enter("serving", peer=str(context.remote_id))
         try:
-            async for message in super().rpc_download_state(request, context):
+            async for message in self._handouts.hand_out(peer, super().rpc_download_state(request, context)):
                 yield message
             await asyncio.sleep(LINGER_SECONDS)
         finally:
