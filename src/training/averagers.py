@@ -86,7 +86,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     averages_parameters = True
 
     def __init__(self, *args, **kwargs):
-        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2)
         self._expected_epoch = multiprocessing.Value("d", 0.0)
         super().__init__(*args, **kwargs)
 

@@ -9,12 +9,13 @@ import asyncio
 import contextlib
 import logging
 import math
+import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import median_high, median_low
+from statistics import median, median_high, median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 import torch
@@ -37,7 +38,16 @@ MAX_WHOLE_RATIO = 80.0
 # Without own values and memory there is even less to go by: the first parts of a round may be unlike the rest.
 FIRST_WHOLE_RATIO, UNKNOWN_RATIO = 500.0, 1e6
 FORGETTING = 0.9  # a round
-SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
+# Between the parameters of honest peers, as a share of their norm: what is always allowed, in the first round, how many
+# times what was usual in the rounds before, and how many times what this peer has moved by itself since others' values
+# entered its own: without a common round of gradients each goes its own way. All rounds of late may move them in one
+# direction by DRIFT_RATIO times what is allowed, or many small lies would be a large one.
+LEAST_DISTANCE, FIRST_DISTANCE, DISTANCE_RATIO, MOVEMENT_RATIO, DRIFT_RATIO = 0.02, 0.1, 20.0, 3.0, 1.5
+USUAL_GROWTH = 1.02  # a round: else who goes to the limit once would be usual in the next
+# Root mean squares: up to the first, parameters are as good as zero, and a step of the optimizer is more than a share.
+TINY_PARAMETERS, SMALL_DISTANCE = 0.006, 0.003
+DRIFT_SAMPLES = 256  # of a part, by which its drift is told
+MAX_WEIGHT_RATIO = 2.0  # to the median of a round of three or more: nobody's samples count more
 ROUND_DTYPES = {"float32", "float16", "bfloat16", "float64"}  # only such values have an average
 WIRE_DTYPES = ROUND_DTYPES | {"uint8", "int64", "int32", "bool"}  # the optimizer's state has those, too
 MAX_OBJECTION_LENGTH = 200  # bytes
@@ -116,6 +126,31 @@ class Usual:
         return FIRST_WHOLE_RATIO if self.num_rounds <= 1 else MAX_WHOLE_RATIO
 
 
+class Drift:
+    """Where others' values have led a part of the parameters, told by samples at places that nobody else knows."""
+
+    def __init__(self, num_values: int):
+        generator = torch.Generator().manual_seed(secrets.randbits(62))
+        self.places = torch.randint(num_values, (DRIFT_SAMPLES,), generator=generator)
+        self.led, self.left_at = torch.zeros(DRIFT_SAMPLES), None
+
+    def remember(self, own: torch.Tensor, difference: torch.Tensor) -> None:
+        """``own`` values become ``own + difference``."""
+        samples = difference.reshape(-1)[self.places]
+        self.led.mul_(FORGETTING).add_(samples)
+        self.left_at = own.reshape(-1)[self.places] + samples
+
+    def with_difference(self, difference: torch.Tensor) -> float:
+        """How far the values would be led with one more difference."""
+        samples = self.led * FORGETTING + difference.reshape(-1)[self.places]
+        return float(samples.norm()) * math.sqrt(difference.numel() / DRIFT_SAMPLES)
+
+    def own_movement(self, own: torch.Tensor) -> float:
+        """Since then, as a share of the norm."""
+        samples = own.reshape(-1)[self.places]
+        return float((samples - self.left_at).norm() / samples.norm().clamp_min(1e-30))
+
+
 class Judge:
     """Decides which contributions to a part are averaged; remembers across rounds what is usual.
 
@@ -123,13 +158,15 @@ class Judge:
 
     ``max_weight``: a larger weight counts as this, one beyond ten times this is not believed at all.
     ``harmless_rms``: values whose root mean square is not above this are never too large.
-    ``max_distance``: how far values may lie from this peer's own, as a share of their norm; None: anywhere. For
-    parameters, which are nearly equal on all peers; a distance of 0.01 (root mean square) is always allowed.
+    ``max_distance``: how far values may lie from this peer's own at most, as a share of their norm; None: anywhere. For
+    parameters, which are nearly equal on all peers: up to that it depends on what is usual, see `LEAST_DISTANCE`.
     """
 
     def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
         self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
+        self.distances: dict[int, float] = defaultdict(float)  # the same
+        self.drifts: dict[int, Drift] = {}
 
     def room_for_whole(self, own_norm: float) -> float:
         """Up to which norm a whole contribution is believed, to be asked once a round; infinite if nothing is known."""
@@ -167,7 +204,7 @@ class Judge:
                 refused[sender] = f"cannot be read: {error!r}"
         sums = {sender: math.hypot(norm, before.get(sender, 0.0)) for sender, norm in norms.items()}
         unlike = self._too_large(part, norms, sums, weights, shape, own, harmless, small)
-        unlike.update(self._too_far(contributions, norms, weights, own))
+        unlike.update(self._too_far(part, contributions, norms, weights, own))
         for sender in unlike:
             del weights[sender], norms[sender], sums[sender]
         before.update(sums)
@@ -177,13 +214,21 @@ class Judge:
             return torch.nan_to_num(values, 0.0, 0.0, 0.0), refused
         # the higher of two: else one who sends nothing but zeros would make the other's values look large
         self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
+        is_trainer = bool(weights.get(own))
+        counted = [weight for weight in weights.values() if weight > 0]
+        if len(counted) > 2:  # of two, who has done more would lose most of it
+            limit = MAX_WEIGHT_RATIO * median(counted)
+            weights = {sender: min(weight, limit) for sender, weight in weights.items()}
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
         average = torch.zeros(shape)
         for sender, weight in weights.items():
             average.add_(contributions[sender][0], alpha=weight)
-        return average.div_(total), refused
+        average.div_(total)
+        if self.max_distance is not None and is_trainer and len(counted) > 1:
+            self._remember_drift(part, contributions[own][0], average - contributions[own][0])
+        return average, refused
 
     def _checked_norm(self, values: torch.Tensor, weight: float, shape: torch.Size) -> float:
         """Raises ValueError if no average can be taken of a contribution."""
@@ -204,8 +249,8 @@ class Judge:
         if weights.get(own):
             reference, typical_weight = max(usual, norms[own]), weights[own]
         else:  # most of the others cannot lie far from what they usually send
-            median = median_low(norms.values())
-            reference = max(usual, min(median, MAX_NORM_RATIO * usual) if usual else median)
+            middle = median_low(norms.values())
+            reference = max(usual, min(middle, MAX_NORM_RATIO * usual) if usual else middle)
             typical_weight = median_low(weights.values())
         if small == math.inf:
             small = self._room_by_memory(part, median_low(sums.values()))
@@ -218,32 +263,64 @@ class Judge:
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
 
-    def _room_by_memory(self, part: int, median: float) -> float:
+    def _room_by_memory(self, part: int, middle: float) -> float:
         """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
         if self.max_distance is not None:
             return 0.0  # see `room_for_whole`
         known = math.hypot(*(usual.norm for usual in self.parts.values()))
         if known and self.parts[part].num_rounds:
             return self.parts[part].ratio() * known
-        return UNKNOWN_RATIO * max(known, median) or math.inf
+        return UNKNOWN_RATIO * max(known, middle) or math.inf
 
     @staticmethod
     def _is_possible(norm: float, with_others: float, reference: float, harmless: float, small: float) -> bool:
         return norm <= max(MAX_NORM_RATIO * reference, harmless) or with_others <= small
 
-    def _too_far(self, contributions, norms, weights, own) -> dict[int, str]:
+    def _too_far(self, part, contributions, norms, weights, own) -> dict[int, str]:
         # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
         if self.max_distance is None or not weights.get(own):
             return {}
-        refused, own_values = {}, contributions[own][0]
-        for sender in (sender for sender, weight in weights.items() if weight > 0):
-            distance = float((contributions[sender][0] - own_values).norm())
-            if distance > self._allowed_distance(norms[own], own_values.numel()):
-                refused[sender] = f"lies {distance:.3g} from this peer's values, which have the norm {norms[own]:.3g}"
+        refused, shares, own_values = {}, [], contributions[own][0]
+        for sender in (sender for sender, weight in weights.items() if weight > 0 and sender != own):
+            difference = contributions[sender][0] - own_values
+            if reason := self._distance_objection(part, own_values, difference):
+                refused[sender] = reason
+            else:
+                shares.append(float(difference.norm()) / max(norms[own], 1e-30))
+        if shares:
+            self._remember_distance(part, median_low(shares))
         return refused
 
-    def _allowed_distance(self, own_norm: float, num_values: int) -> float:
-        return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
+    def _distance_objection(self, part: int, own: torch.Tensor, difference: torch.Tensor) -> str:
+        """Why parameters cannot differ like this from this peer's; empty if they can."""
+        own_norm, distance, allowed = float(own.norm()), float(difference.norm()), self._allowed_distance(part, own)
+        if distance > allowed:
+            return f"lies {distance:.3g} from this peer's values, which have the norm {own_norm:.3g}"
+        if part in self.drifts:
+            led = self.drifts[part].with_difference(difference)
+            if led > DRIFT_RATIO * allowed:
+                return f"leads this peer's values, which have the norm {own_norm:.3g}, by {led:.3g} in a few rounds"
+        return ""
+
+    def _allowed_distance(self, part: int, own: torch.Tensor) -> float:
+        own_norm, root = float(own.norm()), math.sqrt(own.numel())
+        if part in self.drifts:
+            movement = MOVEMENT_RATIO * self.drifts[part].own_movement(own)
+            share = max(LEAST_DISTANCE, DISTANCE_RATIO * self.distances[part], movement)
+        else:
+            share = FIRST_DISTANCE
+        small = SMALL_DISTANCE * root if own_norm <= TINY_PARAMETERS * root else 0.0
+        return max(min(self.max_distance, share) * own_norm, small)
+
+    def _remember_distance(self, part: int, share: float) -> None:
+        known = self.distances[part]
+        most = max(USUAL_GROWTH * known, LEAST_DISTANCE / DISTANCE_RATIO)
+        self.distances[part] = max(FORGETTING * known, min(share, most))
+
+    def _remember_drift(self, part: int, own: torch.Tensor, difference: torch.Tensor) -> None:
+        if part not in self.drifts:
+            self.drifts[part] = Drift(own.numel())
+        self.drifts[part].remember(own, difference)
 
     def check_average(
         self,
@@ -262,7 +339,7 @@ class Judge:
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
-        norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
+        norm, own_norm = float((own + delta).norm()), float(own.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
         together = math.hypot(norm, before)
@@ -272,8 +349,11 @@ class Judge:
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
         if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
-        if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
-            raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
+        if self.max_distance is not None:
+            if reason := self._distance_objection(part, own, delta):
+                raise AllreduceException(f"sent an average that {reason}")
+            self._remember_distance(part, float(delta.norm()) / max(own_norm, 1e-30))
+            self._remember_drift(part, own, delta)
         return together
 
 

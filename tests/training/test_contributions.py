@@ -233,8 +233,9 @@ def test_judge_returns_finite_values_when_there_is_nothing_good():
 
 
 PARAMETERS = {
-    "a copy that is behind": (like(0.02) * 1.05, True),
-    "biases after the first step": (like(0.02) + 0.002, True),
+    "a copy that is behind": (like(0.02) * 1.01, True),
+    "biases after the first step": (torch.full(SHAPE, 0.002), True),
+    "an eighth more": (like(0.2) * 1.125, False),
     "zeros": (torch.zeros(SHAPE), False),
     "the wrong sign": (-like(0.2), False),
     "random values of usual size": (like(0.2, 5), False),
@@ -245,7 +246,7 @@ PARAMETERS = {
 def test_parameters_far_from_the_own_are_refused(kind):
     """Checked both when they arrive and when an average comes back."""
     values, good = PARAMETERS[kind]
-    own = like(0.02) if good else like(0.2)
+    own = torch.zeros(SHAPE) if "biases" in kind else like(0.02) if good else like(0.2)
     judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
     refused = combine(judge, own, values)[1]
     assert list(refused) == ([] if good else [1])
@@ -267,6 +268,66 @@ def test_peer_that_tags_along_takes_any_finite_average():
     Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), like(5.0), harmless=math.inf)
     with pytest.raises(AllreduceException):
         Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), BAD["NaN"], harmless=math.inf)
+
+
+def test_nobody_counts_more_than_twice_the_median_of_three():
+    values = like(1.0), like(1.0, 1), like(1.0, 2)
+    average, _ = combine(Judge(max_weight=256.0), *zip(values, (64.0, 64.0, 256.0), strict=True))
+    torch.testing.assert_close(average, (values[0] + values[1] + 2 * values[2]) / 4)
+    average, _ = combine(Judge(max_weight=256.0), *zip(values, (64.0, 256.0, 0.0), strict=True))
+    torch.testing.assert_close(average, (values[0] + 4 * values[1]) / 5, msg="of two, both count by their samples")
+
+
+@pytest.mark.parametrize("in_steps", [0.49, 0.019, 0.005])
+@pytest.mark.parametrize("way", ["reducer", "receiver"])
+def test_parameters_cannot_be_led_away_step_by_step(in_steps, way):
+    """By one of two, who always sends so much more than its partner has; half of that comes about."""
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    for _ in range(50):
+        theirs = own * (1 + in_steps)
+        if way == "reducer":
+            own = combine(judge, own, theirs, own_rms=0.0)[0]
+        else:
+            with contextlib.suppress(AllreduceException):
+                judge.check_average(0, own, (theirs - own) / 2, harmless=0.0)
+                own = (own + theirs) / 2
+    assert float(own.norm() / like(0.2).norm()) < 1.3, "it was 1021 times"
+
+
+def test_parameters_that_differ_as_usual_are_taken_for_ever():
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    for seed in range(100):  # 0.5 % and now and then 1.5 %, while all of them are trained
+        theirs = own + like(0.003 if seed % 10 == 5 else 0.001, seed + 1)
+        average, refused = combine(judge, own, theirs, own_rms=0.0)
+        assert not refused
+        own = average * 1.01
+        judge.check_average(1, own, like(0.001, seed + 200), harmless=0.0)
+
+
+def test_peers_that_have_gone_their_own_ways_are_not_apart_for_ever():
+    """Without common rounds of gradients, each is trained alone for a while."""
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    assert not combine(judge, own, own + like(0.0002, 1), own_rms=0.0)[1]
+    mine, theirs = own + like(0.01, 2), own + like(0.01, 3)
+    average, refused = combine(judge, mine, theirs, own_rms=0.0)
+    assert not refused
+    assert combine(judge, average, average + like(0.014, 4), own_rms=0.0)[1], "nothing has moved since"
+
+
+@pytest.mark.parametrize("way", ["reducer", "receiver"])
+def test_two_colluders_of_three_are_bounded_in_the_first_round_as_well(way):
+    """By what this peer has itself: nothing else is known to it yet."""
+    judge, own = Judge(max_weight=256.0), like(1.0)
+    room = judge.room_for_whole(float(own.norm()))
+    for factor, passes in ((400.0, True), (600.0, False), (1e9, False)):
+        lies = -factor * own
+        if way == "reducer":
+            contributions = {0: (own, 64.0), 1: (lies, 64.0), 2: (lies, 64.0)}
+            refused = judge.combine(0, contributions, shape=SHAPE, own=0, harmless=0.0, small=room)[1]
+            assert set(refused) == (set() if passes else {1, 2})
+        else:
+            with contextlib.nullcontext() if passes else pytest.raises(AllreduceException):
+                judge.check_average(0, own, lies - own, harmless=0.0, small=room)
 
 
 # -- the reducer ------------------------------------------------------------------------------------------------------
@@ -730,6 +791,6 @@ def test_state_averager_is_stricter_than_the_gradient_averager():
             prefix="strict",
             start=False,
         )
-        assert averager.judge.max_distance == 0.5 and averager.judge.max_weight == 1.0
+        assert averager.judge.max_distance == 0.2 and averager.judge.max_weight == 1.0
     finally:
         node.shutdown()
