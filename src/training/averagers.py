@@ -25,12 +25,13 @@ from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import DHTExpiration, MPFuture
-from hivemind.utils.asyncio import achain, aiter_with_timeout, anext, as_aiter
+from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 from hivemind.utils.streaming import combine_from_streaming
 
 from src.training.contributions import Judge, check_wire_tensor
 from src.training.rounds import POLL_SECONDS, RoundReporting
 from src.training.state_check import check_state, far_apart, sample_parameters
+from src.training.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     averages_parameters = True
 
     def __init__(self, *args, **kwargs):
-        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
+        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2)
         self._expected_epoch = multiprocessing.Value("d", 0.0)
         super().__init__(*args, **kwargs)
 
@@ -135,6 +136,7 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
         # Peers of different epochs would wait for each other, one here, the other in a round of gradients. Nor may an
         # epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
+        group_info = self._usable_members(group_info)
         members = [self.serializer.loads(gathered) for gathered in group_info.gathered]
         epochs = [data for _, mode, data in members if mode != AveragingMode.AUX.value]  # serialized
         own = self.serializer.loads(members[group_info.peer_ids.index(self.peer_id)][2])
@@ -181,17 +183,21 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
         except TimeoutError as error:
             self._report_refusal("?", f"no state was asked for: {error}")
             return None
-        for number, donor in enumerate(donors):
+        to_ask, slow = list(donors), set()
+        while to_ask:
+            donor = to_ask.pop(0)
             try:
-                # who stands still must not keep this peer from asking the next one
-                answers_within = self._answer_seconds() if number + 1 < len(donors) else math.inf
-                metadata, tensors = await self._download(donor, answers_within)
+                # who stands still or trickles must not keep this peer from asking the next one
+                metadata, tensors = await self._download(donor, is_only_one=not to_ask)
                 check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
                 await self._compare_donors(donor, metadata["epoch"], tensors, donors)
                 return metadata, tensors
             except Exception as error:
-                rest = "asking the next donor" if number + 1 < len(donors) else "there is no other donor"
+                rest = "asking the next donor" if to_ask else "there is no other donor"
                 reason = str(error) or type(error).__name__
+                if isinstance(error, TooSlowError) and to_ask and donor not in slow:
+                    slow.add(donor)
+                    to_ask.append(donor)  # a slow state is better than none
                 self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
         return None
 
@@ -222,16 +228,32 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     def _answer_seconds(self) -> float:
         return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
 
-    async def _download(self, donor: PeerID, answers_within: float) -> tuple[dict, list[torch.Tensor]]:
-        stub = self.get_stub(self._p2p, donor, namespace=self.prefix)
+    async def _download(self, donor: PeerID, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
+        stub, stream = self.get_stub(self._p2p, donor, namespace=self.prefix), None
 
         async def begin():
+            nonlocal stream
             stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
-            return await anext(stream), stream
+            first = await anext(stream, None)
+            if first is None:
+                raise ValueError("it hands out no state at present")
+            return first
 
-        first, stream = await self._in_time(begin(), "it", at_most=answers_within)
+        try:
+            first = await self._in_time(begin(), "it", at_most=math.inf if is_only_one else self._answer_seconds())
+            return await self._read_state(first, stream, is_only_one=is_only_one)
+        finally:
+            if stream is not None:
+                await stream.aclose()  # whatever else it would send is read by nobody
+
+    async def _read_state(self, first, stream, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
         _, own_tensors = dump_optimizer_state(self.optimizer)
-        bytes_left = 2**20 + sum(2 * t.numel() * t.element_size() for t in (*self._averaged_tensors, *own_tensors))
+        intake = Intake(
+            [*self._averaged_tensors, *own_tensors],
+            window=self._answer_seconds(),
+            least_rate=LEAST_RATE_OF_ONLY_DONOR if is_only_one else LEAST_RATE,
+        )
+        silence = self.next_chunk_timeout or self.request_timeout
         metadata, parts, tensors = None, [], []
 
         def finish_tensor():
@@ -240,11 +262,9 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
             tensors.append(deserialize_torch_tensor(tensor).detach())
             parts.clear()
 
-        rest = aiter_with_timeout(stream, self.next_chunk_timeout or self.request_timeout)
+        rest = aiter_with_timeout(stream, silence if is_only_one else min(silence, self._answer_seconds()))
         async for message in achain(as_aiter(first), rest):
-            bytes_left -= message.ByteSize()
-            if bytes_left < 0:
-                raise ValueError("it is larger than a state can be")
+            intake.take(message)
             if message.metadata:
                 metadata = self.serializer.loads(message.metadata)
             if message.tensor_part.dtype and parts:  # the first part of the next tensor

@@ -9,10 +9,13 @@ import asyncio
 import contextlib
 import logging
 import math
+import secrets
+import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from statistics import median_high, median_low
+from statistics import median, median_high, median_low
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
 
 import torch
@@ -35,20 +38,35 @@ MAX_WHOLE_RATIO = 80.0
 # Without own values and memory there is even less to go by: the first parts of a round may be unlike the rest.
 FIRST_WHOLE_RATIO, UNKNOWN_RATIO = 500.0, 1e6
 FORGETTING = 0.9  # a round
-SMALL_DISTANCE = 0.01  # root mean square of a difference between parameters that is no reason for suspicion
-WIRE_DTYPES = {"float32", "float16", "bfloat16", "float64", "uint8", "int64", "int32", "bool"}
+# Between the parameters of honest peers, as a share of their norm: what is always allowed, in the first round, how many
+# times what was usual in the rounds before, and how many times what this peer has moved by itself since others' values
+# entered its own: without a common round of gradients each goes its own way. All rounds of late may move them in one
+# direction by DRIFT_RATIO times what is allowed, or many small lies would be a large one.
+LEAST_DISTANCE, FIRST_DISTANCE, DISTANCE_RATIO, MOVEMENT_RATIO, DRIFT_RATIO = 0.02, 0.1, 20.0, 3.0, 1.5
+USUAL_GROWTH = 1.02  # a round: else who goes to the limit once would be usual in the next
+# Root mean squares: up to the first, parameters are as good as zero, and a step of the optimizer is more than a share.
+TINY_PARAMETERS, SMALL_DISTANCE = 0.006, 0.003
+DRIFT_SAMPLES = 256  # of a part, by which its drift is told
+MAX_WEIGHT_RATIO = 2.0  # to the median of a round of three or more: nobody's samples count more
+ROUND_DTYPES = {"float32", "float16", "bfloat16", "float64"}  # only such values have an average
+WIRE_DTYPES = ROUND_DTYPES | {"uint8", "int64", "int32", "bool"}  # the optimizer's state has those, too
 MAX_OBJECTION_LENGTH = 200  # bytes
 OBJECTION_SECONDS = 1.0  # that a peer to whose averages there is an objection has to read it
 PARTING_SECONDS = 0.5  # that a round waits at its end for those who have not hung up yet: they may have an objection
+# A member that says nothing of its bandwidth is taken to have the usual one; nobody is waited for as if it had less
+# than the least. In Mbit/s.
+USUAL_BANDWIDTH, LEAST_BANDWIDTH = 50.0, 2.0
+TICK_SECONDS = 0.1  # between two looks at whom a round waits for
+RESERVE = 0.25  # of next_chunk_timeout: kept at a round's end for the averages, when nobody's values are waited for
 BLOCK_SIZE, CODE_BOOK_SIZE = 4096, 256  # of hivemind's blockwise quantization
 
 
-def check_wire_tensor(tensor: runtime_pb2.Tensor) -> None:
-    """Raises ValueError if a tensor message contradicts itself.
+def check_wire_tensor(tensor: runtime_pb2.Tensor, dtypes: set[str] = WIRE_DTYPES) -> None:
+    """Raises ValueError if a tensor message contradicts itself, or is none of ``dtypes``.
 
     bitsandbytes reads a blockwise tensor without checks: with a short code book it would read beyond the buffer.
     """
-    if tensor.dtype not in WIRE_DTYPES:
+    if tensor.dtype not in dtypes:
         raise ValueError(f"a tensor of type {tensor.dtype!r}")
     if min(tensor.size, default=0) < 0:
         raise ValueError(f"a tensor of shape {list(tensor.size)}")
@@ -64,14 +82,23 @@ def check_wire_tensor(tensor: runtime_pb2.Tensor) -> None:
         raise ValueError("a blockwise quantized tensor whose sizes contradict each other")
 
 
-async def checked_messages(stream) -> AsyncIterator[averaging_pb2.AveragingData]:
-    """The messages of a round, as long as their tensors are well-formed; then an `AllreduceException`."""
+async def checked_messages(
+    stream, on_violation: Callable[[str], None] = lambda reason: None
+) -> AsyncIterator[averaging_pb2.AveragingData]:
+    """The messages of a round, as long as their tensors are well-formed; then an `AllreduceException`.
+
+    ``on_violation(reason)`` is called before that: no honest peer ever sends such a thing.
+    """
     async for message in stream:
         if message.HasField("tensor_part"):
             try:
-                check_wire_tensor(message.tensor_part)
+                check_wire_tensor(message.tensor_part, ROUND_DTYPES)
             except ValueError as error:
+                on_violation(f"sent {error}")
                 raise AllreduceException(f"sent {error}") from error
+            # hivemind (compression/serialization.py, `deserialize_torch_tensor`) does as it is told here: then whatever
+            # is computed with this part asks for a gradient, too, in the end the averager's own tensors
+            message.tensor_part.requires_grad = False
         yield message
 
 
@@ -99,6 +126,31 @@ class Usual:
         return FIRST_WHOLE_RATIO if self.num_rounds <= 1 else MAX_WHOLE_RATIO
 
 
+class Drift:
+    """Where others' values have led a part of the parameters, told by samples at places that nobody else knows."""
+
+    def __init__(self, num_values: int):
+        generator = torch.Generator().manual_seed(secrets.randbits(62))
+        self.places = torch.randint(num_values, (DRIFT_SAMPLES,), generator=generator)
+        self.led, self.left_at = torch.zeros(DRIFT_SAMPLES), None
+
+    def remember(self, own: torch.Tensor, difference: torch.Tensor) -> None:
+        """``own`` values become ``own + difference``."""
+        samples = difference.reshape(-1)[self.places]
+        self.led.mul_(FORGETTING).add_(samples)
+        self.left_at = own.reshape(-1)[self.places] + samples
+
+    def with_difference(self, difference: torch.Tensor) -> float:
+        """How far the values would be led with one more difference."""
+        samples = self.led * FORGETTING + difference.reshape(-1)[self.places]
+        return float(samples.norm()) * math.sqrt(difference.numel() / DRIFT_SAMPLES)
+
+    def own_movement(self, own: torch.Tensor) -> float:
+        """Since then, as a share of the norm."""
+        samples = own.reshape(-1)[self.places]
+        return float((samples - self.left_at).norm() / samples.norm().clamp_min(1e-30))
+
+
 class Judge:
     """Decides which contributions to a part are averaged; remembers across rounds what is usual.
 
@@ -106,13 +158,15 @@ class Judge:
 
     ``max_weight``: a larger weight counts as this, one beyond ten times this is not believed at all.
     ``harmless_rms``: values whose root mean square is not above this are never too large.
-    ``max_distance``: how far values may lie from this peer's own, as a share of their norm; None: anywhere. For
-    parameters, which are nearly equal on all peers; a distance of 0.01 (root mean square) is always allowed.
+    ``max_distance``: how far values may lie from this peer's own at most, as a share of their norm; None: anywhere. For
+    parameters, which are nearly equal on all peers: up to that it depends on what is usual, see `LEAST_DISTANCE`.
     """
 
     def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
         self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
+        self.distances: dict[int, float] = defaultdict(float)  # the same
+        self.drifts: dict[int, Drift] = {}
 
     def room_for_whole(self, own_norm: float) -> float:
         """Up to which norm a whole contribution is believed, to be asked once a round; infinite if nothing is known."""
@@ -141,19 +195,16 @@ class Judge:
         before = {} if before is None else before
         refused, weights, norms = {}, {}, {}
         for sender, (values, weight) in contributions.items():
-            if values.shape != shape:
-                refused[sender] = f"has shape {list(values.shape)} instead of {list(shape)}"
-            elif not values.is_floating_point():
-                refused[sender] = f"has values of type {values.dtype}"
-            elif not 0 <= weight <= 10 * self.max_weight:  # nor NaN
-                refused[sender] = f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}"
-            elif not math.isfinite(norm := float(values.norm())):
-                refused[sender] = "is not finite"
-            else:
-                weights[sender], norms[sender] = min(weight, self.max_weight), norm
+            try:
+                norms[sender] = self._checked_norm(values, weight, shape)
+                weights[sender] = min(weight, self.max_weight)
+            except ValueError as error:
+                refused[sender] = str(error)
+            except Exception as error:  # whatever it is that it sent: the others have their average
+                refused[sender] = f"cannot be read: {error!r}"
         sums = {sender: math.hypot(norm, before.get(sender, 0.0)) for sender, norm in norms.items()}
         unlike = self._too_large(part, norms, sums, weights, shape, own, harmless, small)
-        unlike.update(self._too_far(contributions, norms, weights, own))
+        unlike.update(self._too_far(part, contributions, norms, weights, own))
         for sender in unlike:
             del weights[sender], norms[sender], sums[sender]
         before.update(sums)
@@ -163,13 +214,33 @@ class Judge:
             return torch.nan_to_num(values, 0.0, 0.0, 0.0), refused
         # the higher of two: else one who sends nothing but zeros would make the other's values look large
         self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
+        is_trainer = bool(weights.get(own))
+        counted = [weight for weight in weights.values() if weight > 0]
+        if len(counted) > 2:  # of two, who has done more would lose most of it
+            limit = MAX_WEIGHT_RATIO * median(counted)
+            weights = {sender: min(weight, limit) for sender, weight in weights.items()}
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
         average = torch.zeros(shape)
         for sender, weight in weights.items():
             average.add_(contributions[sender][0], alpha=weight)
-        return average.div_(total), refused
+        average.div_(total)
+        if self.max_distance is not None and is_trainer and len(counted) > 1:
+            self._remember_drift(part, contributions[own][0], average - contributions[own][0])
+        return average, refused
+
+    def _checked_norm(self, values: torch.Tensor, weight: float, shape: torch.Size) -> float:
+        """Raises ValueError if no average can be taken of a contribution."""
+        if values.shape != shape:
+            raise ValueError(f"has shape {list(values.shape)} instead of {list(shape)}")
+        if not values.is_floating_point():
+            raise ValueError(f"has values of type {values.dtype}")
+        if not 0 <= weight <= 10 * self.max_weight:  # nor NaN
+            raise ValueError(f"has the weight {weight:g}, possible are 0 to {self.max_weight:g}")
+        if not math.isfinite(norm := float(values.norm())):
+            raise ValueError("is not finite")
+        return norm
 
     def _too_large(self, part, norms, sums, weights, shape, own, harmless, small) -> dict[int, str]:
         if not norms:
@@ -178,8 +249,8 @@ class Judge:
         if weights.get(own):
             reference, typical_weight = max(usual, norms[own]), weights[own]
         else:  # most of the others cannot lie far from what they usually send
-            median = median_low(norms.values())
-            reference = max(usual, min(median, MAX_NORM_RATIO * usual) if usual else median)
+            middle = median_low(norms.values())
+            reference = max(usual, min(middle, MAX_NORM_RATIO * usual) if usual else middle)
             typical_weight = median_low(weights.values())
         if small == math.inf:
             small = self._room_by_memory(part, median_low(sums.values()))
@@ -192,32 +263,64 @@ class Judge:
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
 
-    def _room_by_memory(self, part: int, median: float) -> float:
+    def _room_by_memory(self, part: int, middle: float) -> float:
         """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
         if self.max_distance is not None:
             return 0.0  # see `room_for_whole`
         known = math.hypot(*(usual.norm for usual in self.parts.values()))
         if known and self.parts[part].num_rounds:
             return self.parts[part].ratio() * known
-        return UNKNOWN_RATIO * max(known, median) or math.inf
+        return UNKNOWN_RATIO * max(known, middle) or math.inf
 
     @staticmethod
     def _is_possible(norm: float, with_others: float, reference: float, harmless: float, small: float) -> bool:
         return norm <= max(MAX_NORM_RATIO * reference, harmless) or with_others <= small
 
-    def _too_far(self, contributions, norms, weights, own) -> dict[int, str]:
+    def _too_far(self, part, contributions, norms, weights, own) -> dict[int, str]:
         # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
         if self.max_distance is None or not weights.get(own):
             return {}
-        refused, own_values = {}, contributions[own][0]
-        for sender in (sender for sender, weight in weights.items() if weight > 0):
-            distance = float((contributions[sender][0] - own_values).norm())
-            if distance > self._allowed_distance(norms[own], own_values.numel()):
-                refused[sender] = f"lies {distance:.3g} from this peer's values, which have the norm {norms[own]:.3g}"
+        refused, shares, own_values = {}, [], contributions[own][0]
+        for sender in (sender for sender, weight in weights.items() if weight > 0 and sender != own):
+            difference = contributions[sender][0] - own_values
+            if reason := self._distance_objection(part, own_values, difference):
+                refused[sender] = reason
+            else:
+                shares.append(float(difference.norm()) / max(norms[own], 1e-30))
+        if shares:
+            self._remember_distance(part, median_low(shares))
         return refused
 
-    def _allowed_distance(self, own_norm: float, num_values: int) -> float:
-        return max(self.max_distance * own_norm, SMALL_DISTANCE * math.sqrt(num_values))
+    def _distance_objection(self, part: int, own: torch.Tensor, difference: torch.Tensor) -> str:
+        """Why parameters cannot differ like this from this peer's; empty if they can."""
+        own_norm, distance, allowed = float(own.norm()), float(difference.norm()), self._allowed_distance(part, own)
+        if distance > allowed:
+            return f"lies {distance:.3g} from this peer's values, which have the norm {own_norm:.3g}"
+        if part in self.drifts:
+            led = self.drifts[part].with_difference(difference)
+            if led > DRIFT_RATIO * allowed:
+                return f"leads this peer's values, which have the norm {own_norm:.3g}, by {led:.3g} in a few rounds"
+        return ""
+
+    def _allowed_distance(self, part: int, own: torch.Tensor) -> float:
+        own_norm, root = float(own.norm()), math.sqrt(own.numel())
+        if part in self.drifts:
+            movement = MOVEMENT_RATIO * self.drifts[part].own_movement(own)
+            share = max(LEAST_DISTANCE, DISTANCE_RATIO * self.distances[part], movement)
+        else:
+            share = FIRST_DISTANCE
+        small = SMALL_DISTANCE * root if own_norm <= TINY_PARAMETERS * root else 0.0
+        return max(min(self.max_distance, share) * own_norm, small)
+
+    def _remember_distance(self, part: int, share: float) -> None:
+        known = self.distances[part]
+        most = max(USUAL_GROWTH * known, LEAST_DISTANCE / DISTANCE_RATIO)
+        self.distances[part] = max(FORGETTING * known, min(share, most))
+
+    def _remember_drift(self, part: int, own: torch.Tensor, difference: torch.Tensor) -> None:
+        if part not in self.drifts:
+            self.drifts[part] = Drift(own.numel())
+        self.drifts[part].remember(own, difference)
 
     def check_average(
         self,
@@ -236,7 +339,7 @@ class Judge:
         """
         if delta.shape != own.shape:
             raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
-        norm, own_norm, distance = float((own + delta).norm()), float(own.norm()), float(delta.norm())
+        norm, own_norm = float((own + delta).norm()), float(own.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
         together = math.hypot(norm, before)
@@ -246,8 +349,11 @@ class Judge:
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
         if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
-        if self.max_distance is not None and distance > self._allowed_distance(own_norm, own.numel()):
-            raise AllreduceException(f"sent an average that lies {distance:.3g} from values of the norm {own_norm:.3g}")
+        if self.max_distance is not None:
+            if reason := self._distance_objection(part, own, delta):
+                raise AllreduceException(f"sent an average that {reason}")
+            self._remember_distance(part, float(delta.norm()) / max(own_norm, 1e-30))
+            self._remember_drift(part, own, delta)
         return together
 
 
@@ -294,10 +400,23 @@ class JudgingReducer:
         contributions = self.contributions[part_index]
         if len(contributions.keys() | self.failed) < self.num_senders:
             return
-        self.averages[part_index].set_result(self.combine(part_index, contributions))
+        try:
+            self.averages[part_index].set_result(self.combine(part_index, contributions))
+        except Exception as error:  # else all would wait for this part until the round is broken off
+            self.averages[part_index].set_exception(
+                AllreduceException(f"could not combine part {part_index}: {error!r}")
+            )
+            self.averages[part_index].exception()  # that nobody asks for it is no reason for a warning
         self.contributions[part_index] = {}
         if all(average.done() for average in self.averages):
             self.finished.set()
+
+    def waits_for(self) -> set[int]:
+        """The senders whose values are missing where the others wait; senders go from part to part together."""
+        for contributions, average in zip(self.contributions, self.averages, strict=True):
+            if not average.done():
+                return set(range(self.num_senders)) - contributions.keys() - self.failed
+        return set()
 
     def finalize(self) -> None:
         """End the round: whoever still waits is told so."""
@@ -354,8 +473,8 @@ class _CheckedStub:
     would stand until its own time is up. ``note(text)`` is called with what the reducer objects to.
     """
 
-    def __init__(self, stub, num_parts: int, note=lambda text: None):
-        self.stub, self.num_parts, self.note = stub, num_parts, note
+    def __init__(self, stub, num_parts: int, note=lambda text: None, on_violation=lambda reason: None):
+        self.stub, self.num_parts, self.note, self.on_violation = stub, num_parts, note, on_violation
         self.objection, self.is_over = "", asyncio.Event()
         self._caller: asyncio.Task | None = None
 
@@ -385,7 +504,7 @@ class _CheckedStub:
 
     async def _take_parts(self, stream, sent_all: asyncio.Event) -> AsyncIterator[averaging_pb2.AveragingData]:
         num_taken = 0
-        async for message in checked_messages(stream):
+        async for message in checked_messages(stream, self.on_violation):
             if self.objection:
                 break
             reason = objection_in(message)
@@ -409,18 +528,68 @@ class _CheckedStub:
             await stream.aclose()
 
 
-class JudgingAllReduce(AllReduceRunner):
-    """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer."""
+@dataclass(frozen=True)
+class Schedule:
+    """How long a round takes at most, which all its members can compute.
 
-    def __init__(self, *, judge: Judge, tensors: Sequence[torch.Tensor], peer_fractions, **kwargs):
+    ``chunk`` is next_chunk_timeout, ``bandwidths`` are those of the members, Mbit/s or None, ``longest`` is what the
+    averager ends a round by force after.
+    """
+
+    chunk: float
+    bandwidths: Sequence[float | None]
+    longest: float = math.inf
+
+    def seconds(self, num_bytes: int) -> float:
+        """Of the whole round, for so many bytes of values: each peer may send and receive them twice."""
+        slowest = min(map(self._counted, self.bandwidths), default=USUAL_BANDWIDTH)
+        return min(self.chunk + 2 * 8e-6 * num_bytes / slowest, 0.95 * self.longest)
+
+    def sender_seconds(self, num_bytes: int, one: int, other: int) -> float:
+        """For which ``one`` member, by its place in the group, may keep ``other`` waiting, all in all."""
+        slower = min(self._counted(self.bandwidths[one]), self._counted(self.bandwidths[other]))
+        seconds = (1 - RESERVE) * self.chunk + 2 * 8e-6 * num_bytes / slower
+        return min(seconds, self.seconds(num_bytes) - RESERVE * self.chunk)
+
+    @staticmethod
+    def _counted(bandwidth: float | None) -> float:
+        return max(LEAST_BANDWIDTH, bandwidth or USUAL_BANDWIDTH)
+
+
+class JudgingAllReduce(AllReduceRunner):
+    """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer.
+
+    ``ignored``: members whose values are not waited for; ``on_violation(peer, reason)`` is called when a member sends
+    what no honest peer sends.
+    """
+
+    def __init__(
+        self,
+        *,
+        judge: Judge,
+        tensors: Sequence[torch.Tensor],
+        peer_fractions,
+        schedule: Schedule | None = None,
+        ignored=frozenset(),
+        on_violation=lambda peer, reason: None,
+        **kwargs,
+    ):
         super().__init__(tensors=tensors, peer_fractions=peer_fractions, **kwargs)
-        self.judge = judge
+        self.judge, self.schedule, self.ignored, self.on_violation = judge, schedule, ignored, on_violation
         self.tensor_part_reducer.finished.set()  # replaced below; it would complain of having received nothing
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
         container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
         container.check, container.when_over = self._check_average, self._end_call
         self._calls: dict[int, _CheckedStub] = {}  # by place in the group
+        self._talks: dict[int, asyncio.Task] = {}  # the same
+        compression, infos = container.compression, container.tensor_infos
+        self.num_bytes = round(
+            sum(
+                tensor.numel() * tensor.element_size() * compression.estimate_compression_ratio(info)
+                for tensor, info in zip(tensors, infos, strict=True)
+            )
+        )
         self._num_served, self._nobody_served = 0, asyncio.Event()
         self._nobody_served.set()
         self._untold: dict = {}  # peer -> why its values are left out
@@ -496,7 +665,12 @@ class JudgingAllReduce(AllReduceRunner):
     def _get_peer_stub(self, peer):
         index = self.ordered_peer_ids.index(peer)
         num_parts = self.tensor_part_container.num_parts_by_peer[index]
-        call = _CheckedStub(super()._get_peer_stub(peer), num_parts, note=partial(self._note_failure, peer))
+        call = _CheckedStub(
+            super()._get_peer_stub(peer),
+            num_parts,
+            note=partial(self._note_failure, peer),
+            on_violation=partial(self.on_violation, peer),
+        )
         self._calls[index] = call
         return call
 
@@ -511,16 +685,77 @@ class JudgingAllReduce(AllReduceRunner):
         failure_logger.debug("Caught %r when communicating with %s", AllreduceException(reason), peer)
 
     async def run(self) -> AsyncIterator[torch.Tensor]:
-        """As hivemind's, but those who take this peer's averages may still say what they think of them."""
-        async for difference in super().run():
-            yield difference
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
+        """As hivemind's, but in time, and those who take this peer's averages may still say what they think of them."""
+        for peer in self.ignored:
+            if peer in self.sender_peer_ids:
+                await self._ban_sender(peer)
+        time_keeper = asyncio.create_task(self._keep_time())
+        try:
+            async for difference in super().run():
+                yield difference
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nobody_served.wait(), PARTING_SECONDS)
+        finally:
+            time_keeper.cancel()
+
+    async def _communicate_with_peer(self, peer_id) -> None:
+        self._talks[self.ordered_peer_ids.index(peer_id)] = asyncio.current_task()
+        await super()._communicate_with_peer(peer_id)
+
+    # hivemind 1.1.12 (allreduce.py, `rpc_aggregate_part` and `_communicate_with_peer`) limits the time between two
+    # messages only: who sends one just before that time is up, again and again, holds a round for as long as it likes.
+
+    async def _keep_time(self) -> None:
+        """Leave out senders who keep the others waiting for longer than their bandwidth explains; end the round."""
+        if self.schedule is None:
+            return
+        reducer, late, began = self.tensor_part_reducer, Counter(), time.monotonic()
+        ends_at = began + self.schedule.seconds(self.num_bytes)
+        last_call, looked_at = ends_at - RESERVE * self.schedule.chunk, began
+        while (now := time.monotonic()) < ends_at:
+            passed, looked_at = (
+                min(now - looked_at, 2 * TICK_SECONDS),
+                now,
+            )  # if this peer was busy, it is nobody's fault
+            for sender in self._others(reducer.waits_for()):
+                late[sender] += passed
+                # in the end somebody is to blame for it: not those whose turn has just come
+                is_last = now > last_call and late[sender] >= max(late.values()) / 2
+                if late[sender] > self._may_be_late(sender) or is_last:
+                    self._note_failure(
+                        self.sender_peer_ids[sender],
+                        f"kept the round waiting for {late[sender]:.0f} s, more than its bandwidth explains",
+                    )
+                    await self._ban_sender(self.sender_peer_ids[sender])
+            await asyncio.sleep(TICK_SECONDS)
+        for index, task in self._talks.items():
+            if index != self.own_index and not task.done():
+                came = self.tensor_part_container._outputs_registered_by_peer[index]
+                due = self.tensor_part_container.num_parts_by_peer[index]
+                text = f"had sent {came} of {due} averages after {now - began:.0f} s, when the round had to end"
+                self._note_failure(self.ordered_peer_ids[index], text)
+                task.cancel()
+        while not reducer.finished.is_set():
+            for sender in self._others(reducer.waits_for()):
+                await self._ban_sender(self.sender_peer_ids[sender])
+            await asyncio.sleep(0)
+
+    def _others(self, senders: set[int]) -> list[int]:
+        return [sender for sender in senders if self.sender_peer_ids[sender] != self.peer_id]
+
+    def _may_be_late(self, sender: int) -> float:
+        place = self.ordered_peer_ids.index(self.sender_peer_ids[sender])
+        return self.schedule.sender_seconds(self.num_bytes, place, self.own_index)
 
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
         if not self.tensor_part_reducer.finished.is_set():
             await super()._ban_sender(peer_id)
+        # hivemind 1.1.12 (allreduce.py, `run` awaits `_handle_missing_senders`) ends no round before all have begun to
+        # send or sender_timeout is over; for one that is left out there is nothing to wait
+        self.active_senders.add(peer_id)
+        if self.active_senders >= set(self.sender_peer_ids):
+            self.all_senders_started.set()
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
@@ -530,7 +765,7 @@ class JudgingAllReduce(AllReduceRunner):
         if peer not in self.sender_peer_ids:
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        messages = checked_messages(stream)
+        messages = checked_messages(stream, partial(self.on_violation, peer))
         self._num_served += 1
         self._nobody_served.clear()
         try:
@@ -592,4 +827,4 @@ class JudgingAllReduce(AllReduceRunner):
             timer.cancel()
 
 
-__all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "check_wire_tensor", "checked_messages"]
+__all__ = ["Judge", "JudgingAllReduce", "JudgingReducer", "Schedule", "check_wire_tensor", "checked_messages"]

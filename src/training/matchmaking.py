@@ -45,12 +45,18 @@ class Attendance:
 
     def __init__(self):
         self._misses, self._skips, self._has_come = (RawArray("i", self.SIZE) for _ in range(3))
+        self._left_out_until = RawArray("d", self.SIZE)  # `time.monotonic`
 
     def _place(self, peer: bytes) -> int:
         return zlib.crc32(peer) % self.SIZE
 
     def is_awaited(self, peer: bytes) -> bool:
-        return self._skips[self._place(peer)] == 0
+        place = self._place(peer)
+        return self._skips[place] == 0 and self._left_out_until[place] <= time.monotonic()
+
+    def leave_out(self, peer: bytes, seconds: float) -> None:
+        """Wait for a peer no more, even if it comes."""
+        self._left_out_until[self._place(peer)] = time.monotonic() + seconds
 
     def came(self, peer: bytes) -> None:
         """To a round, or with a request of another kind: it can reach this peer."""

@@ -22,15 +22,19 @@ from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
-from hivemind.p2p import P2PContext
+from hivemind.p2p import P2P, P2PContext, PeerID
+from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import averaging_pb2
-from hivemind.utils import MPFuture, get_dht_time
+from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 
 from src.training.auth import Gated, MemberGate, Membership
-from src.training.contributions import Judge, JudgingAllReduce
+from src.training.contributions import Judge, JudgingAllReduce, Schedule
 from src.training.journal import append_record, printable
 from src.training.matchmaking import Attendance, LeanMatchmaking, is_trainer
+from src.training.state_transfer import Handouts
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
@@ -44,6 +48,10 @@ LEAVING = "this peer is leaving"
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
+MAX_GATHERED_BYTES = 4096  # what a member of a group says of itself has some thirty
+MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-3, 1e6  # Mbit/s that can be meant
+SHUN_SECONDS = 600.0  # for which a peer that has sent what no honest one sends is neither let in nor called
+MAX_SHUNNED = 1000  # a new name costs nothing
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,39 @@ class Patience:
         self._is_over.value = True
 
 
+def objection_to_member(gathered: bytes) -> str:
+    """What is wrong with what a member of a group says of itself: [bandwidth, mode, serialized data]; empty if nothing.
+
+    hivemind 1.1.12 (averager.py, `_aggregate_with_group`) reads that of all members at once, and computes with the
+    bandwidths as they are: one member's nonsense breaks the round of all.
+    """
+    if len(gathered) > MAX_GATHERED_BYTES:
+        return f"sends {len(gathered)} bytes about itself"
+    try:
+        bandwidth, mode, data = MSGPackSerializer.loads(gathered)
+        AveragingMode(mode)
+        MSGPackSerializer.loads(data)
+    except Exception:  # msgpack has a dozen errors
+        return "says nothing readable of itself"
+    is_number = type(bandwidth) in (int, float)
+    if bandwidth is not None and not (is_number and MIN_BANDWIDTH <= bandwidth <= MAX_BANDWIDTH):
+        return f"claims a bandwidth of {str(bandwidth)[:40]} Mbit/s"
+    return ""
+
+
+class UncalledStub:
+    """In place of the calls to a peer that is shunned."""
+
+    def __init__(self, peer: PeerID):
+        self.peer = peer
+
+    def __getattr__(self, name: str):
+        async def call(*args, **kwargs):
+            raise P2PHandlerError(f"did not call {self.peer}: it has sent what no honest peer sends")
+
+        return call
+
+
 def paced(function, pause: float):
     """The coroutine function, but its calls begin ``pause`` seconds apart at least."""
     next_start = -math.inf
@@ -174,6 +215,10 @@ class RoundReporting(Gated):
 
     round_kind = ""
     averages_parameters = False
+    # Peer -> until when. Of the class, as `Gated._gate`: in the process that answers, which holds one averager of it.
+    _shunned: dict[PeerID, float] = {}
+    _remarks: tuple[str, ...] = ()  # for the report of the next round
+    _handouts: Handouts | None = None
     judge = Judge(max_weight=1.0)
 
     def __init__(
@@ -236,9 +281,50 @@ class RoundReporting(Gated):
         """
         return DecentralizedAverager.step(self, gather=None, scheduled_time=get_dht_time() + ahead, wait=False)
 
+    # -- who sends what no honest peer sends is left alone for a while
+
+    @classmethod
+    def _is_shunned(cls, peer: PeerID) -> bool:
+        return cls._shunned.get(peer, -math.inf) > time.monotonic()
+
+    def _shun(self, peer: PeerID, reason: str) -> None:
+        if self._is_shunned(peer):
+            return
+        now = time.monotonic()
+        others = {other: until for other, until in self._shunned.items() if until > now}
+        if len(others) >= MAX_SHUNNED:
+            del others[min(others, key=others.get)]
+        type(self)._shunned = {**others, peer: now + SHUN_SECONDS}
+        self.attendance.leave_out(peer.to_bytes(), SHUN_SECONDS)
+        self._report_refusal(str(peer), f"{reason}; it is left alone for {SHUN_SECONDS / 60:.0f} minutes")
+        if len(self._remarks) < MAX_REASONS:
+            self._remarks = (*self._remarks, printable(f"{peer} {reason}", MAX_REASON_LENGTH))
+
+    @classmethod
+    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
+        return UncalledStub(peer) if cls._is_shunned(peer) else super().get_stub(p2p, peer, namespace=namespace)
+
+    def _usable_members(self, group_info: GroupInfo) -> GroupInfo:
+        """The group without those of whom nothing can be known; all its members see it alike.
+
+        Whoever leads should not have let them in, but to leave would be to leave all the others.
+        """
+        kept = {}
+        for peer, gathered in zip(group_info.peer_ids, group_info.gathered, strict=True):
+            if objection := objection_to_member(gathered):
+                if peer == self.peer_id:
+                    raise MatchmakingException("the group's leader says about this peer what it has not said")
+                self._shun(peer, objection)
+            else:
+                kept.setdefault(peer, gathered)  # each once
+        if len(kept) == len(group_info.peer_ids):
+            return group_info
+        return GroupInfo(group_info.group_id, tuple(kept), tuple(kept.values()))
+
     # -- only members of a private run may call, and are called
 
     def _run_internal(self) -> None:
+        type(self)._shunned = {}
         if self._membership is not None:
             look_up = partial(self.dht.get, latest=True, return_future=True)
             type(self)._gate = MemberGate(
@@ -251,6 +337,11 @@ class RoundReporting(Gated):
     ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
         """Let another trainer join the group that this peer gathers."""
         if not await self._admits(context.remote_id):
+            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
+            return
+        if objection := objection_to_member(request.gather):
+            self._shun(context.remote_id, objection)
+        if self._is_shunned(context.remote_id):
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
         self.attendance.came(context.remote_id.to_bytes())
@@ -281,6 +372,7 @@ class RoundReporting(Gated):
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
         # A trainer whom only auxiliary peers have found would get its own values back, count the round, and be one
         # round ahead of the others. All of such a group see that, and look on until the step's time is up.
+        group_info = self._usable_members(group_info)
         modes = [self.serializer.loads(gathered)[1] for gathered in group_info.gathered]
         if sum(mode != AveragingMode.AUX.value for mode in modes) < 2:
             raise MatchmakingException("the group has no second trainer")
@@ -324,11 +416,20 @@ class RoundReporting(Gated):
         share = min(1.0, max(self._seconds_left() / self.next_chunk_timeout, SHORTEST_ROUND))
         return {name: share * limit for name, limit in limits.items()}
 
+    def _schedule(self, group_info: GroupInfo) -> Schedule | None:
+        if not self.next_chunk_timeout:
+            return None
+        bandwidths = [self.serializer.loads(gathered)[0] for gathered in group_info.gathered]
+        return Schedule(self.next_chunk_timeout, bandwidths, longest=self._allreduce_timeout or math.inf)
+
     async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, group_id: bytes | None = None, **kwargs):
         """As hivemind's, with a reducer that looks at what it averages."""
         group_id = group_info.group_id if group_id is None else group_id
         runner = JudgingAllReduce(
             judge=self.judge,
+            schedule=self._schedule(group_info),
+            ignored=frozenset(filter(self._is_shunned, group_info.peer_ids)),
+            on_violation=self._shun,
             p2p=self._p2p,
             servicer_type=type(self),
             prefix=self.prefix,
@@ -397,6 +498,7 @@ class RoundReporting(Gated):
             self._enter("idle")
             seconds = time.monotonic() - started
             reasons = self._failures.take() if self._failures is not None else ()
+            reasons, self._remarks = self._remarks + reasons, ()
             if isinstance(step._result, _RoundResult):
                 result = step._result
                 if not is_trainer(step.data_for_gather):  # an assistant has been looking since its last round
@@ -470,12 +572,19 @@ class RoundReporting(Gated):
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
     ) -> AsyncIterator[averaging_pb2.DownloadData]:
         """Hand this peer's state to another one."""
-        if not await self._admits(context.remote_id):
+        if not await self._admits(context.remote_id) or self._is_shunned(context.remote_id):
             return
-        self.attendance.came(context.remote_id.to_bytes())
+        if self._handouts is None:
+            self._handouts = Handouts()
+        peer = context.remote_id.to_bytes()
+        if objection := self._handouts.objection(peer):
+            logger.debug("no state for %s: %s", context.remote_id, objection)
+            await asyncio.sleep(LINGER_SECONDS)  # it may ask again at once
+            return
+        self.attendance.came(peer)
         self._enter("serving", peer=str(context.remote_id))
         try:
-            async for message in super().rpc_download_state(request, context):
+            async for message in self._handouts.hand_out(peer, super().rpc_download_state(request, context)):
                 yield message
             await asyncio.sleep(LINGER_SECONDS)
         finally:

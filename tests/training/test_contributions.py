@@ -13,16 +13,19 @@ import hivemind
 import pytest
 import torch
 from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.partition import AllreduceException, BannedException
 from hivemind.compression import (
     BlockwiseQuantization,
     CompressionInfo,
     Float16Compression,
     NoCompression,
+    deserialize_torch_tensor,
     serialize_torch_tensor,
 )
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
+from hivemind.utils.asyncio import as_aiter
 
 from src.training.averagers import ClosesConnection, LeanStateAverager
 from src.training.contributions import (
@@ -32,6 +35,7 @@ from src.training.contributions import (
     Judge,
     JudgingAllReduce,
     JudgingReducer,
+    Schedule,
     check_wire_tensor,
     checked_messages,
     objection_message,
@@ -70,6 +74,26 @@ BAD = {
 def test_judge_leaves_out_bad_values_and_names_their_sender(kind, own):
     honest = like(1.0, 1), like(1.0, 2)
     average, refused = combine(Judge(max_weight=4.0), *honest, BAD[kind], own=own)
+    torch.testing.assert_close(average, (honest[0] + honest[1]) / 2)
+    assert list(refused) == [2] and refused[2], refused
+
+
+class Unreadable(torch.Tensor):
+    """Whatever is asked of its values fails."""
+
+    def norm(self, *args, **kwargs):
+        raise RuntimeError("no norm")
+
+
+UNUSABLE = {str(dtype): torch.ones(SHAPE, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.uint8, torch.bool)}
+UNUSABLE["unreadable"] = torch.ones(SHAPE).as_subclass(Unreadable)
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+@pytest.mark.parametrize("own", [0, None], ids=["trainer", "auxiliary"])
+def test_what_has_no_average_is_left_out_and_the_others_have_theirs(kind, own):
+    honest = like(1.0, 1), like(1.0, 2)
+    average, refused = combine(Judge(max_weight=4.0), *honest, UNUSABLE[kind], own=own)
     torch.testing.assert_close(average, (honest[0] + honest[1]) / 2)
     assert list(refused) == [2] and refused[2], refused
 
@@ -209,8 +233,9 @@ def test_judge_returns_finite_values_when_there_is_nothing_good():
 
 
 PARAMETERS = {
-    "a copy that is behind": (like(0.02) * 1.05, True),
-    "biases after the first step": (like(0.02) + 0.002, True),
+    "a copy that is behind": (like(0.02) * 1.01, True),
+    "biases after the first step": (torch.full(SHAPE, 0.002), True),
+    "an eighth more": (like(0.2) * 1.125, False),
     "zeros": (torch.zeros(SHAPE), False),
     "the wrong sign": (-like(0.2), False),
     "random values of usual size": (like(0.2, 5), False),
@@ -221,7 +246,7 @@ PARAMETERS = {
 def test_parameters_far_from_the_own_are_refused(kind):
     """Checked both when they arrive and when an average comes back."""
     values, good = PARAMETERS[kind]
-    own = like(0.02) if good else like(0.2)
+    own = torch.zeros(SHAPE) if "biases" in kind else like(0.02) if good else like(0.2)
     judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.5)
     refused = combine(judge, own, values)[1]
     assert list(refused) == ([] if good else [1])
@@ -243,6 +268,66 @@ def test_peer_that_tags_along_takes_any_finite_average():
     Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), like(5.0), harmless=math.inf)
     with pytest.raises(AllreduceException):
         Judge(max_weight=1.0).check_average(0, torch.zeros(SHAPE), BAD["NaN"], harmless=math.inf)
+
+
+def test_nobody_counts_more_than_twice_the_median_of_three():
+    values = like(1.0), like(1.0, 1), like(1.0, 2)
+    average, _ = combine(Judge(max_weight=256.0), *zip(values, (64.0, 64.0, 256.0), strict=True))
+    torch.testing.assert_close(average, (values[0] + values[1] + 2 * values[2]) / 4)
+    average, _ = combine(Judge(max_weight=256.0), *zip(values, (64.0, 256.0, 0.0), strict=True))
+    torch.testing.assert_close(average, (values[0] + 4 * values[1]) / 5, msg="of two, both count by their samples")
+
+
+@pytest.mark.parametrize("in_steps", [0.49, 0.019, 0.005])
+@pytest.mark.parametrize("way", ["reducer", "receiver"])
+def test_parameters_cannot_be_led_away_step_by_step(in_steps, way):
+    """By one of two, who always sends so much more than its partner has; half of that comes about."""
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    for _ in range(50):
+        theirs = own * (1 + in_steps)
+        if way == "reducer":
+            own = combine(judge, own, theirs, own_rms=0.0)[0]
+        else:
+            with contextlib.suppress(AllreduceException):
+                judge.check_average(0, own, (theirs - own) / 2, harmless=0.0)
+                own = (own + theirs) / 2
+    assert float(own.norm() / like(0.2).norm()) < 1.3, "it was 1021 times"
+
+
+def test_parameters_that_differ_as_usual_are_taken_for_ever():
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    for seed in range(100):  # 0.5 % and now and then 1.5 %, while all of them are trained
+        theirs = own + like(0.003 if seed % 10 == 5 else 0.001, seed + 1)
+        average, refused = combine(judge, own, theirs, own_rms=0.0)
+        assert not refused
+        own = average * 1.01
+        judge.check_average(1, own, like(0.001, seed + 200), harmless=0.0)
+
+
+def test_peers_that_have_gone_their_own_ways_are_not_apart_for_ever():
+    """Without common rounds of gradients, each is trained alone for a while."""
+    judge, own = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2), like(0.2)
+    assert not combine(judge, own, own + like(0.0002, 1), own_rms=0.0)[1]
+    mine, theirs = own + like(0.01, 2), own + like(0.01, 3)
+    average, refused = combine(judge, mine, theirs, own_rms=0.0)
+    assert not refused
+    assert combine(judge, average, average + like(0.014, 4), own_rms=0.0)[1], "nothing has moved since"
+
+
+@pytest.mark.parametrize("way", ["reducer", "receiver"])
+def test_two_colluders_of_three_are_bounded_in_the_first_round_as_well(way):
+    """By what this peer has itself: nothing else is known to it yet."""
+    judge, own = Judge(max_weight=256.0), like(1.0)
+    room = judge.room_for_whole(float(own.norm()))
+    for factor, passes in ((400.0, True), (600.0, False), (1e9, False)):
+        lies = -factor * own
+        if way == "reducer":
+            contributions = {0: (own, 64.0), 1: (lies, 64.0), 2: (lies, 64.0)}
+            refused = judge.combine(0, contributions, shape=SHAPE, own=0, harmless=0.0, small=room)[1]
+            assert set(refused) == (set() if passes else {1, 2})
+        else:
+            with contextlib.nullcontext() if passes else pytest.raises(AllreduceException):
+                judge.check_average(0, own, lies - own, harmless=0.0, small=room)
 
 
 # -- the reducer ------------------------------------------------------------------------------------------------------
@@ -296,6 +381,38 @@ def test_reducer_tells_those_who_wait_that_the_round_has_ended():
     asyncio.run(scenario())
 
 
+def test_reducer_leaves_nobody_waiting_when_values_cannot_be_combined():
+    def fails_once(part_index, contributions):
+        if part_index == 0:
+            raise RuntimeError("of whatever kind")
+        return torch.zeros(2)
+
+    async def scenario():
+        reducer = JudgingReducer(2, 2, fails_once)
+        waiting = [asyncio.create_task(reducer.accumulate_part(i, 0, torch.ones(2))) for i in range(2)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)
+        assert [type(outcome) for outcome in outcomes] == [AllreduceException] * 2
+        await asyncio.wait_for(asyncio.gather(*(reducer.accumulate_part(i, 1, torch.ones(2)) for i in range(2))), 5)
+        assert reducer.finished.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_time_of_a_round_follows_from_its_bytes_and_its_slowest_member():
+    megabytes = 10**6
+    assert Schedule(60.0, (None, 100.0, 10.0)).seconds(50 * megabytes) == 60 + 2 * 400 / 10
+    assert Schedule(60.0, (100.0, 0.01)).seconds(50 * megabytes) == 60 + 2 * 400 / 2, "nobody has less than 2 Mbit/s"
+    assert Schedule(60.0, (None, None)).seconds(50 * megabytes) == 60 + 2 * 400 / 50
+    assert Schedule(60.0, (100.0, 0.01), longest=200.0).seconds(50 * megabytes) == 190.0, "before it is broken off"
+    schedule = Schedule(60.0, (100.0, 10.0, None))
+    assert schedule.sender_seconds(50 * megabytes, 0, 2) == 45 + 2 * 400 / 50
+    assert (
+        schedule.sender_seconds(50 * megabytes, 1, 2)
+        == 45 + 2 * 400 / 10
+        == schedule.sender_seconds(50 * megabytes, 0, 1)
+    ), "the slower of both sides counts"
+
+
 class Partners:
     """A round of two without a network: the runner of one, and calls of the other."""
 
@@ -311,19 +428,19 @@ class Partners:
             tensors=[torch.ones(size)],
             ordered_peer_ids=(self.own, self.other),
             peer_fractions=(0.5, 0.5),
-            part_size_bytes=40,
-            **timeouts,
+            **{"part_size_bytes": 40, **timeouts},
         )
 
-    def call(self, num_parts: int, last=None):
+    def call(self, num_parts: int, last=None, *, size: int = 10, pause: float = 0.0):
         """The answers to a call that sends parts and then stays open, or ends with another message."""
 
         async def messages():
             for index in range(num_parts):
+                await asyncio.sleep(pause)
                 yield averaging_pb2.AveragingData(
                     code=averaging_pb2.NO_CODE if index else averaging_pb2.PART_FOR_AVERAGING,
                     group_id=b"" if index else b"group",
-                    tensor_part=serialize_torch_tensor(torch.full((10,), 3.0)),
+                    tensor_part=serialize_torch_tensor(torch.full((size,), 3.0)),
                     weight=1.0,
                 )
             if last is None:
@@ -387,6 +504,89 @@ def test_own_values_stand_in_for_averages_that_are_refused():
     assert container.failed_size == 40
 
 
+class SlowReducer:
+    """The other one of `Partners` as a reducer: it sends an average every ``pause`` seconds."""
+
+    def __init__(self, size: int, pause: float):
+        self.size, self.pause = size, pause
+
+    async def rpc_aggregate_part(self, inputs):
+        parts = asyncio.Queue()
+
+        async def read():
+            async for message in inputs:
+                parts.put_nowait(message)
+            parts.put_nowait(None)
+
+        async def averages():
+            reading = asyncio.create_task(read())
+            while await parts.get() is not None:
+                await asyncio.sleep(self.pause)
+                delta = serialize_torch_tensor(torch.ones(self.size))
+                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=delta)
+            await reading
+
+        return averages()
+
+
+def slow_round(monkeypatch, *, sends_every: float, answers_every: float, bandwidth: float | None):
+    """Five parts of 40 KB each way, with a partner that sends always in time for ``next_chunk_timeout``: 1 s."""
+
+    async def scenario():
+        schedule = Schedule(1.0, (None, bandwidth))
+        partners = Partners(size=100_000, part_size_bytes=40_000, sender_timeout=1.0, reducer_timeout=1.3,
+                            schedule=schedule)  # fmt: skip
+        runner, stub = partners.runner, SlowReducer(10_000, answers_every)
+        monkeypatch.setattr(AllReduceRunner, "_get_peer_stub", lambda self, peer: stub)
+
+        async def read(answers):
+            with contextlib.suppress(Exception):
+                async for message in answers:
+                    assert message
+
+        reading = asyncio.create_task(read(partners.call(5, size=10_000, pause=sends_every)))
+        began = time.monotonic()
+        async for _ in runner:
+            pass
+        share = 1 - runner.tensor_part_container.failed_size / runner.tensor_part_container.total_size
+        reading.cancel()
+        return time.monotonic() - began, share, runner.banned_senders
+
+    return asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+def test_round_is_not_held_by_parts_that_drip_below_the_timeout(monkeypatch, caplog):
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        seconds, share, banned = slow_round(monkeypatch, sends_every=0.4, answers_every=0.0, bandwidth=None)
+    assert 0.8 < seconds < 1.8 and share == 1.0 and banned == {Partners.other}
+    assert "kept the round waiting for" in caplog.text and str(Partners.other) in caplog.text
+
+
+def test_round_is_not_held_by_averages_that_drip_below_the_timeout(monkeypatch, caplog):
+    with caplog.at_level(logging.DEBUG, logger="hivemind.averaging.allreduce"):
+        seconds, share, _ = slow_round(monkeypatch, sends_every=0.0, answers_every=0.4, bandwidth=None)
+    assert 1.0 < seconds < 2.0 and 0.5 < share < 1.0
+    assert "averages after 1 s, when the round had to end" in caplog.text
+
+
+@pytest.mark.parametrize(("sends_every", "answers_every"), [(0.4, 0.0), (0.0, 0.4), (0.4, 0.4)])
+def test_round_waits_for_a_slow_link_that_is_known_to_be_slow(monkeypatch, sends_every, answers_every):
+    """As slow as those who drip above, but it has said that it has 2 Mbit/s."""
+    _, share, banned = slow_round(monkeypatch, sends_every=sends_every, answers_every=answers_every, bandwidth=2.0)
+    assert share == 1.0 and not banned
+
+
+def test_members_that_are_ignored_are_not_waited_for(monkeypatch):
+    async def scenario():
+        runner = Partners(size=50, ignored={Partners.other}, sender_timeout=20.0, reducer_timeout=25.0).runner
+        monkeypatch.setattr(AllReduceRunner, "_get_peer_stub", lambda self, peer: SlowReducer(10, 0.0))
+        return [float(delta.sum()) async for delta in runner]
+
+    began = time.monotonic()
+    assert asyncio.run(scenario()) == [20.0], "the values that the other one has averaged"
+    assert time.monotonic() - began < 5, "hivemind waits for those who have not begun to send"
+
+
 # -- tensors as they come from the network ----------------------------------------------------------------------------
 
 
@@ -427,6 +627,32 @@ def test_wire_check_refuses_what_would_be_read_beyond_its_end(kind):
 
     with pytest.raises(AllreduceException, match="sent a"):
         asyncio.run(read())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_round_takes_no_tensors_of_which_there_is_no_average(dtype):
+    part = averaging_pb2.AveragingData(tensor_part=serialize_torch_tensor(torch.ones(10, dtype=dtype)))
+    check_wire_tensor(part.tensor_part)  # a state may have such
+    violations = []
+
+    async def read():
+        return [message async for message in checked_messages(as_aiter(part), violations.append)]
+
+    with pytest.raises(AllreduceException, match="sent a tensor of type"):
+        asyncio.run(read())
+    assert len(violations) == 1 and "sent a tensor of type" in violations[0]
+
+
+def test_round_reads_no_tensor_that_asks_for_a_gradient():
+    """Whatever is computed with it would, too: in the end the parameters' own buffers, which may not."""
+    part = averaging_pb2.AveragingData(tensor_part=serialize_torch_tensor(torch.ones(10)))
+    part.tensor_part.requires_grad = True
+
+    async def read():
+        return [deserialize_torch_tensor(one.tensor_part) async for one in checked_messages(as_aiter(part))]
+
+    (tensor,) = asyncio.run(read())
+    assert not tensor.requires_grad
 
 
 # -- whole rounds -----------------------------------------------------------------------------------------------------
@@ -565,6 +791,6 @@ def test_state_averager_is_stricter_than_the_gradient_averager():
             prefix="strict",
             start=False,
         )
-        assert averager.judge.max_distance == 0.5 and averager.judge.max_weight == 1.0
+        assert averager.judge.max_distance == 0.2 and averager.judge.max_weight == 1.0
     finally:
         node.shutdown()
