@@ -27,6 +27,7 @@ def main() -> int:
     from src.training import console
     from src.training.dht import short_peer_name, visible_addresses
     from src.training.reconnect import KeepInTouch
+    from src.training.watchdog import Watchdog, may_start_again, processes_of
 
     console.quiet_libraries()
     alone = not set(sys.argv[1:]) - {"--check"}
@@ -39,8 +40,9 @@ def main() -> int:
         progress.say("no arguments: the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
         leave_at_once(check(peer, collaboration, training, progress))
+    peer.restart = may_start_again(peer.restart)
     try:
-        trainer, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
+        trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -51,7 +53,16 @@ def main() -> int:
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
-    code = train(trainer, progress)
+    with Watchdog(
+        processes_of(swarm.dht, swarm.optimizer),
+        say=progress.say,
+        stop=stop,
+        start_again=peer.restart,
+        save=callback.save_last,
+        is_late=callback.is_late,
+        leave=swarm.leave,
+    ):
+        code = train(trainer, progress)
     epoch = swarm.optimizer.local_epoch
     how = "trained to the last epoch," if epoch >= training.total_steps else "stopped at epoch"
     progress.say(f"{how} {epoch}, leaving the swarm")
@@ -162,6 +173,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.callback import CollaborativeCallback
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import claim_run_directory, num_starts
+    from src.training.same_peer import keep_ports, take_up_identity
     from src.training.swarm import join_run, record_start, start_averaging
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
@@ -177,7 +189,11 @@ def build(peer, collaboration, training, *, progress, stop):
     elif peer.init_checkpoint is not None:
         settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
         progress.say(f"begins with the weights of {peer.init_checkpoint} ({settings['init_checkpoint']})")
+    if peer.restart:
+        take_up_identity(peer)
     node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
+    if peer.restart:
+        keep_ports(peer, node.dht)
     workers = LocalWorkers(size=training.world_size, device=training.device)
     # A peer that is started again under the same identity goes on with other data than it began with last time.
     start = num_starts(directory / "metrics.jsonl").to_bytes(8, "big")
@@ -217,7 +233,7 @@ def build(peer, collaboration, training, *, progress, stop):
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer, swarm, journal
+    return trainer, callback, swarm, journal
 
 
 if __name__ == "__main__":

@@ -133,6 +133,15 @@ class FaultyPeer:
         (program,) = (p for p in self.family() if p.ppid() == self.running.process.pid)
         return program
 
+    def parts(self) -> dict[str, psutil.Process]:
+        """Each of hivemind's processes by what it does: "dht", "p2pd", "parameters" and "gradients"."""
+        program = self.program()
+        (p2pd,) = (process for process in program.children(recursive=True) if process.name().startswith("p2pd"))
+        dht = p2pd.parent()
+        forks = [p for p in program.children() if p.name() == program.name() and p.cmdline() == program.cmdline()]
+        averagers = sorted((p for p in forks if p.pid > dht.pid), key=lambda process: process.create_time())
+        return {"dht": dht, "p2pd": p2pd, **dict(zip(("parameters", "gradients"), averagers, strict=True))}
+
     def signal_all(self, number: int, *, but_supervisor: bool = False) -> None:
         for process in self.family():
             if not (but_supervisor and process.pid == self.running.process.pid):
