@@ -472,3 +472,20 @@ def test_program_that_was_asked_to_stop_is_not_started_again(program):
     started.launch("ready")
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(4) == 75 and len(lives(started)) == 1
+
+
+@pytest.mark.parametrize("stop", ["kill the supervisor", "interrupt all"])
+def test_program_that_is_just_loading_after_a_new_start_ends_with_its_supervisor(program, stop):
+    started = program(COUNTS_ITS_LIVES + "    os._exit(76)", back_off=(0.0,))
+    loading = (
+        "    if 'LEANALBERT_RESTARTED_BY' in os.environ:\n        note('worker', os.getpid())\n        time.sleep(60)\n"
+    )
+    started.script.write_text(started.script.read_text().replace("    scratch =", loading + "    scratch =", 1))
+    started.launch("worker")
+    if stop == "interrupt all":
+        os.killpg(started.process.pid, signal.SIGINT)
+        assert started.process.wait(4) == 128 + signal.SIGINT
+        started.assert_nothing_left()
+    else:
+        started.process.kill()
+        wait_until(lambda: ended(started.pid("worker")))

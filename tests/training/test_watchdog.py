@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
-from src.training.local_swarm import REPOSITORY
+from src.training.local_swarm import REPOSITORY, LocalPeer
 
 PROGRAM = """
 import os, sys, threading, time
@@ -38,6 +39,8 @@ BODY
 if __name__ == "__main__":
     sys.exit(run_supervised(main, back_off=(0.1,)))
 """
+TINY = ["--target_batch_size", "32", "--backup_every_epochs", "1000", "--total_steps", "100000"]
+TINY += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
 STUCK = """
     with watchdog.Watchdog(processes, **options):
         print(*processes.values(), flush=True)
@@ -160,3 +163,47 @@ def test_watchdog_ends_a_program_whose_leaving_hangs(launch):
 """)
     process.communicate(timeout=30)
     assert process.returncode == 0
+
+
+# -- a real trainer
+
+
+@pytest.mark.timeout(300)
+def test_trainer_whose_p2pd_dies_goes_on_from_its_backup_as_the_same_peer_at_the_same_address(tmp_path):
+    peer = LocalPeer("trainer", "run_trainer.py", ["@demo/trainer.args", *TINY, "--output_dir", tmp_path], echo=False)
+    try:
+        address = peer.wait_for_line(r"--initial_peers (/ip4/127\S+)").group(1)
+        name = peer.wait_for_line(r"reports call this trainer (\w+)").group(1)
+        peer.wait_for_line(r"epoch 2/")
+        os.kill(p2pd_below(peer.process.pid), signal.SIGKILL)
+        peer.wait_for_line(r"p2pd, has died: ending and starting again", timeout=10)
+        saved = int(peer.wait_for_line(r"resumed from .*backup.pth at epoch (\d+)").group(1))
+        assert saved >= 2, "of the moment, not of the last backup that was due"
+        peer.wait_for_line(rf"epoch {saved + 2}/")
+        assert peer.output().count(f"--initial_peers {address}") == 2
+        assert peer.output().count(f"reports call this trainer {name}") == 2
+        assert peer.output().index("wrote the backup") < peer.output().index("Starting again in 2 s")
+        assert "Traceback" not in peer.output()
+        assert peer.stop() == 0
+    finally:
+        peer.stop()
+
+
+@pytest.mark.timeout(300)
+def test_trainer_that_may_not_start_again_ends_with_code_75(tmp_path):
+    arguments = ["@demo/trainer.args", *TINY, "--output_dir", tmp_path, "--restart", "False"]
+    peer = LocalPeer("trainer", "run_trainer.py", arguments, echo=False)
+    try:
+        peer.wait_for_line(r"epoch 2/")
+        os.kill(p2pd_below(peer.process.pid), signal.SIGKILL)
+        assert peer.process.wait(60) == 75
+        assert (tmp_path / "demo" / "trainer" / "backup.pth").exists()
+        assert "Starting again" not in peer.output()
+    finally:
+        peer.stop()
+
+
+def p2pd_below(pid: int) -> int:
+    """Of a peer, by its supervisor."""
+    (p2pd,) = (process.pid for process in psutil.Process(pid).children(recursive=True) if process.name() == "p2pd")
+    return p2pd
