@@ -246,6 +246,22 @@ class Faults:
             raise NotSurvived(f"lost {epoch - resumed} epochs, more than the {BACKUP_EVERY} between two backups")
         return f"everybody killed at epoch {epoch}, resumed from disk at epoch {resumed}"
 
+    def all_leave_at_once(self) -> str:
+        """As before a night: everybody is asked to end in the same second, the auxiliary peer included."""
+        victims, auxiliary = self.swarm.training(), self.swarm.auxiliary
+        epoch = self.swarm.epoch()
+        self.mark(*victims)
+        seconds = self.swarm.leave(*victims, auxiliary)
+        self.swarm.start(auxiliary)
+        self.swarm.wait_until_up(auxiliary)
+        self._restart(*victims)
+        resumed = min(
+            int(match.group(1)) for peer in victims if (match := peer.said(r"resumed from .* at epoch (\d+)"))
+        )
+        if resumed < epoch - 1:
+            raise NotSurvived(f"asked to leave at epoch {epoch}, somebody resumed at epoch {resumed}")
+        return f"all left within {seconds:.1f} s at epoch {epoch}, resumed from disk at epoch {resumed} or later"
+
     def start_two_at_once(self) -> str:
         victims = self.choose(2)
         self.swarm.leave(*victims)
@@ -360,8 +376,8 @@ OF_THE_NETWORK = ["slow_link", "cut_link"]
 EVERY = [
     "kill_while_computing", "kill_in_matchmaking", "kill_inside_a_round", "kill_while_serving_state", "freeze",
     "late_join", "leave_and_rejoin", "stop_inside_a_round", "interrupt_twice", "restart_the_auxiliary_peer",
-    "cold_restart", "start_two_at_once", "full_disk", "truncated_backup", "kill_the_dht_process", "kill_p2pd",
-    "kill_an_averager", "kill_an_averager_inside_a_round", "stop_p2pd",
+    "cold_restart", "all_leave_at_once", "start_two_at_once", "full_disk", "truncated_backup",
+    "kill_the_dht_process", "kill_p2pd", "kill_an_averager", "kill_an_averager_inside_a_round", "stop_p2pd",
 ]  # fmt: skip
 SHORT = ["kill_inside_a_round", "freeze", "cold_restart"]
 LONG = [*EVERY, *OF_THE_NETWORK]

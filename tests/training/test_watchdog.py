@@ -41,6 +41,7 @@ if __name__ == "__main__":
 """
 TINY = ["--target_batch_size", "32", "--backup_every_epochs", "1000", "--total_steps", "100000"]
 TINY += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+HUGE_BATCH = ["--per_device_train_batch_size", "8000", "--activation_memory", "checkpoint"]
 STUCK = """
     with watchdog.Watchdog(processes, **options):
         print(*processes.values(), flush=True)
@@ -207,3 +208,20 @@ def p2pd_below(pid: int) -> int:
     """Of a peer, by its supervisor."""
     (p2pd,) = (process.pid for process in psutil.Process(pid).children(recursive=True) if process.name() == "p2pd")
     return p2pd
+
+
+@pytest.mark.timeout(300)
+def test_trainer_in_a_batch_that_takes_longer_than_a_stop_may_leaves_with_a_backup(tmp_path):
+    trained = ["--target_batch_size", "32", "--output_dir", tmp_path, "--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
+    peer = LocalPeer("trainer", "run_trainer.py", ["@demo/trainer.args", *trained, *HUGE_BATCH], echo=False)
+    try:
+        peer.wait_for_line("reports call this trainer")
+        time.sleep(4)  # reading and computing its first batch take half a minute
+        asked = time.monotonic()
+        assert peer.stop() == 0
+        assert time.monotonic() - asked < 25
+        assert "the batch under way takes too long: it is given up" in peer.output()
+        assert "wrote the backup" in peer.output() and "by force" not in peer.output()
+        assert (tmp_path / "demo" / "trainer" / "backup.pth").exists()
+    finally:
+        peer.stop()
