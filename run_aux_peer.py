@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from src.training.memory import limit_memory
 from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
@@ -11,6 +12,7 @@ FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
 
 
 def main() -> int:
+    limit_memory()
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading
 

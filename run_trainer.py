@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from src.training.memory import limit_memory
 from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
@@ -14,6 +15,7 @@ STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a s
 
 
 def main() -> int:
+    limit_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import shlex
