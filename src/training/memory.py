@@ -1,8 +1,8 @@
 """Give memory back that the C library keeps: a peer runs for weeks, and its processes allocate in many threads.
 
-glibc gives each thread an arena of its own, up to eight a core, and returns only the top of each. Buffers that one thread
-allocates and another frees, as in averaging, leave holes in all of them. In 8 minutes of the demo the averagers grew by
-47 to 83 MB; with two arenas and what follows by 17 to 50 MB, and those of parameters stay where they are.
+glibc gives each thread an arena of its own, up to eight a core, and returns only the top of each. Buffers that one
+thread allocates and another frees, as in averaging, leave holes in all of them. In 8 minutes of the demo the averagers
+grew by 47 to 83 MB; with two arenas and trimming by 17 to 50 MB, and those of parameters stay where they are.
 """
 
 import ctypes
