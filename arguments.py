@@ -82,6 +82,11 @@ class PeerArguments:
         None, "Send metrics to this Weights & Biases project (WANDB_MODE=offline works)."
     )
     tensorboard_dir: str | None = option(None, "Write metrics for TensorBoard there, too (needs its package).")
+    restart: bool = option(
+        True,
+        "Start again, at most five times an hour, when a process of this peer has died; False: end with code 75, for "
+        "those who have systemd or the like.",
+    )
     check: bool = option(
         False, "Test this set-up (ports, peers, speed, clock, disk, memory, model, data), say what to do, and end."
     )
@@ -312,7 +317,7 @@ def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, tra
 TOPICS = {
     "who takes part, and how they reach each other": (
         "run_id", "initial_peers", "host_maddrs", "announce_maddrs", "client_mode", "bandwidth", "identity_path",
-        "authorize", "use_ipfs", "wait_for_peers", "check",
+        "authorize", "use_ipfs", "wait_for_peers", "restart", "check",
     ),
     "model, tokenizer and text": (
         "model_config_path", "init_checkpoint", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir",

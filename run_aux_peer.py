@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+from src.training.memory import limit_memory
 from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
 
@@ -11,6 +12,7 @@ FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
 
 
 def main() -> int:
+    limit_memory()
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading
 
@@ -21,6 +23,7 @@ def main() -> int:
     from src.training.monitor import Watch
     from src.training.reconnect import KeepInTouch
     from src.training.terminal import TerminalView
+    from src.training.watchdog import Watchdog, may_start_again, processes_of
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -29,6 +32,7 @@ def main() -> int:
     progress, stop = TerminalView() if sys.stdout.isatty() else console.Progress(), threading.Event()
     if peer.check:
         leave_at_once(check(peer, collaboration, training, progress))
+    peer.restart = may_start_again(peer.restart)
     try:
         swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
@@ -50,10 +54,11 @@ def main() -> int:
     watch = Watch(
         swarm, peer.run_id, total_steps=total_steps, journal=journal, store=store, progress=progress, stop=stop
     )
-    watch.run(period=peer.refresh_period, when_over=end.complete)
-    progress.close()
-    progress.say("leaving the swarm")
-    end.wait_for(threads, seconds=FINISH_SECONDS)
+    with Watchdog(processes_of(swarm.dht, swarm.optimizer), say=progress.say, stop=stop, start_again=peer.restart):
+        watch.run(period=peer.refresh_period, when_over=end.complete)
+        progress.close()
+        progress.say("leaving the swarm")
+        end.wait_for(threads, seconds=FINISH_SECONDS)
     swarm.leave()
     journal.close()
     leave_at_once(0)  # at an ordinary exit hivemind's futures complain that their event loop is closed
@@ -95,6 +100,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.journal import claim_run_directory
     from src.training.report import Reporter
     from src.training.run_end import RunEnd
+    from src.training.same_peer import keep_ports, take_up_identity
     from src.training.swarm import join_run, record_start, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
@@ -102,7 +108,11 @@ def build(peer, collaboration, training, *, progress, stop):
     model, tokenizer = build_model(peer, seed=training.seed)
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     settings = run_settings(peer, collaboration, training)
+    if peer.restart:
+        take_up_identity(peer)
     node = join_run(model, tokenizer, settings, peer=peer, trainer=False, say=progress.say)
+    if peer.restart:
+        keep_ports(peer, node.dht)
     evaluate = (
         checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
     )

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from src.training.memory import limit_memory
 from src.training.sockets import make_socket_directory
 from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised, start_deadline
 
@@ -14,6 +15,7 @@ STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a s
 
 
 def main() -> int:
+    limit_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import shlex
@@ -27,6 +29,7 @@ def main() -> int:
     from src.training import console
     from src.training.dht import short_peer_name, visible_addresses
     from src.training.reconnect import KeepInTouch
+    from src.training.watchdog import Watchdog, may_start_again, processes_of
 
     console.quiet_libraries()
     alone = not set(sys.argv[1:]) - {"--check"}
@@ -39,8 +42,9 @@ def main() -> int:
         progress.say("no arguments: the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
         leave_at_once(check(peer, collaboration, training, progress))
+    peer.restart = may_start_again(peer.restart)
     try:
-        trainer, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
+        trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -51,7 +55,16 @@ def main() -> int:
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
-    code = train(trainer, progress)
+    with Watchdog(
+        processes_of(swarm.dht, swarm.optimizer),
+        say=progress.say,
+        stop=stop,
+        start_again=peer.restart,
+        save=callback.save_last,
+        is_late=callback.is_late,
+        leave=swarm.leave,
+    ):
+        code = train(trainer, progress)
     epoch = swarm.optimizer.local_epoch
     how = "trained to the last epoch," if epoch >= training.total_steps else "stopped at epoch"
     progress.say(f"{how} {epoch}, leaving the swarm")
@@ -183,6 +196,7 @@ def build(peer, collaboration, training, *, progress, stop):
     from src.training.callback import CollaborativeCallback
     from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
     from src.training.journal import claim_run_directory, num_starts
+    from src.training.same_peer import keep_ports, take_up_identity
     from src.training.swarm import join_run, record_start, start_averaging
     from src.training.sync import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
@@ -198,7 +212,11 @@ def build(peer, collaboration, training, *, progress, stop):
     elif peer.init_checkpoint is not None:
         settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
         progress.say(f"begins with the weights of {peer.init_checkpoint} ({settings['init_checkpoint']})")
+    if peer.restart:
+        take_up_identity(peer)
     node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
+    if peer.restart:
+        keep_ports(peer, node.dht)
     workers = LocalWorkers(size=training.world_size, device=training.device)
     # A peer that is started again under the same identity goes on with other data than it began with last time.
     start = num_starts(directory / "metrics.jsonl").to_bytes(8, "big")
@@ -239,7 +257,7 @@ def build(peer, collaboration, training, *, progress, stop):
         callbacks=[callback],
     )
     trainer.remove_callback(PrinterCallback)
-    return trainer, swarm, journal
+    return trainer, callback, swarm, journal
 
 
 if __name__ == "__main__":

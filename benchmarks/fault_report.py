@@ -18,6 +18,7 @@ from src.training.swarm_report import compare_parameters
 
 NEXT_CHUNK_TIMEOUT, MATCHMAKING_TIME, BACKUP_EVERY = 8.0, 1.5, 3
 
+OF_ALL = "cold_restart", "all_leave_at_once"  # faults after which everybody goes on from disk
 # What is promised
 MAX_STALL = NEXT_CHUNK_TIMEOUT + 5.0
 MAX_SPREAD = 1e-2
@@ -101,7 +102,7 @@ def lost_with_killed(swarm: FaultySwarm) -> float:
 
 def epoch_errors(peer: FaultyPeer, faults: list[Fault], began: float) -> list[str]:
     """Epochs that a trainer has counted twice or skipped. A restart of all from disk may repeat some."""
-    restarts = [began + fault.at for fault in faults if fault.name == "cold_restart"]
+    restarts = [began + fault.at for fault in faults if fault.name in OF_ALL]
     errors, last = [], None
     excused = [r["time"] for r in peer.since(0, "state_download")] + [r["time"] for r in peer.since(0, "start")]
     for record in peer.since(0, "epoch"):

@@ -32,6 +32,16 @@ class NotSurvived(Exception):
     """The swarm or a peer did not come back from a fault in time."""
 
 
+def parts_of(program: psutil.Process) -> dict[str, psutil.Process]:
+    """Each of hivemind's processes below a peer's program by what it does: dht, p2pd, averagers by kind of round."""
+    (p2pd,) = (process for process in program.children(recursive=True) if process.name().startswith("p2pd"))
+    dht = p2pd.parent()
+    forks = [process for process in program.children() if process.cmdline() == program.cmdline()]
+    forks.sort(key=lambda process: process.create_time())  # first a guard, see `supervisor`
+    averagers = forks[forks.index(dht) + 1 :]
+    return {"dht": dht, "p2pd": p2pd, **dict(zip(("parameters", "gradients"), averagers, strict=True))}
+
+
 class FaultyPeer:
     """One peer under one identity, one address and one folder, whatever happens to its processes."""
 
@@ -132,6 +142,9 @@ class FaultyPeer:
         """The process that runs the script proper, below its supervisor."""
         (program,) = (p for p in self.family() if p.ppid() == self.running.process.pid)
         return program
+
+    def parts(self) -> dict[str, psutil.Process]:
+        return parts_of(self.program())
 
     def signal_all(self, number: int, *, but_supervisor: bool = False) -> None:
         for process in self.family():

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -66,6 +67,7 @@ EPOCH_SECONDS = 3.5
 MIN_EPOCHS = 20  # the loss of a model that has learnt next to nothing would say nothing
 FROZEN_SECONDS = CUT_SECONDS = 20.0
 SLOW_SECONDS = 20.0
+STOPPED_SECONDS = 30.0
 
 
 class Faults:
@@ -244,6 +246,22 @@ class Faults:
             raise NotSurvived(f"lost {epoch - resumed} epochs, more than the {BACKUP_EVERY} between two backups")
         return f"everybody killed at epoch {epoch}, resumed from disk at epoch {resumed}"
 
+    def all_leave_at_once(self) -> str:
+        """As before a night: everybody is asked to end in the same second, the auxiliary peer included."""
+        victims, auxiliary = self.swarm.training(), self.swarm.auxiliary
+        epoch = self.swarm.epoch()
+        self.mark(*victims)
+        seconds = self.swarm.leave(*victims, auxiliary)
+        self.swarm.start(auxiliary)
+        self.swarm.wait_until_up(auxiliary)
+        self._restart(*victims)
+        resumed = min(
+            int(match.group(1)) for peer in victims if (match := peer.said(r"resumed from .* at epoch (\d+)"))
+        )
+        if resumed < epoch - 1:
+            raise NotSurvived(f"asked to leave at epoch {epoch}, somebody resumed at epoch {resumed}")
+        return f"all left within {seconds:.1f} s at epoch {epoch}, resumed from disk at epoch {resumed} or later"
+
     def start_two_at_once(self) -> str:
         victims = self.choose(2)
         self.swarm.leave(*victims)
@@ -286,6 +304,54 @@ class Faults:
         self._restart(victim)
         return "refused in one line, started again without the file"
 
+    # -- single processes of a trainer, which its supervisor starts again
+
+    def _kill_part(self, victim: FaultyPeer, part: str, when: str = "") -> str:
+        process, lines = victim.parts()[part], len(victim.running.lines)
+        program = victim.program()
+        if when:
+            self.swarm.wait_until(lambda: victim.phase(part) == "averaging", "a round", seconds=90, poll=0.002)
+        self.mark(victim)
+        process.kill()
+        said = lambda pattern: any(re.search(pattern, line) for line in victim.running.lines[lines:])  # noqa: E731
+        self.swarm.wait_until(lambda: said("has died: ending"), f"{victim.name} says what died", seconds=10, poll=0.02)
+        heard = time.time() - self.marked
+        self.swarm.wait_until(lambda: not program.is_running(), f"{victim.name} ends", seconds=40, poll=0.02)
+        ended = time.time() - self.marked
+        if not said("wrote the backup"):
+            raise NotSurvived(f"{victim.name} wrote no backup: {victim.running.output()[-2000:]}")
+        self.swarm.wait_until(
+            lambda: victim.since(self.marked, "start"), f"{victim.name} is started again", seconds=150
+        )
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
+        return f"killed {part}{when}: it said so after {heard:.1f} s, had ended after {ended:.1f} s, was started again"
+
+    def kill_the_dht_process(self) -> str:
+        return self._kill_part(*self.choose(), "dht")
+
+    def kill_p2pd(self) -> str:
+        return self._kill_part(*self.choose(), "p2pd")
+
+    def kill_an_averager(self) -> str:
+        return self._kill_part(*self.choose(), self.random.choice(["gradients", "parameters"]))
+
+    def kill_an_averager_inside_a_round(self) -> str:
+        return self._kill_part(*self.choose(), self.random.choice(["gradients", "parameters"]), " inside a round")
+
+    def stop_p2pd(self) -> str:
+        (victim,) = self.choose()
+        p2pd = victim.parts()["p2pd"]
+        self.mark(victim)
+        p2pd.suspend()
+        try:
+            self.swarm.wait_until(lambda: time.time() > self.marked + STOPPED_SECONDS, "stopped", seconds=60)
+        finally:
+            p2pd.resume()
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        if victim.since(self.marked, "start"):
+            raise NotSurvived(f"{victim.name} was started again, although its p2pd was only stopped")
+        return f"its p2pd stopped for {STOPPED_SECONDS:.0f} s; it was not started again"
+
     # -- with a network namespace
 
     def slow_link(self) -> str:
@@ -310,7 +376,8 @@ OF_THE_NETWORK = ["slow_link", "cut_link"]
 EVERY = [
     "kill_while_computing", "kill_in_matchmaking", "kill_inside_a_round", "kill_while_serving_state", "freeze",
     "late_join", "leave_and_rejoin", "stop_inside_a_round", "interrupt_twice", "restart_the_auxiliary_peer",
-    "cold_restart", "start_two_at_once", "full_disk", "truncated_backup",
+    "cold_restart", "all_leave_at_once", "start_two_at_once", "full_disk", "truncated_backup",
+    "kill_the_dht_process", "kill_p2pd", "kill_an_averager", "kill_an_averager_inside_a_round", "stop_p2pd",
 ]  # fmt: skip
 SHORT = ["kill_inside_a_round", "freeze", "cold_restart"]
 LONG = [*EVERY, *OF_THE_NETWORK]

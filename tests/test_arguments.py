@@ -25,6 +25,7 @@ PEER = {
     "bandwidth": None,
     "min_vector_size": 4_000_000,
     "identity_path": None,
+    "restart": True,
     "use_ipfs": False,
     "authorize": "False",
     "model_config_path": str(DEMO / "config.json"),

@@ -2,7 +2,9 @@
 
 import logging
 import os
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +14,8 @@ from src.training.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
 
+LOCK_SECONDS = 30.0  # for a lock that is held for an optimizer's step
+LAST_LOCK_SECONDS = 10.0  # the same when the program is about to end
 WORD_EMBEDDINGS = "albert.embeddings.word_embeddings.weight"
 
 
@@ -71,20 +75,80 @@ def _hint(model: torch.nn.Module, state_dict: dict) -> str:
     return ""
 
 
+@contextmanager
+def held(lock, seconds: float) -> Iterator[None]:
+    """A lock, of threads or of processes. Raises TimeoutError, an OSError, when it is not free in time."""
+    if not lock.acquire(timeout=seconds):
+        raise TimeoutError(f"the optimizer's state has been locked for {seconds:.0f} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def at_rest(averager, *, alone: bool) -> Iterator[None]:
+    """Let no thread change parameters or statistics meanwhile, wherever each of them is. Raises TimeoutError.
+
+    The averager's process holds the tensors' lock throughout a round, and keeps it locked for ever when it is killed
+    then. That is as good as having it: no thread of this process has it, nor gets it. ``alone``: the averager's process
+    is gone. Then it keeps from its step, for ever, an optimizer that shares its tensors with the averager.
+    """
+    shared = averager.lock_averaged_tensors
+    give_up_at, has_optimizer, has_shared = time.monotonic() + LAST_LOCK_SECONDS, False, False
+    try:
+        while not has_optimizer and not (alone and averager.reuse_tensors and _is_held_elsewhere(shared)):
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"the optimizer's state has been locked for {LAST_LOCK_SECONDS:.0f} s")
+            has_optimizer = averager.lock_optimizer.acquire(timeout=0.1)
+        while not (has_shared or _is_held_elsewhere(shared)):
+            if time.monotonic() > give_up_at:
+                raise TimeoutError(f"the averager's tensors have been locked for {LAST_LOCK_SECONDS:.0f} s")
+            has_shared = shared.acquire(timeout=0.1)
+        yield
+    finally:
+        if has_shared:
+            shared.release()
+        if has_optimizer:
+            averager.lock_optimizer.release()
+
+
+def _is_held_elsewhere(lock) -> bool:
+    """Whether a process, living or dead, holds a lock of `multiprocessing`, and it is not this one."""
+    return lock._semlock._is_zero() and lock._semlock._count() == 0
+
+
 def save_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> None:
     """Write ``{"model", "optimizer", "scheduler", "epoch"}``; ``"model"`` loads like a published checkpoint.
 
-    The caller makes sure that no delayed update is under way, or parameters and statistics would be of two epochs.
+    Raises OSError if it cannot be written.
+    """
+    with held(optimizer.state_averager.lock_optimizer, LOCK_SECONDS):
+        _write_backup(path, model, optimizer)
+
+
+def save_last_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer, *, alone: bool) -> None:
+    """The same on a thread of its own, while the main one may be anywhere: in a batch, in a download, or stuck."""
+    with at_rest(optimizer.state_averager, alone=alone):
+        _write_backup(path, model, optimizer)
+
+
+def _write_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> None:
+    """While a delayed update is under way, the model and the count of epochs do not belong to the statistics.
+
+    The model gets the optimizer's parameters later, and hivemind counts the epoch before. What belongs to them are the
+    optimizer's own parameters and its schedule.
     """
     averager = optimizer.state_averager
-    with averager.lock_optimizer:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": averager.optimizer.state_dict(),
-            "scheduler": {key: value for key, value in averager.scheduler.state_dict().items() if key != "lr_lambdas"},
-            "epoch": averager.local_epoch,
-        }
-        write_atomically(path, lambda file: torch.save(state, file))
+    optimized = (parameter for group in averager.optimizer.param_groups for parameter in group["params"])
+    newest = {id(main): own for main, own in zip(averager.main_parameters, optimized, strict=True)}
+    state = {
+        "model": {n: newest.get(id(t), t).detach() for n, t in model.state_dict(keep_vars=True).items()},
+        "optimizer": averager.optimizer.state_dict(),
+        "scheduler": {key: value for key, value in averager.scheduler.state_dict().items() if key != "lr_lambdas"},
+        "epoch": min(averager.local_epoch, averager.scheduler._step_count - 1),
+    }
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def read_backup(path: Path) -> dict:
@@ -132,7 +196,7 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
     """
     state = read_backup(path)
     averager = optimizer.state_averager
-    with averager.lock_optimizer, averager.lock_averaged_tensors:
+    with held(averager.lock_optimizer, LOCK_SECONDS), held(averager.lock_averaged_tensors, LOCK_SECONDS):
         load_strictly(model, state["model"], source=f"--state_path: {path}")
         optimized = (parameter for group in averager.optimizer.param_groups for parameter in group["params"])
         for main_parameter, offloaded in zip(averager.main_parameters, optimized, strict=True):

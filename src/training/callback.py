@@ -4,6 +4,7 @@ import logging
 import re
 import threading
 import time
+from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from transformers import TrainerCallback
 
 from arguments import HFTrainerArguments, TrainerPeerArguments
-from src.training.backup import restore_backup, save_backup
+from src.training.backup import held, restore_backup, save_backup, save_last_backup
 from src.training.console import Progress
 from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, fetch_checkpoint_epochs, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
@@ -23,6 +24,9 @@ from src.training.sync import LocalWorkers
 logger = logging.getLogger(__name__)
 
 WAIT_FOR_PENDING_SECONDS = 15.0
+# After a stop, a batch is waited for so long, and a round or the update after it so long; STOP_SECONDS are for all.
+LAST_BATCH_SECONDS, LAST_ROUND_SECONDS = 8.0, 15.0
+LAST_SAVE_SECONDS = 10.0  # for a backup that is being written when another one is wanted at once
 LAST_UPDATE_SECONDS = 300.0  # the same at the end of a run, whose last update is part of the result; rounds end before
 # At the end of a run its state is handed over to the auxiliary peers that store it: so long, and three downloads more.
 HAND_OVER_SECONDS = 60.0
@@ -70,6 +74,8 @@ class CollaborativeCallback(TrainerCallback):
         self.num_downloads = 0
         self.has_weights = True  # those of the run
         self.optimizer.state_averager.final_epoch = training.total_steps
+        self._saving = threading.Lock()
+        self._has_begun = self._is_with_swarm = self._has_saved_last = False
 
     @property
     def run_is_over(self) -> bool:
@@ -105,7 +111,7 @@ class CollaborativeCallback(TrainerCallback):
         self.optimizer.before_epoch_ends = self._back_up_if_due
         self._follow_epoch()
         self._wait_for_peers()
-        self.epoch_started = time.monotonic()
+        self.epoch_started, self._has_begun = time.monotonic(), True
         return self._lead_workers(control)
 
     def _lead_workers(self, control):
@@ -146,8 +152,9 @@ class CollaborativeCallback(TrainerCallback):
             self._discard_gradients(samples)
         elif samples > 0 and not self.stop.is_set() and not self.run_is_over:  # who leaves must begin no other round
             self._make_up_for_dropped_batches(gradients, share)
-            started = time.monotonic()
+            started, self._is_with_swarm = time.monotonic(), True
             self.optimizer.step(batch_size=samples)
+            self._is_with_swarm = False
             self.waits.append(time.monotonic() - started)
             self._record_downloads(batch=samples)
 
@@ -221,9 +228,11 @@ class CollaborativeCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Let delayed updates finish, write the last backup, and at the end of the run hand its state over."""
+        self._is_with_swarm = True
         self._finish_updates()
         self._record_rounds()
         self._save_backup()
+        self._has_saved_last = True
         if self.run_is_over:
             self._hand_over()
 
@@ -387,15 +396,39 @@ class CollaborativeCallback(TrainerCallback):
         if due and not self.optimizer.state_averager.pending_updates:  # else parameters and epoch would not agree
             self._save_backup()
 
+    def is_late(self, seconds: float) -> bool:
+        """Whether nobody should wait for this trainer's batch or round any longer, so many seconds after a stop."""
+        return not self._has_saved_last and seconds > (
+            LAST_ROUND_SECONDS if self._is_with_swarm else LAST_BATCH_SECONDS
+        )
+
+    @torch.no_grad()
+    def save_last(self, alone: bool) -> None:
+        """On another thread, when the main one may be stuck: write a backup; see `backup.save_last_backup`."""
+        if not self._has_begun:
+            self.progress.say("no backup: training had not begun")
+            return
+        try:
+            with held(self._saving, LAST_SAVE_SECONDS):
+                self._write(partial(save_last_backup, alone=alone))
+        except TimeoutError:
+            self.progress.say("no further backup: one was just being written")
+
     @torch.no_grad()
     def _save_backup(self) -> None:
+        with self._saving:
+            self._write(save_backup)
+
+    def _write(self, save) -> None:
         if not self.has_weights:  # the next start would go on from it
             return
         if not torch.isfinite(torch.stack(torch._foreach_norm(self.parameters))).all():
             logger.warning("no backup written: parameters are not finite")
             return
         try:
-            save_backup(self.state_path, self.model, self.optimizer)
+            save(self.state_path, self.model, self.optimizer)
+            if save is not save_backup:
+                self.progress.say(f"wrote the backup {self.state_path}")
         except OSError as error:
             self.progress.say(f"backup failed, the previous one is kept: {error}")
         self.last_backup_epoch = self.optimizer.local_epoch

@@ -35,7 +35,7 @@ def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
     """The arguments with which another machine joins: those of this peer, less what concerns its own machine."""
     own = {"--initial_peers", "--host_maddrs", "--announce_maddrs", "--identity_path", "--bandwidth", "--client_mode",
            "--output_dir", "--local_path", "--state_path", "--init_checkpoint", "--cache_dir", "--check",
-           "--tensorboard_dir"}  # fmt: skip
+           "--tensorboard_dir", "--restart", "--no_restart"}  # fmt: skip
     kept, skipping = [], False
     for word in argv:
         if word.startswith("--") or word.startswith("@"):

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 
 PREFIX = "leanalbert-"
+SCRATCH = "LEANALBERT_SOCKET_DIRECTORY"  # names that of a program's earlier life, see `supervisor`
+OWN_FILES = {"identity.key", "listening.json"}  # by which a program that is started again stays the same peer
 MAX_SOCKET_PATH = 107  # bytes, for the kernel
 LONGEST_NAME = len(f"/{PREFIX}XXXXXXXX/torch-shm-dir-XXXXXX/manager.sock")
 
@@ -41,20 +43,29 @@ def socket_directory() -> Path:
     Raises OSError, with what to do, if sockets can be made nowhere.
     """
     global _own
+    if _own is None and (inherited := os.environ.pop(SCRATCH, "")):  # its supervisor removes it
+        _use(Path(inherited))
     if _own is None:
         parents = [*dict.fromkeys((tempfile.gettempdir(), "/tmp", "/dev/shm"))]
         # twice: a peer that starts at the same moment may have taken a new one, not locked yet, for an abandoned one
-        _own = next(filter(None, map(_make_directory, parents * 2)), None)
-        if _own is None:
+        made = next(filter(None, map(_make_directory, parents * 2)), None)
+        if made is None:
             raise OSError(f"TMPDIR: no sockets can be made in {', '.join(parents)}; set it to a short path on a disk")
+        _use(made)
         owner = os.getpid()
         atexit.register(lambda: shutil.rmtree(_own, ignore_errors=True) if os.getpid() == owner else None)
-        # multiprocessing.util.get_temp_dir looks here; it removes a directory of its own at an ordinary exit only
-        multiprocessing.process.current_process()._config["tempdir"] = str(_own)
-        # torch's helper for shared memory makes a directory with a socket in TMPDIR, aborts if its path is too long,
-        # and leaves it when it is killed. Python's own temporary files stay where `tempfile` has found room for them.
-        os.environ["TMPDIR"] = str(_own)
     return _own
+
+
+def _use(directory: Path) -> None:
+    global _own
+    _own = directory
+    # multiprocessing.util.get_temp_dir looks here; it removes a directory of its own at an ordinary exit only
+    multiprocessing.process.current_process()._config["tempdir"] = str(_own)
+    # torch's helper for shared memory makes a directory with a socket in TMPDIR, aborts if its path is too long, and
+    # leaves it when it is killed. Python's own temporary files stay where `tempfile` has found room for them.
+    tempfile.gettempdir()
+    os.environ["TMPDIR"] = str(_own)
 
 
 def _make_directory(parent: str) -> Path | None:
@@ -96,7 +107,7 @@ def is_abandoned(directory: str | Path) -> bool:
 
 
 def remove_abandoned(parent: str | Path) -> None:
-    """Remove directories of this user's peers of which no process is left; nothing but sockets is removed."""
+    """Remove directories of this user's peers of which no process is left; files of others in them stay."""
     for directory in Path(parent).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             if directory.lstat().st_uid == os.getuid() and is_abandoned(directory):
@@ -108,6 +119,6 @@ def _remove_sockets(directory: Path) -> None:
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
             _remove_sockets(path)
-        elif stat.S_ISSOCK(mode):
+        elif stat.S_ISSOCK(mode) or (stat.S_ISREG(mode) and path.name in OWN_FILES):
             path.unlink()
     directory.rmdir()  # fails where something else lies: then it is not, or not only, a peer's

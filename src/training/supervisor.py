@@ -4,7 +4,8 @@ hivemind starts processes of its own (a DHT process, averagers, p2pd). They outl
 die too early when a signal goes to the whole process group, as Ctrl+C in a terminal does: the program then waits for
 them until its timeouts. :func:`run_supervised` therefore splits a script in two. The program proper goes on in a
 forked child, in a session of its own, where group signals do not reach it; the first process becomes a small
-interpreter that runs this very file and only watches.
+interpreter that runs this very file and only watches. A program that ends because one of its processes has died,
+with `START_AGAIN`, is started again by the supervisor, with the same command.
 
 Standard library only, so that the watching process takes about 15 MB, whatever the script has imported. Linux only.
 """
@@ -16,6 +17,7 @@ import logging
 import os
 import select
 import signal
+import stat
 import sys
 import threading
 import time
@@ -32,6 +34,14 @@ TORCHRUN_SECONDS = 3.0  # torchrun passes Ctrl+C, which the terminal has sent to
 POLL_SECONDS = 0.02
 CLEANER_SECONDS = 3.0  # torch's ends two seconds after its last user
 GIVE_UP_SECONDS = 10.0  # a process that hangs inside the kernel cannot be killed by anyone
+
+DIED = 75  # exit code of a program of which a process has died: EX_TEMPFAIL of <sysexits.h>, try again
+START_AGAIN = 76  # what the program tells its supervisor instead, if it is to be started again; nobody else sees it
+BACK_OFF_SECONDS = (2.0, 10.0, 30.0, 60.0, 120.0)  # before each new start within an hour; after the last one, DIED
+HOUR = 3600.0
+# What a program that is started again finds in its environment: its supervisor's process id, and the directory of
+# sockets that it goes on using, in which it finds what its earlier life has left there.
+RESTARTED_BY, SCRATCH = "LEANALBERT_RESTARTED_BY", "LEANALBERT_SOCKET_DIRECTORY"
 
 _scratch: Path | None = None  # of the program that this process supervises, or is
 _supervisor_pid: int | None = None
@@ -123,14 +133,14 @@ def _kill_cleaners_that_stay() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def start_deadline(seconds: float) -> None:
+def start_deadline(seconds: float, code: int = 1) -> None:
     """From now on this process has so many seconds to end; after that it and all its descendants are killed."""
 
     def enforce() -> None:
         time.sleep(seconds)
         logger.error("Not finished %g s after the request to stop: ending by force", seconds)
         _end_family()
-        os._exit(1)
+        os._exit(code)
 
     threading.Thread(target=enforce, name="deadline", daemon=True).start()
 
@@ -167,11 +177,19 @@ def _install_in_this_process_only(handler: Callable[[int, object], None]) -> Non
 
 
 def run_supervised(
-    main: Callable[[], int | None], *, grace_seconds: float = 30.0, scratch: Path | None = None
+    main: Callable[[], int | None],
+    *,
+    grace_seconds: float = 30.0,
+    scratch: Path | None = None,
+    back_off: tuple[float, ...] = BACK_OFF_SECONDS,
 ) -> NoReturn:
     """Run ``main`` in a supervised child, then end with its exit code once no descendant is left.
 
     The directory ``scratch``, if there is one, is removed then.
+
+    When ``main`` ends with `START_AGAIN`, the command that started this program is run once more, in ``scratch`` and
+    after a pause from ``back_off``: as often within an hour as that has values. After that, when it was asked to stop,
+    and under torchrun, which has a policy of its own, the exit code is `DIED`.
 
     Call it last in a script, on the main thread. Neither process returns from it: this one executes the supervisor,
     the child ends as an interpreter does, exit handlers included.
@@ -189,8 +207,11 @@ def run_supervised(
     assert threading.current_thread() is threading.main_thread(), "signals are delivered to the main thread"
     _scratch = scratch
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # may be inherited as ignored, children would then vanish unseen
+    restarted_by = os.environ.pop(RESTARTED_BY, None)
     # Blocked signals stay pending through fork and exec, until the supervisor asks for them: none is lost.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD})
+    if restarted_by is not None:  # this process is the child already
+        _run_child(main, int(restarted_by), mask, grace_seconds)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:  # it would leave its processes behind when it is killed
@@ -203,15 +224,24 @@ def run_supervised(
         _run_child(main, supervisor_pid, mask, grace_seconds)
     interpreter = [sys.executable, "-I", "-S"]  # neither site-packages nor the environment: starts in 30 ms
     second_interrupt = TORCHRUN_SECONDS if under_torchrun else SECOND_INTERRUPT_SECONDS
-    arguments = [str(child_pid), str(grace_seconds), str(second_interrupt), str(scratch or "")]
-    # the script's own arguments only to be seen in `ps`
-    os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments, *sys.argv])
+    pauses = "" if under_torchrun else ",".join(map(str, back_off))
+    arguments = [str(child_pid), str(grace_seconds), str(second_interrupt), str(scratch or ""), _usual_tmpdir(), pauses]
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(interpreter[0], [*interpreter, str(Path(__file__).resolve()), *arguments, *command])
+
+
+def _usual_tmpdir() -> str:
+    """TMPDIR of a program that is started again: of this one's, a directory of sockets was made the TMPDIR."""
+    import tempfile  # here, as the supervisor does not need it
+
+    return tempfile.gettempdir()
 
 
 def _run_child(main: Callable[[], int | None], supervisor_pid: int, mask: set[int], grace_seconds: float) -> NoReturn:
     global _supervisor_pid
     _supervisor_pid = supervisor_pid
-    os.setsid()
+    if os.getsid(0) != os.getpid():
+        os.setsid()
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     end_with_parent()
     if os.getppid() != supervisor_pid:  # killed before PDEATHSIG was set
@@ -286,14 +316,13 @@ def _end_at_once(signal_number: int, frame: object) -> None:
 
 def _supervise(child_pid: int, grace_seconds: float, second_interrupt_seconds: float) -> int:
     """Wait for the child to end, forward signals, kill all when its time is up; returns the exit code."""
-    stop_signals = {signal.SIGTERM, signal.SIGINT}
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
-        stop_signals.add(signal.SIGHUP)
+    stop_signals = _stop_signals()
     first_signal, stop_at = None, float("inf")
     while True:
         for pid, status in _reap():
             if pid == child_pid:
-                return _exit_code(status, first_signal)
+                code = _exit_code(status, first_signal)
+                return DIED if code == START_AGAIN and first_signal is not None else code
         now = time.monotonic()
         if now >= stop_at:
             logger.warning("Not finished %g s after the request to stop: killing the program", grace_seconds)
@@ -309,6 +338,13 @@ def _supervise(child_pid: int, grace_seconds: float, second_interrupt_seconds: f
             return 128 + signal.SIGINT
 
 
+def _stop_signals() -> set[int]:
+    stop_signals = {signal.SIGTERM, signal.SIGINT}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        stop_signals.add(signal.SIGHUP)
+    return stop_signals
+
+
 def _exit_code(status: int, first_signal: int | None) -> int:
     code = os.waitstatus_to_exitcode(status)
     ended_by_request = code in (-signal.SIGTERM, 128 + signal.SIGTERM)
@@ -319,13 +355,61 @@ def _exit_code(status: int, first_signal: int | None) -> int:
 
 def _watch_until_nothing_is_left() -> int:
     global _scratch
+    child_pid, grace_seconds, second_interrupt_seconds = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     _scratch = Path(sys.argv[4]) if sys.argv[4] else None
+    back_off = [float(pause) for pause in sys.argv[6].split(",") if pause]
+    starts: list[float] = []  # the moments at which the program was started again within the last hour
     try:
-        return _supervise(int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]))
+        while (code := _supervise(child_pid, grace_seconds, second_interrupt_seconds)) == START_AGAIN:
+            kill_descendants()
+            _kill_cleaners_that_stay()
+            starts = [moment for moment in starts if time.monotonic() - moment < HOUR]
+            if len(starts) >= len(back_off):
+                if back_off:
+                    logger.warning("The program has been started again %d times within an hour: giving up", len(starts))
+                return DIED
+            pause = back_off[len(starts)]
+            logger.warning("Starting again in %g s (%d of %d starts an hour)", pause, len(starts) + 1, len(back_off))
+            if (received := signal.sigtimedwait(_stop_signals(), pause)) is not None:
+                return 128 + received.si_signo
+            starts.append(time.monotonic())
+            child_pid = _start_again(sys.argv[7:], tmpdir=sys.argv[5])
+        return code
     finally:
         kill_descendants()
         _kill_cleaners_that_stay()
         _remove_scratch()
+
+
+def _start_again(command: list[str], *, tmpdir: str) -> int:
+    """Run the program's command as a child of this supervisor; returns its process id."""
+    if _scratch is not None:
+        _remove_sockets_of_the_dead(_scratch)
+    supervisor_pid = os.getpid()
+    environment = {**os.environ, RESTARTED_BY: str(supervisor_pid), SCRATCH: str(_scratch or ""), "TMPDIR": tmpdir}
+    child_pid = os.fork()
+    if child_pid == 0:
+        os.setsid()
+        end_with_parent()
+        if os.getppid() != supervisor_pid:  # killed before PDEATHSIG was set
+            os._exit(1)
+        signal.pthread_sigmask(signal.SIG_SETMASK, set())
+        try:
+            os.execve(command[0], command, environment)
+        finally:
+            os._exit(127)
+    return child_pid
+
+
+def _remove_sockets_of_the_dead(directory: Path) -> None:
+    """What processes had made for themselves; files stay: they are what a new start goes on with."""
+    import shutil
+
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif stat.S_ISSOCK(path.lstat().st_mode):
+            path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import threading
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -81,13 +80,15 @@ class FakeOptimizer:
         self.client_mode, self.refusals, self.waits = False, [], True
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
+        schedule = LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch))
+        schedule._step_count = epoch + 1
         self.state_averager = SimpleNamespace(
             local_epoch=epoch,
             pending_updates=set(),
             optimizer=lamb,
-            scheduler=LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch)),
+            scheduler=schedule,
             lock_optimizer=threading.Lock(),
-            lock_averaged_tensors=nullcontext(),
+            lock_averaged_tensors=multiprocessing.Lock(),
             main_parameters=self.parameters,
             reuse_tensors=True,
             state_sharing_priority=0,

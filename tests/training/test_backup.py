@@ -1,7 +1,12 @@
 """A backup is complete or absent, and brings back all a trainer needs: parameters, statistics, schedule, epoch."""
 
+import multiprocessing
+import os
 import signal
+import threading
+import time
 import zipfile
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,7 +16,14 @@ from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArg
 from src import LeanAlbertForMaskedLM
 from src.models.checkpoint import load_checkpoint
 from src.training import backup
-from src.training.backup import load_initial_weights, read_backup, restore_backup, save_backup, write_atomically
+from src.training.backup import (
+    load_initial_weights,
+    read_backup,
+    restore_backup,
+    save_backup,
+    save_last_backup,
+    write_atomically,
+)
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
@@ -343,3 +355,102 @@ def test_initial_weights_that_are_not_there_are_an_error_of_one_line(tmp_path):
         load_initial_weights(tiny_model(), tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"no model\.safetensors in this directory"):
         load_initial_weights(tiny_model(), tmp_path)
+
+
+# -- the last backup, on a thread of its own --------------------------------------------------------------------------
+
+
+def die_holding(lock) -> None:
+    """As an averager that is killed in a round."""
+
+    def take():
+        lock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=take)
+    process.start()
+    process.join(20)
+
+
+@pytest.mark.parametrize("reuses_tensors", [True, False])
+def test_last_backup_needs_no_lock_that_a_dead_process_holds(tmp_path, reuses_tensors):
+    model, path = tiny_model(), tmp_path / "backup.pth"
+    optimizer = FakeOptimizer(model, epoch=EPOCH)
+    averager = optimizer.state_averager
+    averager.reuse_tensors = reuses_tensors
+    die_holding(averager.lock_averaged_tensors)
+
+    def step():  # as hivemind's, which locks the tensors, too, if they are the averager's own
+        with averager.lock_optimizer, averager.lock_averaged_tensors:
+            pass
+
+    if reuses_tensors:
+        threading.Thread(target=step, daemon=True).start()
+        while not averager.lock_optimizer.locked():
+            time.sleep(0.01)
+    began = time.monotonic()
+    save_last_backup(path, model, optimizer, alone=True)
+    assert time.monotonic() - began < 3 and read_backup(path)["epoch"] == EPOCH
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "locks", [["lock_optimizer"], ["lock_averaged_tensors"], ["lock_optimizer", "lock_averaged_tensors"]]
+)
+def test_last_backup_waits_for_a_thread_that_changes_the_state_but_not_for_ever(tmp_path, monkeypatch, locks, alone):
+    monkeypatch.setattr(backup, "LAST_LOCK_SECONDS", 1.0)
+    model, path, order = tiny_model(), tmp_path / "backup.pth", []
+    optimizer = FakeOptimizer(model, epoch=EPOCH)
+    monkeypatch.setattr(backup, "write_atomically", lambda path, write: order.append("written"))
+    held, release = threading.Event(), threading.Event()
+
+    def change():
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(getattr(optimizer.state_averager, lock))
+            held.set()
+            release.wait(20)
+            order.append("changed")
+
+    threading.Thread(target=change, daemon=True).start()
+    held.wait(20)
+    with pytest.raises(OSError, match="locked for 1 s"):
+        save_last_backup(path, model, optimizer, alone=alone)
+    threading.Timer(0.3, release.set).start()
+    save_last_backup(path, model, optimizer, alone=alone)
+    assert order == ["changed", "written"]
+
+
+def test_no_backup_waits_for_a_lock_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(backup, "LOCK_SECONDS", 0.2)
+    model, path = tiny_model(), tmp_path / "backup.pth"
+    optimizer = FakeOptimizer(model, epoch=EPOCH)
+    save_backup(path, model, optimizer)
+    die_holding(optimizer.state_averager.lock_averaged_tensors)
+    with pytest.raises(TimeoutError):
+        restore_backup(path, model, optimizer)
+    with optimizer.state_averager.lock_optimizer, pytest.raises(TimeoutError):
+        save_backup(path, model, optimizer)
+
+
+@pytest.mark.parametrize("has_stepped", [False, True])
+def test_backup_during_a_delayed_update_is_of_one_epoch(lone_peer, tmp_path, has_stepped):
+    model, optimizer = lone_peer
+    averager, path = optimizer.state_averager, tmp_path / "backup.pth"
+    take_steps(optimizer, 2, seed=6)
+    epoch, of_epoch = averager.local_epoch, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    averager.local_epoch += 1  # hivemind counts at once, steps later, and copies the result to the model at last
+    if has_stepped:
+        for parameter in optimized_parameters(optimizer):
+            parameter.grad = torch.ones_like(parameter)
+        averager.optimizer.step()
+        averager.scheduler.step()
+    save_last_backup(path, model, optimizer, alone=False)
+    state, optimized = read_backup(path), optimized_parameters(optimizer)
+    averager.local_epoch = averager.scheduler._step_count - 1
+    assert state["epoch"] == epoch + has_stepped
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for main, newest in zip(averager.main_parameters, optimized, strict=True):
+        saved = state["model"][names[id(main)]]
+        assert torch.equal(saved, newest)
+        assert torch.equal(saved, of_epoch[names[id(main)]]) != has_stepped

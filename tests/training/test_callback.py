@@ -327,6 +327,56 @@ def test_callback_lets_the_last_update_of_a_run_take_longer_unless_it_is_stopped
     assert calls[:4] == [True] * 4 and calls[4:] == [False] * (len(calls) - 4), "nobody is searched for after the stop"
 
 
+def test_callback_writes_the_last_backup_on_another_thread_while_a_batch_goes_on(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), epoch=4)
+    trainer, callback = make_trainer(tmp_path, optimizer)
+    in_batch, go_on = threading.Event(), threading.Event()
+
+    def take_long(*args):
+        in_batch.set()
+        go_on.wait(60)
+
+    optimizer.model.register_forward_pre_hook(take_long)
+    training = threading.Thread(target=trainer.train)
+    training.start()
+    assert in_batch.wait(60)
+    callback.stop.set()
+    callback.save_last(alone=False)
+    assert read_backup(callback.state_path)["epoch"] == 4
+    assert "wrote the backup" in callback.progress.stream.getvalue()
+    callback._saving.acquire()  # the main thread, just now
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callback_module, "LAST_SAVE_SECONDS", 0.1)
+        callback.save_last(alone=False)
+    assert "no further backup" in callback.progress.stream.getvalue()
+    callback._saving.release()
+    go_on.set()
+    training.join(60)
+
+
+def test_callback_is_waited_for_longer_in_a_round_than_in_a_batch(tmp_path):
+    callback, late_in_round = make_callback(tmp_path), []
+    assert [callback.is_late(seconds) for seconds in (7.0, 9.0, 16.0)] == [False, True, True]
+    step = callback.optimizer.step
+
+    def ask_and_step(batch_size):
+        late_in_round.extend(callback.is_late(seconds) for seconds in (7.0, 9.0, 14.0, 16.0))
+        step(batch_size)
+
+    callback.optimizer.step = ask_and_step
+    local_step(callback)
+    assert late_in_round == [False, False, False, True]
+    assert callback.is_late(9.0)
+    run(callback.on_train_end)
+    assert not callback.is_late(60.0), "its last backup is written"
+
+
+def test_callback_writes_no_last_backup_of_a_state_that_is_not_the_runs_yet(tmp_path):
+    callback = make_trainer(tmp_path, FakeOptimizer(tiny_model()))[1]
+    callback.save_last(alone=True)
+    assert not callback.state_path.exists()
+
+
 # -- the end of a run -------------------------------------------------------------------------------------------------
 
 

@@ -56,9 +56,9 @@ BODY
 
 if __name__ == "__main__":
     scratch = folder / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(exist_ok=True)
     note("scratch/file", 1)
-    run_supervised(main, grace_seconds=GRACE, scratch=scratch)
+    run_supervised(main, grace_seconds=GRACE, scratch=scratch, back_off=BACK_OFF)
 """
 
 FAMILY = "worker", "stubborn", "daemon"
@@ -100,10 +100,11 @@ def wait_until(condition, seconds=8.0):
 class Program:
     """A supervised script and the process ids it notes in a folder."""
 
-    def __init__(self, folder, body, grace_seconds=10.0):
+    def __init__(self, folder, body, grace_seconds=10.0, back_off=(60.0,)):
         self.folder = folder
         self.script = folder / "program.py"
-        self.script.write_text(PROGRAM.replace("BODY", body).replace("GRACE", str(grace_seconds)))
+        text = PROGRAM.replace("BODY", body).replace("GRACE", str(grace_seconds))
+        self.script.write_text(text.replace("BACK_OFF", str(back_off)))
         self.command = [sys.executable, str(self.script), str(folder)]
         # `import src` loads torch and transformers, which takes seconds: import the module from its own folder
         paths = REPOSITORY / "src" / "training", REPOSITORY
@@ -384,3 +385,107 @@ def test_supervisor_stays_small_whatever_the_script_has_loaded(program):
     assert started.run().returncode == 0
     resident_kilobytes = int((started.folder / "status").read_text().split("VmRSS:")[1].split()[0])
     assert resident_kilobytes < 30_000
+
+
+# -- a program that ends with START_AGAIN -----------------------------------------------------------------------------
+
+COUNTS_ITS_LIVES = """
+    life = len(list(folder.glob("life*"))) + 1
+    note(f"life{life}", f"{os.getpid()} {os.getsid(0)} {os.environ['TMPDIR']} {sys.argv[1:]}")
+"""
+DIES = COUNTS_ITS_LIVES + "    start_family()\n    os._exit(76)"
+
+
+def lives(started):
+    return [(started.folder / f"life{n + 1}").read_text() for n in range(len(list(started.folder.glob("life*"))))]
+
+
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_program_that_asks_for_it_is_started_again_as_often_as_allowed(program, under_torchrun):
+    started = program(DIES, back_off=(0.0, 0.1, 0.2))
+    if under_torchrun:  # which has a policy of its own
+        started.environment["TORCHELASTIC_RUN_ID"] = "none"
+    done = started.run()
+    assert done.returncode == 75
+    assert len(lives(started)) == (1 if under_torchrun else 4)
+    if under_torchrun:
+        assert done.stderr == ""
+    else:
+        assert done.stderr.splitlines()[0] == "Starting again in 0 s (1 of 3 starts an hour)"
+        assert done.stderr.splitlines()[-1] == "The program has been started again 3 times within an hour: giving up"
+    started.assert_nothing_left()
+
+
+def test_program_that_is_started_again_is_supervised_as_before_and_finds_its_files_but_no_sockets(program):
+    started = program(
+        COUNTS_ITS_LIVES
+        + """
+    import socket
+    scratch = folder / "scratch"
+    if life == 1:
+        (scratch / "key").write_text("secret")
+        socket.socket(socket.AF_UNIX).bind(str(scratch / "socket"))
+        (scratch / "torch").mkdir()
+        os._exit(76)
+    note("found", sorted(path.name for path in scratch.iterdir()))
+    note("supervised by", os.getppid() == int((folder / "supervisor").read_text()))
+"""
+        + STOPS_CLEANLY,
+        back_off=(0.0,),
+    )
+    started.launch("ready", *FAMILY)
+    first, second = lives(started)
+    assert first.split()[0] != second.split()[0] and second.split()[0] == second.split()[1], "a session of its own"
+    assert first.split()[2:] == second.split()[2:], "the same arguments and TMPDIR"
+    assert (started.folder / "found").read_text() == "['file', 'key']"
+    os.killpg(started.process.pid, signal.SIGINT)
+    assert started.process.wait(8) == 5
+    assert (started.folder / "clean").read_text() == "worker alive"
+    started.assert_nothing_left()
+    assert not (started.folder / "scratch").exists()
+
+
+def test_program_that_was_started_again_cleans_up_after_a_killed_supervisor(program):
+    started = program(COUNTS_ITS_LIVES + "    if life == 1:\n        os._exit(76)\n" + STOPS_CLEANLY, back_off=(0.0,))
+    started.launch("ready", *FAMILY)
+    started.process.kill()
+    started.assert_nothing_left(seconds=4)
+    assert started.noted("clean")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_between_two_starts_ends_the_supervisor_at_once(program, signal_number):
+    started = program(DIES, back_off=(60.0,))
+    started.launch("life1", *FAMILY)
+    wait_until(lambda: ended(started.pid("child")))
+    time.sleep(0.3)
+    started.process.send_signal(signal_number)
+    assert started.process.wait(4) == 128 + signal_number
+    started.assert_nothing_left()
+
+
+def test_program_that_was_asked_to_stop_is_not_started_again(program):
+    started = program(
+        COUNTS_ITS_LIVES + "    install_stop_handler(lambda: os._exit(76), deadline_seconds=20)\n"
+        "    note('ready', 1)\n    sleep_until(lambda: False)", back_off=(0.0,),
+    )  # fmt: skip
+    started.launch("ready")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(4) == 75 and len(lives(started)) == 1
+
+
+@pytest.mark.parametrize("stop", ["kill the supervisor", "interrupt all"])
+def test_program_that_is_just_loading_after_a_new_start_ends_with_its_supervisor(program, stop):
+    started = program(COUNTS_ITS_LIVES + "    os._exit(76)", back_off=(0.0,))
+    loading = (
+        "    if 'LEANALBERT_RESTARTED_BY' in os.environ:\n        note('worker', os.getpid())\n        time.sleep(60)\n"
+    )
+    started.script.write_text(started.script.read_text().replace("    scratch =", loading + "    scratch =", 1))
+    started.launch("worker")
+    if stop == "interrupt all":
+        os.killpg(started.process.pid, signal.SIGINT)
+        assert started.process.wait(4) == 128 + signal.SIGINT
+        started.assert_nothing_left()
+    else:
+        started.process.kill()
+        wait_until(lambda: ended(started.pid("worker")))
