@@ -1,18 +1,17 @@
 """What makes a peer the same one when its supervisor starts it again: its key, and the port that others know.
 
 Who began a run, with a command that names no other peer, is found by the others at its old address, or not at all.
-Both lie in the directory of its sockets, which lives as long as its supervisor.
+``peer``: a script's parsed arguments. Both lie in the directory of its sockets, which lives as long as its supervisor.
 """
 
 import json
 
 import hivemind
 
-from arguments import PeerArguments
 from src.training.sockets import socket_directory
 
 
-def take_up_identity(peer: PeerArguments) -> None:
+def take_up_identity(peer) -> None:
     """Let a peer without ``--identity_path`` have the key, and one with any free port the port, of its earlier life."""
     if peer.identity_path is None:
         peer.identity_path = str(socket_directory() / "identity.key")
@@ -21,7 +20,7 @@ def take_up_identity(peer: PeerArguments) -> None:
         peer.host_maddrs = json.loads(listening.read_text(encoding="utf-8"))
 
 
-def keep_ports(peer: PeerArguments, dht: hivemind.DHT) -> None:
+def keep_ports(peer, dht: hivemind.DHT) -> None:
     """Write down where this peer listens, for its next life."""
     visible = [] if peer.client_mode or peer.announce_maddrs else map(str, dht.get_visible_maddrs())
     ports = {address.split("/")[4] for address in visible if address.split("/")[3] == "tcp"}
