@@ -397,11 +397,14 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             if path in within:
                 self.error(f"{word}: this file of flags names itself")
             try:
-                lines = path.read_text(encoding="utf-8").splitlines()
+                text = path.read_text(encoding="utf-8-sig")  # Windows editors begin it with a byte order mark
             except (OSError, UnicodeDecodeError) as error:
                 reason = getattr(error, "strerror", None) or "not UTF-8 text"
                 self.error(f"{word}: cannot read this file of flags ({reason})")
-            for number, line in enumerate(lines, 1):
+            if "\0" in text:
+                self.error(f"{word}: cannot read this file of flags (it holds NUL bytes, as UTF-16 text does: save it "
+                           "as UTF-8)")  # fmt: skip
+            for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut a path that holds U+2028
                 try:
                     inner = shlex.split(line, comments=True)
                 except ValueError as error:

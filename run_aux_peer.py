@@ -48,8 +48,7 @@ def main() -> int:
     for thread in threads:
         thread.start()
     if isinstance(progress, TerminalView):
-        history = read_history(journal.path)  # an earlier part of the run, if this peer was started anew
-        journal.listeners.append(history.add)
+        history = journal.follow(read_history)  # with an earlier part of the run, if this peer was started anew
         progress.start(history, swarm.optimizer.tracker)
     total_steps = training.total_steps
     watch = Watch(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from src.training.memory import limit_memory
 from src.training.sockets import make_socket_directory
-from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
+from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised, start_deadline
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
 
@@ -95,6 +95,7 @@ def follow(peer, training, *, stop) -> int:
         collaborative=None,
         meter=meter,
         scaler=scaler,
+        stop=stop,
         model=model,
         args=training,
         train_dataset=dataset,
@@ -116,19 +117,39 @@ def follow(peer, training, *, stop) -> int:
 
 
 def train(trainer, progress) -> int:
-    """Train until the end or a stop. Returns an exit code: 1 if another process of this peer was lost."""
+    """Train until the end or a stop. Returns an exit code: 1 if another process was lost, 2 if text cannot be read.
+
+    However it ends, what was learned is in the backup, and the caller can leave the swarm in order.
+    """
+    import signal
+
+    from src.training.hf_trainer import StoppedWaiting
     from src.training.sync import worker_was_lost
+    from tasks.mlm.sources import TextError
 
     try:
         trainer.train()
+        return 0
+    except StoppedWaiting:
+        code = 0
+    except TextError as error:
+        print(f"run_trainer.py: error: {error}", file=sys.stderr)
+        code = 2
     except RuntimeError as error:
-        if not worker_was_lost(error):
+        if not worker_was_lost(error) and "DataLoader worker" not in str(error):
             raise
         if progress is not None:
-            progress.say("another process of this peer has ended: stopping; start the peer again to go on")
-            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # writes the backup
-        return 1
-    return 0
+            what = "another process of this peer" if worker_was_lost(error) else "a process that prepares data"
+            progress.say(f"{what} has ended: stopping; start the peer again to go on")
+        code = 1
+    finally:
+        # torch's handler raises wherever this process is when a data worker dies; from now on they may
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    start_deadline(STOP_SECONDS)
+    trainer.stop.set()
+    if progress is not None:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # writes the backup
+    return code
 
 
 def check(peer, collaboration, training, progress) -> int:
@@ -228,6 +249,7 @@ def build(peer, collaboration, training, *, progress, stop):
         collaborative=swarm.optimizer,
         meter=meter,
         scaler=scaler,
+        stop=stop,
         model=model,
         args=training,
         train_dataset=dataset,

@@ -239,6 +239,23 @@ def test_arguments_file_holds_comments_quotes_and_other_files(tmp_path):
     assert (peer.state_path, peer.cache_dir) == ("a file.pth", "b c")
 
 
+def test_arguments_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "notepad.args"
+    path.write_bytes("\ufeff--run_id r\r\n--cache_dir 'a\u2028\x0cb'\r\n".encode())
+    peer, _, _ = parse([f"@{path}"])
+    assert (peer.run_id, peer.cache_dir) == ("r", "a\u2028\x0cb")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_arguments_file_in_another_encoding_is_refused(tmp_path, capsys, encoding):
+    path = tmp_path / "powershell.args"
+    path.write_bytes("--run_id r\n".encode(encoding))
+    with pytest.raises(SystemExit) as caught:
+        parse([f"@{path}"])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and "powershell.args" in error and "UTF-8" in error and error.count("\n") == 1
+
+
 def test_arguments_on_the_command_line_override_a_file_before_them():
     peer, collaboration, training = parse("@demo/trainer.args --learning_rate 1e-4 --run_id other --dataset_sources x")
     assert (peer.run_id, training.learning_rate, peer.dataset_sources) == ("other", 1e-4, ["x"])

@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import sys
+from contextlib import suppress
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -24,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from .albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
 from .checkpoint import give_usual_mode, load_strictly, read_state_dict
 from .config import LeanAlbertConfig
+from .hub import explain_hub_error
 from .model_card import (
     CURVE_FILE,
     draw_curve,
@@ -90,6 +93,9 @@ def main(argv: list[str] | None = None, *, api: HfApi | None = None) -> int:
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: stopped; {options.out} is as it was, or complete", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -125,7 +131,7 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     state = read_state_dict(path)
     loaded = load_tokenizer(tokenizer or find_tokenizer(path))
     config = read_config(model_config or find_config(path))
-    num_embeddings = len(state.get(WORD_EMBEDDINGS, ()))
+    num_embeddings = next(iter(state[WORD_EMBEDDINGS].shape), 0) if WORD_EMBEDDINGS in state else 0
     if num_embeddings == len(loaded):  # the published model was resized to its tokenizer before it was trained
         config.vocab_size = num_embeddings
     if len(loaded) > config.vocab_size:
@@ -134,6 +140,8 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
             "do not belong together (--tokenizer, --model-config)"
         )
     has_order_head = any(name.startswith("sop_classifier.") for name in state)
+    if not has_order_head:  # nothing else uses the pooler
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("albert.pooler.")}
     model = (LeanAlbertForPreTraining if has_order_head else LeanAlbertForMaskedLM)(config)
     load_strictly(model, state, source=path)
     return model.eval(), loaded
@@ -163,8 +171,8 @@ def read_config(path: Path) -> LeanAlbertConfig:
     if not path.is_file():
         raise ValueError(f"--model-config {path}: no such file")
     try:
-        return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
+        return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
 
 
@@ -175,6 +183,7 @@ def code_files() -> list[Path]:
 
 def check_target(out: Path, checkpoint: str) -> None:
     """Raises ValueError unless `out` is new, empty or an earlier export, recognised by its files and its auto_map."""
+    put_back(out)
     if out.resolve() == Path(checkpoint).expanduser().resolve():
         raise ValueError(f"{out} is the checkpoint itself; name another directory to make")
     if out.is_file():
@@ -194,7 +203,7 @@ def check_target(out: Path, checkpoint: str) -> None:
 
 
 def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
-    """Write aside, then swap: at any moment `out` is as it was or complete."""
+    """Write aside, then swap: however this ends, `out` is as it was or complete, or `put_back` makes it so."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
     try:
@@ -215,8 +224,17 @@ def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
         aside.rename(out)
         flush_to_disk(out.parent)
     finally:
+        if old.exists() and not out.exists():  # interrupted between the two
+            old.rename(out)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(out: Path) -> None:
+    """Undo what an export did that was killed between taking the old directory away and putting the new one there."""
+    for old in sorted(out.parent.glob(f".{escape(out.name)}.*.old")):
+        if not out.exists():
+            old.rename(out)
 
 
 def flush_to_disk(path: Path) -> None:
@@ -248,18 +266,29 @@ def push(directory: Path, repo_id: str, api, *, dry_run: bool) -> None:
     for path in files:
         print(f"  {format_size(path.stat().st_size):>9}  {path.name}")
     if dry_run:
+        with suppress(Exception):  # a repository that does not exist yet, no network: a try needs neither
+            say_what_stays(api.list_repo_files(repo_id), files, repo_id)
         print("nothing was sent; the same command without --dry-run sends it")
         return
     try:
         api.create_repo(repo_id, exist_ok=True)
+        say_what_stays(api.list_repo_files(repo_id), files, repo_id)
         api.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message="Export of LeanALBERT")
     except Exception as error:  # whatever the network or the hub does: the directory is here and complete
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason, advice = explain_hub_error(error)
         raise ValueError(
-            f"--push {repo_id}: the upload failed ({reason}); {directory} is complete: log in with `hf auth login` or "
-            f"set HF_TOKEN, and run the command again"
+            f"--push {repo_id}: the upload failed ({reason}); {directory} is complete: {advice}, and run the command "
+            "again"
         ) from error
     print(f"https://huggingface.co/{repo_id}")
+
+
+def say_what_stays(there: list[str], sent: list[Path], repo_id: str) -> None:
+    """An upload adds and replaces, it removes nothing: old weights or another tokenizer would stay beside the new."""
+    others = sorted(set(there) - {path.name for path in sent} - {".gitattributes"})
+    if others:
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"{repo_id} holds other files, which stay there: {', '.join(others[:5])}{more}")
 
 
 def format_size(num_bytes: int) -> str:

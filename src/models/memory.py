@@ -147,7 +147,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--all-logits", action="store_true", help="logits at all positions (the trainer: masked ones)")
     arguments = parser.parse_args(argv)
     try:
-        config = LeanAlbertConfig.from_dict(json.loads(Path(arguments.config).read_text(encoding="utf-8")))
+        config = LeanAlbertConfig.from_dict(json.loads(Path(arguments.config).read_text(encoding="utf-8-sig")))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError, AttributeError) as error:
         parser.exit(2, f"python -m src.models.memory: error: {arguments.config}: {error}\n")
     config.sparse_prediction = not arguments.all_logits

@@ -11,6 +11,9 @@ from pathlib import Path
 
 NUM_CURVE_ROWS = 12
 CURVE_FILE = "learning_curve.svg"
+LARGEST_NUMBER = 1e6  # of epochs and losses
+NUM_CURVE_LINES = 12
+HELD_OUT_SCORES = {"loss": "loss of masked tokens, nats", "accuracy": "accuracy", "order_accuracy": "order accuracy"}
 GROUP_SEPARATOR = "/"  # in names of scores of a part of the records: "mcc/logic/Negation"
 LOADING = """```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
@@ -38,7 +41,7 @@ def read_records(path) -> list[dict]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: not a line of JSON; pass metrics.jsonl or runs.jsonl") from error
@@ -48,13 +51,19 @@ def read_records(path) -> list[dict]:
     return records
 
 
+def _number(record: Mapping, name: str) -> float | None:
+    """A record's value if it is a number that a run can have; a stranger's file may hold anything."""
+    value = record.get(name)
+    return value if isinstance(value, (int, float)) and abs(value) <= LARGEST_NUMBER else None
+
+
 def learning_curve(records: Sequence[Mapping]) -> list[tuple[int, float]]:
     """(epoch, loss of masked words): the whole swarm's where an auxiliary peer recorded it, else one trainer's."""
     for event in ("swarm_epoch", "epoch"):
         points = {
-            record["epoch"]: record["mlm_loss"]
+            int(_number(record, "epoch")): _number(record, "mlm_loss")
             for record in records
-            if record.get("event") == event and record.get("mlm_loss") is not None
+            if record.get("event") == event and None not in (_number(record, "epoch"), _number(record, "mlm_loss"))
         }
         if points:
             return sorted(points.items())
@@ -63,7 +72,10 @@ def learning_curve(records: Sequence[Mapping]) -> list[tuple[int, float]]:
 
 def held_out_curve(records: Sequence[Mapping]) -> list[Mapping]:
     """The auxiliary peer's scores on held-out text, by epoch."""
-    scores = {record["epoch"]: record for record in records if record.get("event") == "held_out"}
+    scores = {}
+    for record in records:
+        if record.get("event") == "held_out" and (epoch := _number(record, "epoch")) is not None:
+            scores[int(epoch)] = {name: _number(record, name) for name in HELD_OUT_SCORES} | {"epoch": int(epoch)}
     return [scores[epoch] for epoch in sorted(scores)]
 
 
@@ -101,9 +113,14 @@ def _training_sections(metrics: Sequence[Mapping], data: str | None) -> list[str
     sections = []
     started = [record for record in metrics if record.get("event") == "start"]
     arguments = {
-        name: value for record in started for name, value in record.get("arguments", {}).items() if value is not None
+        str(name): value
+        for record in started
+        if isinstance(record.get("arguments"), dict)
+        for name, value in record["arguments"].items()
+        if value is not None
     }
-    sources = arguments.pop("dataset_sources", None)
+    sources = arguments.pop("dataset_sources", None) or []
+    sources = sources if isinstance(sources, list) else [sources]
     described = [data] if data else []
     described += [f"Sources: {', '.join(f'`{_short(source)}`' for source in sources)}."] if sources else []
     if described:
@@ -118,8 +135,7 @@ def _training_sections(metrics: Sequence[Mapping], data: str | None) -> list[str
         sections.append(f"## Learning curve\n\n{picture}\n\n" + table(("epoch", "loss of masked words, nats"), rows))
     if held_out:
         last = held_out[-1]
-        names = {"loss": "loss of masked tokens, nats", "accuracy": "accuracy", "order_accuracy": "order accuracy"}
-        rows = [(text, f"{last[key]:.3f}") for key, text in names.items() if last.get(key) is not None]
+        rows = [(text, f"{last[key]:.3f}") for key, text in HELD_OUT_SCORES.items() if last[key] is not None]
         sections.append(f"## Held-out text\n\nAfter epoch {last['epoch']}:\n\n" + table(("score", "value"), rows))
     return sections
 
@@ -131,7 +147,7 @@ def _benchmark_section(ledger: Sequence[Mapping]) -> list[str]:
     for task, key in newest.items():
         seeds = {row["seed"]: row["dev"] for row in ledger if (row["task"], row["key"]) == (task, key)}
         metrics = [metric for metric in next(iter(seeds.values())) if GROUP_SEPARATOR not in metric]
-        scores = [f"{metric} {_mean([dev[metric] for dev in seeds.values()])}" for metric in metrics]
+        scores = [f"{name} {_mean([dev[name] for dev in seeds.values() if name in dev])}" for name in metrics]
         rows.append((task, ", ".join(scores), str(len(seeds))))
     if not rows:
         return []
@@ -145,8 +161,14 @@ def rows_of_model(ledger: Sequence[Mapping], path: Path, model: str | None) -> l
     Raises ValueError, naming the models there are, if there is none: the scores of another model would be a lie.
     """
     for row in ledger:
-        if not {"task", "model", "source", "key", "seed", "dev"} <= row.keys():
-            raise ValueError("--ledger: not a ledger of fine-tuning runs (runs.jsonl): a line lacks task, model or dev")
+        texts = [row.get(name) for name in ("task", "model", "source", "key")]
+        scores = row.get("dev").values() if isinstance(row.get("dev"), dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(row.get("seed"), int):
+            raise ValueError(
+                "--ledger: not a ledger of fine-tuning runs (runs.jsonl): a line lacks task, model or seed"
+            )
+        if not all(isinstance(score, (int, float)) and abs(score) <= LARGEST_NUMBER for score in scores):
+            raise ValueError("--ledger: not a ledger of fine-tuning runs (runs.jsonl): a line lacks dev scores")
     if model is not None:
         rows = [row for row in ledger if model in (row["model"], row["source"])]
     else:
@@ -175,7 +197,7 @@ def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) 
     """An SVG picture of the loss of masked words by epoch, with the held-out loss where there is one."""
     points = [(record["epoch"], record["loss"]) for record in held_out if record.get("loss") is not None]
     epochs, losses = zip(*curve, *points, strict=True)
-    low, high, last = math.floor(min(losses)), math.ceil(max(losses)), max(epochs)
+    low, high, last = math.floor(min(losses)), math.ceil(max(losses)), max(1, *epochs)
 
     def place(epoch, loss):
         return f"{60 + 560 * epoch / last:.1f},{30 + 260 * (high - loss) / max(1, high - low):.1f}"
@@ -184,7 +206,7 @@ def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) 
         return f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(series)}"/>'
 
     shapes = ['<rect width="640" height="340" fill="white"/>']
-    for loss in range(low, high + 1):
+    for loss in range(low, high + 1, max(1, (high - low) // NUM_CURVE_LINES)):
         (x, y), (end, _) = place(0, loss).split(","), place(last, loss).split(",")
         shapes.append(f'<path d="M{x} {y}H{end}" stroke="#ddd"/><text x="50" y="{y}" text-anchor="end">{loss}</text>')
     shapes += [f'<text x="60" y="310">0</text><text x="620" y="310" text-anchor="end">{last}</text>',
@@ -210,4 +232,5 @@ def _short(source: str) -> str:
 
 def _text(value) -> str:
     values = value if isinstance(value, list) else [value]
-    return " ".join(_short(each) if isinstance(each, str) else str(each) for each in values)
+    text = " ".join(_short(each) if isinstance(each, str) else str(each) for each in values)
+    return " ".join(text.split())  # a line break would end the table

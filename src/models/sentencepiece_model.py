@@ -36,6 +36,28 @@ def piece_scores(model) -> list[tuple[str, float]]:
     return [(piece.piece, fixed.get(piece.type, piece.score)) for piece in model.pieces]
 
 
+def keep_user_symbols(model, normalizer: normalizers.Normalizer) -> normalizers.Normalizer:
+    """Leave user-defined symbols as they are, which sentencepiece never normalises (№ would become No).
+
+    During the normalisation a private character stands for each. Added tokens, which the library takes out of a text
+    before it normalises the rest, would not do: each piece of the rest would get a ▁ and lose its outer blanks.
+    """
+    taken = {character for piece in model.pieces for character in piece.piece}
+    stand_ins = (chr(code) for code in range(0x10F000, 0x10FFFE) if chr(code) not in taken)
+    symbols = [piece.piece.replace("▁", " ") for piece in model.pieces if piece.type == USER_DEFINED]
+    # the longest that matches counts; of the thousands some models have, only those that would be changed
+    changed = sorted((text for text in symbols if is_changed(normalizer, text)), key=len, reverse=True)
+    pairs = list(zip(changed, stand_ins, strict=False))
+    hide = [normalizers.Replace(symbol, stand_in) for symbol, stand_in in pairs]
+    show = [normalizers.Replace(stand_in, symbol.replace(" ", "▁")) for symbol, stand_in in pairs]
+    return normalizers.Sequence([*hide, normalizer, *show]) if pairs else normalizer
+
+
+def is_changed(normalizer: normalizers.Normalizer, symbol: str) -> bool:
+    """Between two letters: blanks at the ends of a text are another matter."""
+    return normalizer.normalize_str(f"x{symbol}x").lstrip("▁") != f"x{symbol}x".replace(" ", "▁")
+
+
 def build_normalizer(model, *, lower_case: bool, strip_accents: bool) -> normalizers.Normalizer:
     """The normalisation stored in the model, then blanks removed and written as ▁ the way sentencepiece does it."""
     spec = model.normalizer_spec
@@ -55,7 +77,7 @@ def build_normalizer(model, *, lower_case: bool, strip_accents: bool) -> normali
     if spec.add_dummy_prefix:
         # Not Metaspace's own prefix: it leaves out the ▁ before a text that begins with one, sentencepiece does not.
         steps.append(normalizers.Prepend("▁"))
-    return normalizers.Sequence(steps)
+    return keep_user_symbols(model, normalizers.Sequence(steps))
 
 
 def convert_sentencepiece(path: Path, *, lower_case: bool = False, strip_accents: bool = False) -> Tokenizer:
@@ -67,7 +89,7 @@ def convert_sentencepiece(path: Path, *, lower_case: bool = False, strip_accents
 
     Rare differences remain. sentencepiece adds scores in single precision along the whole text, so of two segmentations
     that are equally good to six digits it may take the other one. The Rust library drops an accent on a character that
-    the normalisation rewrites (² with a breve). A user-defined symbol is normalised like any other text.
+    the normalisation rewrites (² with a breve).
     """
     model = read_model(path)
     pieces = piece_scores(model)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .hub import explain_hub_error
 from .sentencepiece_model import convert_sentencepiece
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); copy or download the file again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} should hold a JSON object, found {type(content).__name__}")
@@ -86,10 +87,10 @@ def download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*names, *(f"{SUBFOLDER}/{name}" for name in names)]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason, advice = explain_hub_error(error)
         raise ValueError(
             f"no tokenizer {hub_id!r}: there is no such directory, and it could not be fetched from the Hugging Face "
-            f"hub ({type(error).__name__}: {reason}); {WHAT_TO_PASS}"
+            f"hub ({type(error).__name__}: {reason}); {advice}, or {WHAT_TO_PASS}"
         ) from error
 
 
@@ -120,7 +121,7 @@ def read_pipeline(directory: Path, settings: dict) -> Tokenizer:
     path = directory / PIPELINE_FILE
     if path.is_file():
         try:
-            return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            return Tokenizer.from_str(path.read_text(encoding="utf-8-sig"))
         except Exception as error:  # the Rust library raises bare Exception
             raise ValueError(f"{path} does not describe a tokenizer ({error}); copy or download it again") from error
     path = directory / SENTENCEPIECE_FILE

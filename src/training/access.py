@@ -10,11 +10,14 @@ issued.jsonl and, after the first revocation, revoked.txt.
 """
 
 import argparse
+import base64
 import json
+import os
 import sys
 import time
 from pathlib import Path
 
+from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from src.training.auth import (
@@ -29,15 +32,21 @@ from src.training.auth import (
 )
 
 DAY = 86_400.0
+MIN_DAYS, MAX_DAYS = 0.001, 36_500
+END_OF_TIME = 253_402_000_000.0  # the end of the year 9999, the last that has a date
+MAX_NAME_LENGTH = 100
 
 
 class Office:
     """The organiser's directory of one run."""
 
     def __init__(self, directory: Path, run_id: str):
+        if not run_id or not all(character.isalnum() or character in "-_" for character in run_id):
+            raise ValueError(f"the run's name {run_id!r} may hold letters, digits, - and _ only, as --run_id")
         self.run_id, self.directory = run_id, directory / run_id
         self.key_file, self.ledger = self.directory / "organiser.key", self.directory / "issued.jsonl"
         self.revocations_file = self.directory / REVOCATIONS_FILE
+        self.damaged_lines: set[int] = set()
 
     def key(self) -> RSAPrivateKey:
         if not self.key_file.exists():
@@ -45,22 +54,42 @@ class Office:
         return load_key(self.key_file)
 
     def issued(self) -> list[dict]:
-        lines = self.ledger.read_text(encoding="utf-8").splitlines() if self.ledger.exists() else []
-        return [json.loads(line) for line in lines]
+        """The ledger's records. Lines that a crash or an editor has damaged are left out, with a notice each."""
+        if not self.ledger.exists():
+            return []
+        records = []
+        for number, line in enumerate(self.ledger.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+            record = read_record(line)
+            if record is not None:
+                records.append(record)
+            elif line.strip() and number not in self.damaged_lines:
+                self.damaged_lines.add(number)
+                notice = "is damaged and left out; a token that it told of can still be revoked by the name of its file"
+                print(f"access: {self.ledger}:{number} {notice}", file=sys.stderr)
+        return records
 
     def revoked(self) -> tuple[int, set[str]]:
         """Serial number and fingerprints of the newest list."""
         if not self.revocations_file.exists():
             return 0, set()
-        _, _, serial, fingerprints = json.loads(self.revocations_file.read_bytes().partition(b"\n")[2])
-        return serial, set(fingerprints)
+        try:
+            _, _, serial, fingerprints = json.loads(self.revocations_file.read_bytes().partition(b"\n")[2])
+            return int(serial), set(map(str, fingerprints))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.revocations_file} is damaged: take a copy from beside a member's token, or the members will "
+                "not believe the next list"
+            ) from error
 
     def issue(self, name: str, public_key: bytes | None, days: float) -> Path:
         """Write NAME.token, and NAME.key as well if there is no public key; returns the token's path."""
         if not name or not all(character.isalnum() or character in "-_." for character in name):
             raise ValueError(f"the name {name!r} may hold letters, digits, -, _ and . only: it names a file")
-        if not days > 0:
-            raise ValueError(f"--days {days:g} must be positive")
+        if name == "organiser" or len(name) > MAX_NAME_LENGTH:
+            reason = "is that of the organiser's own key" if name == "organiser" else "is too long for a file"
+            raise ValueError(f"the name {name[:MAX_NAME_LENGTH]!r} {reason}; choose another one")
+        if not MIN_DAYS <= days <= MAX_DAYS:
+            raise ValueError(f"--days {days:g} must be a number from {MIN_DAYS:g} (a minute and a half) to {MAX_DAYS}")
         organiser = self.key()
         if public_key is None:
             key_file = self.directory / f"{name}.key"
@@ -68,25 +97,44 @@ class Office:
         expires = time.time() + days * DAY
         token = sign_token(organiser, run_id=self.run_id, name=name, public_key=public_key, expires=expires)
         record = {"name": name, "fingerprint": fingerprint(public_key), "issued": time.time(), "expires": expires}
-        with self.ledger.open("a", encoding="utf-8") as ledger:
-            ledger.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._enter(record)
         path = self.directory / f"{name}.token"
         write_token_file(path, token, organiser.get_public_key())
         return path
 
+    def _enter(self, record: dict) -> None:
+        """Add a line to the ledger, on disk before there is a token; one that a crash has cut off is ended first."""
+        with self.ledger.open("a+b") as ledger:
+            ledger.seek(0)
+            is_whole = ledger.read()[-1:] in (b"", b"\n")
+            ledger.write((b"" if is_whole else b"\n") + json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            ledger.flush()
+            os.fsync(ledger.fileno())
+
     def revoke(self, names: list[str]) -> int:
         """Shut out all keys that were issued to these names; returns how many are shut out in all."""
-        known = {record["name"] for record in self.issued()}
+        issued = self.issued()
+        issued += [record for name in names if (record := self._read_token(name)) is not None]
+        known = {record["name"] for record in issued}
         unknown = sorted(set(names) - known)
         if unknown:
             raise ValueError(f"no token was issued to {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
         serial, fingerprints = self.revoked()
-        fingerprints |= {record["fingerprint"] for record in self.issued() if record["name"] in names}
+        fingerprints |= {record["fingerprint"] for record in issued if record["name"] in names}
         signed = sign_revocations(self.key(), run_id=self.run_id, serial=serial + 1, fingerprints=sorted(fingerprints))
         aside = self.revocations_file.with_suffix(".part")
         aside.write_bytes(signed)
         aside.replace(self.revocations_file)
         return len(fingerprints)
+
+    def _read_token(self, name: str) -> dict | None:
+        """What NAME.token says, which is still there when the ledger's line has been damaged."""
+        try:
+            content = json.loads((self.directory / f"{name}.token").read_text(encoding="utf-8"))
+            token = AccessToken.FromString(base64.b64decode(content["token"]))
+        except Exception:  # not there, or damaged itself, in one of a dozen ways
+            return None
+        return {"name": name, "fingerprint": fingerprint(token.public_key)}
 
     def table(self) -> list[str]:
         """One line a token, the newest of each name."""
@@ -96,9 +144,20 @@ class Office:
         for name, record in sorted(newest.items()):
             state = "valid" if record["expires"] > time.time() else "expired"
             state = "revoked" if record["fingerprint"] in revoked else state
-            until = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["expires"]))
+            until = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(record["expires"], END_OF_TIME)))
             lines.append(f"{name:<20} {state:<8} {until:<17} {record['fingerprint'][:16]}")
         return lines
+
+
+def read_record(line: str) -> dict | None:
+    """A line of the ledger with all that it must have, else None."""
+    try:
+        record = json.loads(line)
+        known = {"name": record["name"], "fingerprint": record["fingerprint"], "expires": float(record["expires"])}
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
+    is_text = isinstance(known["name"], str) and isinstance(known["fingerprint"], str)
+    return known if is_text and known["expires"] > 0 else None
 
 
 def read_public_key(text: str) -> bytes:
@@ -107,7 +166,7 @@ def read_public_key(text: str) -> bytes:
         path = Path(text)
         if not path.is_file():
             raise ValueError(f"{text!r} is neither a public key (ssh-rsa AAAA...) nor a file with one")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     try:
         return RSAPublicKey.from_bytes(" ".join(text.split()[:2]).encode()).to_bytes()
     except Exception as error:

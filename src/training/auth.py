@@ -6,7 +6,6 @@ transport proves that a caller holds the key its peer id derives from, so a toke
 
 import asyncio
 import base64
-import fcntl
 import hashlib
 import json
 import logging
@@ -19,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import hivemind
-from cryptography.hazmat.primitives import serialization
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.proto import crypto_pb2
@@ -29,6 +27,8 @@ from hivemind.utils.auth import TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from arguments import PeerArguments
+from src.training.journal import try_lock
+from src.training.records import MAX_REMEMBERED, peer_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ EXPIRED, REVOKED = "has expired", "was revoked"
 REVOCATIONS_FILE = "revoked.txt"  # looked for beside the token
 PUBLISH_SECONDS, EXPIRE_SECONDS = 20.0, 90.0  # a member's record in the DHT: how often renewed, how long valid
 LOOK_UP_SECONDS, REFRESH_SECONDS = 1.0, 10.0  # look for an unknown caller at most this often; for news at least
+PATIENCE_SECONDS = 2.0  # for which a known member waits for news
 
 
 # -- keys -------------------------------------------------------------------------------------------------------------
@@ -46,8 +47,15 @@ def create_key(path: Path) -> RSAPrivateKey:
     if path.exists():
         raise ValueError(f"{path} exists; a key is never overwritten")
     path.parent.mkdir(parents=True, exist_ok=True)
-    P2P.generate_identity(str(path))
-    return load_key(path)
+    write_key(path, key := RSAPrivateKey())
+    return key
+
+
+def write_key(path: Path, key: RSAPrivateKey) -> None:
+    """A file that nobody else may read, not even while it is written; as `P2P.generate_identity` makes it."""
+    content = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes()).SerializeToString()
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+        file.write(content)
 
 
 def load_key(path: Path) -> RSAPrivateKey:
@@ -65,15 +73,6 @@ def load_key(path: Path) -> RSAPrivateKey:
 
 def public_key_of(key: RSAPrivateKey) -> bytes:
     return key.get_public_key().to_bytes()
-
-
-def peer_id_of(public_key: bytes) -> PeerID:
-    """The libp2p peer id of whoever holds the private key (https://github.com/libp2p/specs, peer-ids)."""
-    der = serialization.load_ssh_public_key(public_key).public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
-    return PeerID(b"\x12\x20" + hashlib.sha256(message).digest())  # the code of SHA-256, and its 32 bytes
 
 
 def fingerprint(public_key: bytes) -> str:
@@ -153,7 +152,7 @@ class Membership:
 
     def _read_token(self) -> tuple[AccessToken, RSAPublicKey]:
         try:
-            content = json.loads(self.token_file.read_text(encoding="utf-8"))
+            content = json.loads(self.token_file.read_text(encoding="utf-8-sig"))
             token = AccessToken.FromString(base64.b64decode(content["token"]))
             organiser = RSAPublicKey.from_bytes(content["organiser"].encode())
         except OSError as error:
@@ -269,22 +268,39 @@ class MemberGate:
     ):
         self.membership, self.look_up, self.on_refusal = membership, look_up, on_refusal
         self.tokens: dict[PeerID, AccessToken] = {}
-        self.looked_at, self.lock = -float("inf"), asyncio.Lock()
+        self.looked_at, self._looking = -float("inf"), asyncio.Lock()
+        self._next_look: asyncio.Task | None = None
         self._refused: set[tuple[PeerID, str]] = set()
 
     async def objection(self, peer: PeerID) -> str:
-        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second."""
-        async with self.lock:
-            if peer not in self.tokens:  # perhaps it has just joined: wait until one may look again
-                await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
-            if peer not in self.tokens or time.monotonic() - self.looked_at > REFRESH_SECONDS:
-                await self._look_up()
+        """Why a peer is no member; empty if it is one. Looks into the DHT at most once a second.
+
+        Strangers wait for one look together, however many they are, and a known member for none of them.
+        """
+        if peer not in self.tokens:  # perhaps it has just joined
+            await asyncio.shield(self._look_soon())
+        elif time.monotonic() - self.looked_at > REFRESH_SECONDS:
+            await asyncio.wait([self._look_soon()], timeout=PATIENCE_SECONDS)
         token = self.tokens.get(peer)
         objection = "has shown no valid token" if token is None else self.membership.objection(token)
         if objection and (peer, objection) not in self._refused:
+            if len(self._refused) >= MAX_REMEMBERED:
+                self._refused.pop()
             self._refused.add((peer, objection))
             self.on_refusal(peer, objection if token is None else f"its token {objection}")
         return objection
+
+    def _look_soon(self) -> asyncio.Task:
+        """The look that begins next, when one may look again: the same for all who ask before it begins."""
+        if self._next_look is None:
+            self._next_look = asyncio.create_task(self._look_when_allowed())
+        return self._next_look
+
+    async def _look_when_allowed(self) -> None:
+        async with self._looking:
+            await asyncio.sleep(self.looked_at + LOOK_UP_SECONDS - time.monotonic())
+            self._next_look = None  # who asks from now on may have joined since
+            await self._look_up()
 
     async def _look_up(self) -> None:
         self.looked_at = time.monotonic()
@@ -389,28 +405,41 @@ class Identity:
     lock: int | None = field(default=None, repr=False)
 
 
-def load_identity(peer: PeerArguments) -> Identity:
-    """Read, or make, the key at ``identity_path`` and read the token; no file: a key for this process.
+def read_identity(peer: PeerArguments) -> Identity:
+    """The key at ``identity_path``, which is made if it is absent; no path: a key for this process.
 
-    Raises ValueError with one line: no key, no token, or a running process that has the same identity.
+    Raises ValueError with one line if there is something else.
     """
     if peer.identity_path is None:
         return Identity(RSAPrivateKey.process_wide())
     path = Path(peer.identity_path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"--identity_path: {path} is a directory; name a file in it, it is made if absent")
     if not path.exists():
-        if peer.token_file is not None:
-            raise ValueError(f"--identity_path {path} does not exist; it must be the key that the token was issued for")
         create_key(path)
     try:
-        key, lock = load_key(path), os.open(path, os.O_RDONLY)
+        return Identity(load_key(path))
     except (ValueError, OSError) as error:
         raise ValueError(f"--identity_path: {getattr(error, 'strerror', None) or error} ({path})") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
+
+
+def load_identity(peer: PeerArguments) -> Identity:
+    """As `read_identity`, but also reads the token, and keeps the key from other processes.
+
+    Raises ValueError with one line: no key, no token, or a running process that has the same identity.
+    """
+    if peer.identity_path is None:
+        return read_identity(peer)
+    path = Path(peer.identity_path).expanduser()
+    if peer.token_file is not None and not path.exists():
+        raise ValueError(f"--identity_path {path} does not exist; it must be the key that the token was issued for")
+    identity = read_identity(peer)
+    identity.lock = os.open(path, os.O_RDONLY)
+    if not try_lock(identity.lock, path):
+        os.close(identity.lock)
         raise ValueError(
             f"--identity_path {path}: a running peer on this machine has this identity; each needs its own"
-        ) from error
-    membership = None if peer.token_file is None else Membership(Path(peer.token_file).expanduser(), key, peer.run_id)
-    return Identity(key, membership, lock)
+        )
+    if peer.token_file is not None:
+        identity.membership = Membership(Path(peer.token_file).expanduser(), identity.private_key, peer.run_id)
+    return identity

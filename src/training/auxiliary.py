@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from src.models.checkpoint import give_usual_mode
+from src.models.hub import explain_hub_error
 from src.training.console import Progress
 from src.training.dht import store_checkpoint_epoch
 from src.training.journal import Journal
@@ -291,7 +292,7 @@ class Uploader(threading.Thread):
             self.progress.say(f"uploaded epoch {epoch} to {self.repo_id}")
             return True
         except Exception as error:  # whatever the network does, the peer goes on
-            reason = (str(error).splitlines() or [repr(error)])[0]
+            reason, _ = explain_hub_error(error)
             then = f"epoch {epoch} is in {self.store.path} only" if self.stop.is_set() else "will try again"
             self.progress.say(f"upload to {self.repo_id} failed, {then}: {reason}")
             return False

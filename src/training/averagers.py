@@ -65,6 +65,12 @@ class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
     def local_epoch() -> int:
         return 0
 
+    def accumulate_grads_(self, batch_size: int) -> None:
+        """As hivemind's, which divides by the number of local steps, as if all had as many samples as the first."""
+        super().accumulate_grads_(batch_size)
+        if not self.reuse_grad_buffers:
+            self.local_times_accumulated += batch_size / self._anchor_batch_size - 1
+
     def schedule_step(self, scheduled_time: DHTExpiration | None = None, **kwargs) -> StepControl:
         """As hivemind's, with this peer's epoch for the others of the group."""
         return super().schedule_step(scheduled_time, gather=self.local_epoch(), **kwargs)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from src.models.checkpoint import fingerprint, load_strictly, read_state_dict
+from src.models.checkpoint import fingerprint, load_strictly, read_pytorch, read_state_dict
 from src.training.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
@@ -59,17 +59,13 @@ def load_initial_weights(model: torch.nn.Module, path: Path) -> str:
         load_strictly(model, state_dict, source=f"{where}: this checkpoint")
     except ValueError as error:
         raise ValueError(f"{error}{_hint(model, state_dict)}") from error
-    broken = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
-    if broken:
-        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        raise ValueError(f"{where}: values of {broken[0]}{more} are not finite; take a checkpoint from before that")
     return fingerprint(model)
 
 
 def _hint(model: torch.nn.Module, state_dict: dict) -> str:
     """What to do about a checkpoint that does not fit in one of two usual ways."""
     rows, own_rows = (
-        len(weights[WORD_EMBEDDINGS]) if WORD_EMBEDDINGS in weights else None
+        next(iter(weights[WORD_EMBEDDINGS].shape), None) if WORD_EMBEDDINGS in weights else None
         for weights in (state_dict, model.state_dict())
     )
     if rows is not None and rows != own_rows:
@@ -159,21 +155,45 @@ def read_backup(path: Path) -> dict:
     """The content of a backup. Raises ValueError if the file is truncated or something else."""
     if path.is_dir():
         raise ValueError(f"--state_path: {path} is a directory; name the backup's file")
-    with path.open("rb") as file:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # bytes that are no pickle fail in a dozen ways, OSError and IndexError included
-            message = f"--state_path: {path} is truncated or not a backup; move it away to start without it"
-            raise ValueError(message) from error  # torch's own words would advise to load it unsafely
+    try:
+        state = read_pytorch(path)
+    except ValueError as error:
+        message = f"--state_path: {path} is truncated or not a backup; move it away to start without it ({error})"
+        raise ValueError(message) from error
     missing = {"model", "optimizer", "scheduler", "epoch"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"--state_path: {path} is not a trainer's backup: it lacks {', '.join(sorted(missing))}")
     return state
 
 
+# Of an optimizer's options, those that have a flag, and the rate that the schedule gives at an epoch.
+FLAGS = {"initial_lr": "--learning_rate", "betas": "--adam_beta1 and --adam_beta2", "eps": "--adam_epsilon",
+         "weight_decay": "--weight_decay", "lr": "the learning rate of its epoch"}  # fmt: skip
+
+
+def _keep_options(optimizer, scheduler, own: list[dict], saved_schedule: dict, path: Path) -> None:
+    """Go on at the saved place of the schedule with this peer's ``own`` options, and say which of them are new."""
+    for name in ("last_epoch", "_step_count"):
+        setattr(scheduler, name, saved_schedule.get(name, getattr(scheduler, name)))
+    changes = {}
+    rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, options, (base, factor) in zip(optimizer.param_groups, own, rates, strict=True):
+        options["lr"] = base * factor(scheduler.last_epoch)
+        for name, flag in FLAGS.items():
+            if name in options and name in group and group[name] != options[name]:
+                changes[flag] = f"{flag}: {group[name]} there, {options[name]} now"
+        group.update(options)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if changes:
+        logger.warning("%s was written with other settings (%s); the flags hold", path, "; ".join(changes.values()))
+
+
 @torch.no_grad()
 def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) -> int:
-    """Load a backup into the model, the optimizer and the averagers' copies of the parameters; returns its epoch."""
+    """Load a backup into the model, the optimizer and the averagers' copies of the parameters; returns its epoch.
+
+    Learning rate, weight decay and the like stay those of the flags, which the run card has told the others.
+    """
     state = read_backup(path)
     averager = optimizer.state_averager
     with held(averager.lock_optimizer, LOCK_SECONDS), held(averager.lock_averaged_tensors, LOCK_SECONDS):
@@ -182,9 +202,10 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
         for main_parameter, offloaded in zip(averager.main_parameters, optimized, strict=True):
             if offloaded is not main_parameter:
                 offloaded.copy_(main_parameter)
+        own = [{name: value for name, value in group.items() if name != "params"}
+               for group in averager.optimizer.param_groups]  # fmt: skip
         averager.optimizer.load_state_dict(state["optimizer"])
-        own_functions = averager.scheduler.state_dict()["lr_lambdas"]  # torch asks for them, the file has none
-        averager.scheduler.load_state_dict({**state["scheduler"], "lr_lambdas": own_functions})
+        _keep_options(averager.optimizer, averager.scheduler, own, state["scheduler"], path)
         averager.local_epoch = state["epoch"]
     if not averager.reuse_tensors:
         averager._load_local_tensors_into_averager_()

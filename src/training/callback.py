@@ -130,7 +130,7 @@ class CollaborativeCallback(TrainerCallback):
         said, tracker = False, self.optimizer.tracker
         while not self.stop.is_set() and tracker.global_epoch == self.optimizer.local_epoch:
             tracker.announce()
-            if tracker.global_progress.num_peers >= self.peer.wait_for_peers:
+            if tracker.num_present() >= self.peer.wait_for_peers:
                 return
             if not said:
                 self.progress.say(f"waiting for {self.peer.wait_for_peers} trainers")
@@ -141,7 +141,7 @@ class CollaborativeCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Report the gradients in the model's buffers to hivemind, which may run a global step."""
         self.workers.collect(self.meter)
-        samples = self.meter.take_samples()
+        samples, share = self.meter.take_samples(), self.meter.take_share()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.scaler is not None and gradients:
             torch._foreach_mul_(gradients, 1.0 / self.scaler.scale)
@@ -151,11 +151,21 @@ class CollaborativeCallback(TrainerCallback):
         if not finite:
             self._discard_gradients(samples)
         elif samples > 0 and not self.stop.is_set() and not self.run_is_over:  # who leaves must begin no other round
+            self._make_up_for_dropped_batches(gradients, share)
             started, self._is_with_swarm = time.monotonic(), True
             self.optimizer.step(batch_size=samples)
             self._is_with_swarm = False
             self.waits.append(time.monotonic() - started)
             self._record_downloads(batch=samples)
+
+    def _make_up_for_dropped_batches(self, gradients: list[torch.Tensor], share: float) -> None:
+        """Trainer has divided the sum of gradients by all batches, and only a ``share`` of them is in it."""
+        if share == 1.0:
+            return
+        if self.reuse_grad_buffers:  # earlier steps lie in the same buffers: this one counts as a part of a step
+            self.optimizer.grad_averager.local_times_accumulated += share - 1.0
+        else:
+            torch._foreach_mul_(gradients, 1.0 / share)
 
     def _record_downloads(self, *, batch: int) -> None:
         for download in self.optimizer.finished_downloads():

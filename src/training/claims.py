@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import pydantic.v1 as pydantic  # as in hivemind
 from hivemind.optim.progress_tracker import GlobalTrainingProgress, LocalTrainingProgress, ProgressTracker
-from hivemind.p2p import PeerID
 from hivemind.utils import get_dht_time
+
+from src.training.records import name_of as _name
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,9 @@ LONGEST_BATCH = 6 * 3600.0
 FASTEST_EPOCH = 0.25  # seconds: nobody finishes epochs quicker than this
 MAX_SPEEDUP = 4.0  # how much quicker than this peer's own recent epochs those of others may be
 FIRST_DISTRUST, LONGEST_DISTRUST = 60.0, 3600.0  # seconds for which an unproven claim is ignored; doubled each time
+NEWS_SECONDS = 10.0  # by which what a peer of this peer's choice says may be out of date
+# Keys cost nothing, so what is remembered of those who have them is bounded; so is what is said in one go.
+MAX_REMEMBERED, MAX_REFUSALS = 4096, 20
 
 
 class BoundedProgressTracker(ProgressTracker):
@@ -29,15 +33,28 @@ class BoundedProgressTracker(ProgressTracker):
 
     A record is left out if it is malformed, if its clock is wrong, if it claims more than ten times the samples of an
     epoch, or an epoch further ahead than others can have come since this peer began its own. Samples beyond the target
-    and rates beyond four times the swarm's count as that. A peer that has not trained an epoch yet cannot judge by
-    time; it believes no epoch more than one ahead of what most peers claim. `distrust_claims_above` is for claims that
-    nobody could prove by handing over a state.
+    and rates beyond four times the swarm's count as that. `distrust_claims_above` is for claims that nobody could prove
+    by handing over a state.
+
+    A peer that has not trained an epoch yet, or never does, cannot judge by its own. It goes by what it has at first
+    hand (`learn_epoch`) and the time since then. Within these limits, or if it knows nothing, it believes the lowest
+    claim, and nobody who is more than one epoch ahead of that: any number of keys costs nothing, so that a majority
+    means nothing, and whoever believes too little finds out, while whoever believes too much waits for ever.
 
     ``is_member(public key) -> bool`` leaves out the records of whoever does not belong to a private run.
+    ``ask_epoch()`` is what the peers of this peer's choice say, (epoch, seconds since then), or None.
     """
 
-    def __init__(self, *args, is_member: Callable[[bytes], bool] | None = None, **kwargs):
-        self.is_member = is_member
+    first_hand: tuple[int, float] | None = None  # an epoch of the swarm, and when (`time.monotonic`) it was in it
+
+    def __init__(
+        self,
+        *args,
+        is_member: Callable[[bytes], bool] | None = None,
+        ask_epoch: Callable[[], tuple[int, float] | None] = lambda: None,
+        **kwargs,
+    ):
+        self.is_member, self._ask_epoch = is_member, ask_epoch
         self.has_trained = self._has_samples = False
         self.epoch_since = time.monotonic()  # when this peer began its epoch
         self.seconds_per_epoch: float | None = None
@@ -45,6 +62,9 @@ class BoundedProgressTracker(ProgressTracker):
         self.last_claims: dict[bytes, int] = {}  # owner of a record -> the epoch it claims
         self.refusals: dict[str, str] = {}  # what was left out, by peer, until it is taken
         self._said: set[tuple[str, str]] = set()
+        self.present: dict[bytes, bool] = {}  # owners of the records that were believed -> whether they are clients
+        self._limit = math.inf  # the highest epoch that was believed at the last look
+        self.ask_for_epoch()
         super().__init__(*args, **kwargs)
 
     # -- what this peer knows of its own
@@ -62,10 +82,34 @@ class BoundedProgressTracker(ProgressTracker):
         self._has_samples = self._has_samples or samples_accumulated > 0
         super().report_local_progress(local_epoch, samples_accumulated, update_global_samples)
 
+    def ask_for_epoch(self) -> None:
+        """Ask the peers of this peer's choice where the swarm is, unless this peer can judge by its own epochs."""
+        if not self.has_trained and (answer := self._ask_epoch()) is not None:
+            epoch, age = answer
+            self.first_hand = epoch, time.monotonic() - age
+
+    def learn_epoch(self, epoch: int) -> None:
+        """Those with whom this peer has averaged, or whose state it has taken, were in ``epoch`` just now.
+
+        It bears out what is believed, and cannot go beyond: whoever claims much can also come to a round.
+        """
+        known = self.first_hand[0] if self.first_hand is not None else 0
+        if known <= epoch <= self._limit:
+            self.first_hand = epoch, time.monotonic()
+
+    def known_epoch(self) -> tuple[int, float] | None:
+        """What this peer knows without trusting any record: an epoch of the swarm, and how many seconds ago."""
+        if self.has_trained:
+            return self.local_progress.epoch, time.monotonic() - self.epoch_since
+        return None if self.first_hand is None else (self.first_hand[0], time.monotonic() - self.first_hand[1])
+
     def highest_plausible_epoch(self) -> float:
-        """No peer can be further than this; infinite while this peer has not trained and cannot know."""
+        """No peer can be further than this; infinite while this peer knows nothing."""
         if not self.has_trained:
-            return math.inf
+            if self.first_hand is None:
+                return math.inf
+            epoch, since = self.first_hand
+            return epoch + 1 + (time.monotonic() - since + NEWS_SECONDS) // FASTEST_EPOCH
         fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
         return self.local_progress.epoch + 1 + (time.monotonic() - self.epoch_since) // fastest
 
@@ -79,6 +123,8 @@ class BoundedProgressTracker(ProgressTracker):
             if claimed > epoch and self.distrusted.get(owner, (0.0,))[0] <= now:
                 seconds = min(2 * self.distrusted.get(owner, (0, FIRST_DISTRUST / 2, 0))[1], LONGEST_DISTRUST)
                 self.distrusted[owner] = now + seconds, seconds, epoch
+                if len(self.distrusted) > MAX_REMEMBERED:
+                    del self.distrusted[min(self.distrusted, key=lambda key: self.distrusted[key][0])]
         self.global_progress.epoch = min(self.global_progress.epoch, max(epoch, self.local_progress.epoch))
 
     # -- what others claim
@@ -96,26 +142,32 @@ class BoundedProgressTracker(ProgressTracker):
             try:
                 record = LocalTrainingProgress.parse_obj(entry.value)
             except pydantic.ValidationError as error:
-                self._refuse("?", f"its progress record is malformed: {error.errors()[0]['msg']}")
+                self._refuse(owner, "form", f"its progress record is malformed: {error.errors()[0]['msg']}")
                 continue
             own = owner == self._local_public_key
-            objection = "" if own else self._objection(owner, record, now)
+            kind, objection = ("", "") if own else self._objection(owner, record, now)
             if objection:
-                self._refuse(_name(record.peer_id), objection)
+                self._refuse(owner, kind, objection)
             else:
                 records[owner] = record
         self.last_claims = {owner: record.epoch for owner, record in records.items() if owner != self._local_public_key}
-        limit = min(self.highest_plausible_epoch(), self._limit_by_majority(records))
+        possible = self.highest_plausible_epoch()
+        self._limit = min(possible, self._limit_by_claims(records, possible))
         accepted = {}
         for owner, record in records.items():
             until, _, highest = self.distrusted.get(owner, (0.0, 0.0, 0))
             proven = max(highest, self.local_progress.epoch + 1)
-            if record.epoch > limit and owner != self._local_public_key:
-                self._refuse(_name(record.peer_id), f"it claims epoch {record.epoch}; at most {limit:.0f} is possible")
+            if record.epoch > possible and owner != self._local_public_key:
+                reason = f"it claims epoch {record.epoch}; at most {possible:.0f} is possible"
+                self._refuse(owner, "epoch", reason)
+            elif record.epoch > self._limit and owner != self._local_public_key:
+                continue  # perhaps those who claim less are behind: nobody is to blame
             elif record.epoch > proven and until > time.monotonic():
-                self._refuse(_name(record.peer_id), f"it claims epoch {record.epoch}, but nobody has a state that new")
+                reason = f"it claims epoch {record.epoch}, but nobody has a state that new"
+                self._refuse(owner, "epoch", reason)
             else:
                 accepted[owner] = type(metadata[owner])(self._bounded(record).dict(), metadata[owner].expiration_time)
+        self.present = {owner: records[owner].client_mode for owner in accepted}
         return self._with_clients(accepted)
 
     def _with_clients(self, records: dict) -> dict:
@@ -133,23 +185,30 @@ class BoundedProgressTracker(ProgressTracker):
                 entry.value.update(client_mode=False, epoch=min(entry.value["epoch"], highest + 1))
         return records
 
-    def _objection(self, owner: bytes, record: LocalTrainingProgress, now: float) -> str:
+    def _objection(self, owner: bytes, record: LocalTrainingProgress, now: float) -> tuple[str, str]:
+        """What kind of lie it is, and in words; empty if it is none."""
         if self.is_member is not None and not self.is_member(owner):
-            return "it is no member of the run"
+            return "member", "it is no member of the run"
         if record.samples_accumulated > 10 * self.target_batch_size:
-            return f"it claims {record.samples_accumulated} samples in an epoch of {self.target_batch_size}"
+            samples = f"{record.samples_accumulated} samples in an epoch of {self.target_batch_size}"
+            return "samples", f"it claims {samples}"
         if not math.isfinite(record.samples_per_second):
-            return "it claims an infinite speed"
+            return "speed", "it claims an infinite speed"
         if not -MAX_CLOCK_ERROR < now - record.time < LONGEST_BATCH:
-            return f"its clock is off by {abs(now - record.time):.0f} s"
-        return ""
+            return "clock", f"its clock is off by {abs(now - record.time):.0f} s"
+        return "", ""
 
-    def _limit_by_majority(self, records: dict[bytes, LocalTrainingProgress]) -> float:
-        """For a peer that has not trained: one epoch beyond what most of at least two others claim."""
-        epochs = sorted(r.epoch for owner, r in records.items() if owner != self._local_public_key)
-        if self.has_trained or len(epochs) < 2:
+    def _limit_by_claims(self, records: dict[bytes, LocalTrainingProgress], possible: float) -> float:
+        """For a peer that has not trained: one epoch beyond the lowest claim that fits what it knows.
+
+        Newcomers without samples are in epoch 0, wherever the swarm is.
+        """
+        epochs = [record.epoch for owner, record in records.items() if owner != self._local_public_key
+                  and (record.epoch > 0 or record.samples_accumulated > 0)]  # fmt: skip
+        if self.has_trained or not epochs:
             return math.inf
-        return epochs[(len(epochs) - 1) // 2] + 1
+        known = max(self.local_progress.epoch, self.first_hand[0] if self.first_hand is not None else 0) - 1
+        return min((epoch for epoch in epochs if known <= epoch <= possible), default=min(epochs)) + 1
 
     def _bounded(self, record: LocalTrainingProgress) -> LocalTrainingProgress:
         fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
@@ -161,20 +220,17 @@ class BoundedProgressTracker(ProgressTracker):
             }
         )
 
-    def _refuse(self, peer: str, reason: str) -> None:
-        kind = reason.split(" claims ")[-1].split()[0]
-        if (peer, kind) not in self._said:  # once, not at every look
-            self._said.add((peer, kind))
-            self.refusals[peer] = reason
+    def _refuse(self, owner: bytes, kind: str, reason: str) -> None:
+        """``kind`` is what is said of a peer once, not at every look."""
+        peer = _name(owner)
+        if (peer, kind) in self._said or len(self.refusals) >= MAX_REFUSALS:
+            return
+        if len(self._said) >= MAX_REMEMBERED:
+            self._said.pop()
+        self._said.add((peer, kind))
+        self.refusals[peer] = reason
 
     def take_refusals(self) -> dict[str, str]:
         """Whose records were left out since the last call, and why; each peer once for each kind of reason."""
         refusals, self.refusals = self.refusals, {}
         return refusals
-
-
-def _name(peer_id: bytes) -> str:
-    try:
-        return PeerID(peer_id).to_base58()
-    except Exception:
-        return "?"

@@ -18,8 +18,13 @@ def quiet_libraries() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive hivemind's forks
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("transformers", "accelerate", "datasets", "bitsandbytes", "torch"):
+    for name in ("transformers", "accelerate", "bitsandbytes", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    for name, variable in (("datasets", "DATASETS_VERBOSITY"), ("huggingface_hub", "HF_HUB_VERBOSITY")):
+        logging.getLogger(name).propagate = False  # it prints by itself; the root logger would print the line again
+        if variable not in os.environ:  # the library's own switch, for whoever wants to see it try again
+            os.environ[variable] = "error"  # read when it is imported, which may be still to come
+            logging.getLogger(name).setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)

@@ -1,16 +1,18 @@
 """The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
 
+import contextlib
 import hashlib
 import ipaddress
 import logging
 import math
 import re
 import resource
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hivemind
 import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
-from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
@@ -19,9 +21,11 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
-from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper
+from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
+from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
 from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
@@ -91,8 +95,9 @@ def raise_open_file_limit(wanted: int = 16_384) -> None:
 
 
 def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hivemind.DHT, bytes]:
-    """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and this peer's public key.
+    """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and the subkey of its records.
 
+    That names the key that signs them. It is the node's identity, too: nobody can have the one without the other.
     In a private run, only members get an answer from the node, and it publishes this peer's token from now on.
     Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
     """
@@ -100,40 +105,50 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
         for address in getattr(peer, flag):
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
+    sift_dictionaries()  # before the node's process is forked
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
-    signature = RSASignatureValidator(identity.private_key if identity is not None else None)
-    membership = identity.membership if identity is not None else None
-    if peer.identity_path is not None:
-        identity = Path(peer.identity_path).expanduser()
-        if identity.is_dir():
-            raise ValueError(f"--identity_path: {identity} is a directory; name a file in it, it is made if absent")
-        identity.parent.mkdir(parents=True, exist_ok=True)
+    identity = identity if identity is not None else read_identity(peer)
+    records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
     try:
-        dht = hivemind.DHT(
-            start=True,
-            initial_peers=peer.initial_peers,
-            client_mode=peer.client_mode,
-            host_maddrs=peer.host_maddrs,
-            announce_maddrs=peer.announce_maddrs or None,
-            use_ipfs=peer.use_ipfs,
-            use_relay=True,
-            identity_path=peer.identity_path,
-            shutdown_timeout=LEAVE_SECONDS,
-            record_validators=[
-                SchemaValidator(MetricsSchema, prefix=peer.run_id),
-                SchemaValidator(CheckpointSchema, prefix=peer.run_id),
-                signature,
-            ],
-            authorizer=None if membership is None else MemberAuthorizer(membership),
-        )
+        with _identity_file(peer, identity) as options:
+            dht = hivemind.DHT(
+                start=True,
+                initial_peers=peer.initial_peers,
+                client_mode=peer.client_mode,
+                host_maddrs=peer.host_maddrs,
+                announce_maddrs=peer.announce_maddrs or None,
+                use_ipfs=peer.use_ipfs,
+                use_relay=True,
+                shutdown_timeout=LEAVE_SECONDS,
+                record_validators=[
+                    SchemaValidator(MetricsSchema, prefix=peer.run_id),
+                    SchemaValidator(CheckpointSchema, prefix=peer.run_id),
+                    records,
+                ],
+                authorizer=None if membership is None else MemberAuthorizer(membership),
+                **options,
+            )
     except (P2PDaemonError, ValidationError, RuntimeError) as error:
         raise ValueError(_explain(str(error), peer)) from error
     if membership is not None:
-        keeper = MembershipKeeper(membership, dht, signature.local_public_key)
+        keeper = MembershipKeeper(membership, dht, records.local_public_key)
         keeper.update()  # before anybody is asked to average with this peer
         keeper.start()
     dht.run_coroutine(offer_probe)
-    return dht, signature.local_public_key
+    return dht, records.local_public_key
+
+
+@contextlib.contextmanager
+def _identity_file(peer: PeerArguments, identity: Identity) -> Iterator[dict]:
+    """Options that name a file with this peer's key: p2pd reads it when it starts, and has no other way to get it."""
+    if peer.identity_path is not None:
+        yield {"identity_path": str(Path(peer.identity_path).expanduser())}
+        return
+    with tempfile.TemporaryDirectory(dir=socket_directory()) as folder:  # nobody else may enter it
+        path = Path(folder) / "identity.key"
+        write_key(path, identity.private_key)
+        # hivemind would first start another daemon, to see whether somebody else has this key
+        yield {"identity_path": str(path), "check_if_identity_free": False}
 
 
 def _check_address(flag: str, address: str, *, needs_peer_id: bool) -> None:
@@ -184,7 +199,7 @@ def _explain(error: str, peer: PeerArguments) -> str:
         )
     if "is already taken by another peer" in error:
         return f"--identity_path {peer.identity_path}: a running peer of this run has this identity; each needs its own"
-    return f"cannot start the peer-to-peer daemon: {error.strip().splitlines()[-1]}"
+    return f"cannot start the peer-to-peer daemon: {printable(error.strip().splitlines()[-1])}"
 
 
 def visible_addresses(dht: hivemind.DHT) -> list[str]:
@@ -227,7 +242,7 @@ def _store(dht: hivemind.DHT, key: str, public_key: bytes, record: pydantic.Base
         key=key,
         subkey=public_key,
         value=record.dict(),
-        expiration_time=get_dht_time() + expiration,
+        expiration_time=get_dht_time() + min(expiration, MAX_LIFETIME),
         return_future=True,
     )
 
@@ -241,7 +256,7 @@ def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[
         try:
             records[public_key] = kind.parse_obj(entry.value)
         except pydantic.ValidationError as error:
-            logger.warning("ignored a malformed record of %s: %s", key, error.errors()[0]["msg"])
+            logger.debug("ignored a malformed record of %s in %s: %s", name_of(public_key), key, error)
     return records
 
 
@@ -256,6 +271,8 @@ def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingPro
             record = LocalTrainingProgress.parse_obj(entry.value)
             # its time is that of the last batch, which may take minutes; a report is renewed meanwhile
             record.time = max(record.time, entry.expiration_time - REPORT_SECONDS)
+            if not math.isfinite(record.time) or not math.isfinite(record.samples_per_second):
+                continue
             progress[short_peer_name(public_key)] = record
         except pydantic.ValidationError as error:
             logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])

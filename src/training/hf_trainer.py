@@ -1,6 +1,10 @@
 """What Hugging Face's Trainer must do differently when hivemind owns the optimizer; each change with its reason."""
 
 import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +15,9 @@ from transformers import Trainer
 from src.training.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
+
+STOP_PATIENCE_SECONDS = 3.0  # after a stop, a batch that is nearly there is still taken, and the step ended
+POLL_SECONDS = 0.2
 
 
 class NoOptimizer(torch.optim.Optimizer):
@@ -78,10 +85,18 @@ class LossMeter:
     samples: int = 0
     dropped: int = 0
     unreported_samples: int = 0
+    unreported_batches: int = 0  # of one local step
+    unreported_dropped: int = 0  # of these, batches without a finite loss
 
     def start_epoch(self) -> None:
         self.loss = self.mlm_loss = self.sop_loss = 0.0
         self.mini_steps = self.samples = self.dropped = 0
+
+    def take_share(self) -> float:
+        """The part of the local step's batches that took part in its gradient, a sum divided by the number of all."""
+        batches, dropped = self.unreported_batches, self.unreported_dropped
+        self.unreported_batches = self.unreported_dropped = 0
+        return (batches - dropped) / batches if batches else 1.0
 
     def take_samples(self) -> int:
         """Samples since the last call; their gradients lie in the model's buffers."""
@@ -89,14 +104,77 @@ class LossMeter:
         return samples
 
 
+class StoppedWaiting(Exception):
+    """A stop was asked for while the next batch did not come."""
+
+
+class StoppableLoader(DataLoader):
+    """A DataLoader that a stop does not wait for: text may come from a server that does not answer for minutes.
+
+    Batches are made in a thread of their own, each when it is asked for and none ahead, so that they are those that a
+    DataLoader gives at that time. Errors come out as they are.
+    """
+
+    def __init__(self, *arguments, stop: threading.Event, **options):
+        self.stop = stop
+        super().__init__(*arguments, **options)
+
+    def __iter__(self) -> Iterator[dict]:
+        batches = super().__iter__()  # on this thread: data workers are forked here
+        device = torch.cuda.current_device() if self.pin_memory else None
+        requests, answers = queue.SimpleQueue(), queue.SimpleQueue()
+        threading.Thread(target=self._fetch, args=(batches, requests, answers, device), daemon=True).start()
+        try:
+            while True:
+                requests.put(True)
+                batch, error = self._wait_for(answers)
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                yield batch
+        finally:
+            requests.put(False)
+
+    @staticmethod
+    def _fetch(batches: Iterator[dict], requests: queue.SimpleQueue, answers: queue.SimpleQueue, device) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own; pinned memory belongs to a device
+        while requests.get():
+            try:
+                answers.put((next(batches), None))
+            except BaseException as error:  # whatever it is, the thread that trains has to see it
+                answers.put((None, error))
+
+    def _wait_for(self, answers: queue.SimpleQueue) -> tuple:
+        give_up_at = float("inf")
+        while True:
+            try:
+                return answers.get(timeout=POLL_SECONDS)
+            except queue.Empty:
+                if self.stop.is_set():
+                    give_up_at = min(give_up_at, time.monotonic() + STOP_PATIENCE_SECONDS)
+            if time.monotonic() > give_up_at:
+                raise StoppedWaiting
+
+
 class CollaborativeTrainer(Trainer):
     """Computes gradients; everything that concerns the swarm happens in `CollaborativeCallback`.
 
-    ``collaborative`` is None in a process that only follows another one, see `src.training.sync`.
+    ``collaborative`` is None in a process that only follows another one, see `src.training.sync`. ``stop`` ends the
+    wait for a batch, with `StoppedWaiting`.
     """
 
-    def __init__(self, *, collaborative: LeanOptimizer | None, meter: LossMeter, scaler: LossScaler | None, **kwargs):
-        self.meter, self.scaler = meter, scaler
+    def __init__(
+        self,
+        *,
+        collaborative: LeanOptimizer | None,
+        meter: LossMeter,
+        scaler: LossScaler | None,
+        stop: threading.Event | None = None,
+        **kwargs,
+    ):
+        self.meter, self.scaler, self.stop = meter, scaler, stop or threading.Event()
         optimizer = NoOptimizer(kwargs["model"].parameters())
         super().__init__(optimizers=(optimizer, ReportedSchedule(optimizer, collaborative)), **kwargs)
         # the model's loss is a mean over its own batch; Trainer would pass it the sum over several and not divide
@@ -105,12 +183,13 @@ class CollaborativeTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """A plain loader: accelerate's would read the stream once for each process and drop the other's part."""
-        return DataLoader(
+        return StoppableLoader(
             self.train_dataset,
             batch_size=self._train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            stop=self.stop,
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -118,6 +197,7 @@ class CollaborativeTrainer(Trainer):
         outputs = model(**inputs)
         loss = outputs.loss
         batch_size = len(inputs.get("sentence_order_label", inputs["input_ids"]))  # packed rows hold several instances
+        self.meter.unreported_batches += 1
         if bool(torch.isfinite(loss)):
             self.meter.loss += loss.item()
             self.meter.mlm_loss += float(outputs.mlm_loss)
@@ -128,6 +208,7 @@ class CollaborativeTrainer(Trainer):
             loss = loss if self.scaler is None else loss * self.scaler.scale
         else:
             self.meter.dropped += batch_size
+            self.meter.unreported_dropped += 1
             logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, loss.item())
             if self.args.world_size == 1:
                 loss = torch.zeros((), device=loss.device, requires_grad=True)

@@ -4,9 +4,10 @@ The terminal view and the report both show a `RunHistory`, so they cannot disagr
 """
 
 import itertools
-import math
 import statistics
+import threading
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from src.training.journal import printable, read_journal
 THIS_PEER = "this peer"
 KEPT_FAILURES = 1000
 MAX_NAME_LENGTH = 40
+# Of numbers that are worth drawing: sums, differences and coordinates of such stay finite, and tell them apart.
+LARGEST, SMALLEST = 1e15, 1e-9
+END_OF_TIME = 253_402_300_800.0  # the year 10000, from which on no date can be shown
 
 
 @dataclass
@@ -78,16 +82,24 @@ class Stall:
 
 
 def number(value: object, otherwise: float | None = 0.0) -> float | None:
-    """A finite number from a file that anything may stand in."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return float(value)
-    return otherwise
+    """A number from a file that anything may stand in: ``otherwise`` if it is none, or larger than anything real."""
+    if not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        return otherwise
+    return float(value) if abs(value) >= SMALLEST else 0.0
+
+
+def count(value: object) -> int:
+    return max(0, int(number(value)))
 
 
 class RunHistory:
-    """Takes a journal's records one by one: `add` can be a listener of a `Journal`."""
+    """Takes a journal's records one by one: `add` can be a listener of a `Journal`.
+
+    Whoever reads it while another thread adds to it, holds ``lock``.
+    """
 
     def __init__(self, records=()):
+        self.lock = threading.RLock()
         self.run_id, self.role, self.target_batch_size, self.total_epochs = "", "", 0, 0
         self.epochs: dict[int, Epoch] = {}
         self.peers: dict[str, Peer] = {}
@@ -104,20 +116,20 @@ class RunHistory:
 
     def add(self, record: object) -> None:
         """Take in a record; what is not one of ours is left out."""
-        if not isinstance(record, dict) or number(record.get("time"), None) is None:
+        if not isinstance(record, dict) or not isinstance(record.get("event"), str):
             return
-        take = getattr(self, f"_add_{record.get('event')}", None)
-        if take is None:
+        take, time = getattr(self, f"_add_{record['event']}", None), number(record.get("time"), None)
+        if take is None or time is None or not 0 <= time < END_OF_TIME:
             return
-        time = float(record["time"])
-        self.first_time, self.last_time = self.first_time or time, max(self.last_time, time)
-        take(time, int(number(record.get("epoch"))), record)
+        with self.lock, suppress(RecursionError):  # a text is made of nested lists in whose place one should be
+            take(time, count(record.get("epoch")), record)
+            self.first_time, self.last_time = self.first_time or time, max(self.last_time, time)
 
     def _add_start(self, time: float, epoch: int, record: dict) -> None:
         self.run_id = printable(record.get("run_id", ""), MAX_NAME_LENGTH)
         self.role = printable(record.get("role", ""), MAX_NAME_LENGTH)
-        self.target_batch_size = int(number(record.get("target_batch_size")))
-        self.total_epochs = int(number(record.get("total_steps")))
+        self.target_batch_size = count(record.get("target_batch_size"))
+        self.total_epochs = count(record.get("total_steps"))
 
     def _add_swarm_epoch(self, time: float, epoch: int, record: dict, num_peers: str = "alive_peers") -> None:
         if self.epochs and epoch <= self.last_epoch.epoch:  # a trainer went back to its backup and does them again
@@ -126,7 +138,7 @@ class RunHistory:
         losses = {name: number(record.get(name), None) for name in ("loss", "mlm_loss", "sop_loss")}
         self.epochs[epoch] = Epoch(
             epoch, time, **losses, samples=number(record.get("samples")),
-            samples_per_second=number(record.get("samples_per_second")), num_peers=int(number(record.get(num_peers))),
+            samples_per_second=number(record.get("samples_per_second")), num_peers=count(record.get(num_peers)),
         )  # fmt: skip
 
     def _add_epoch(self, time: float, epoch: int, record: dict) -> None:
@@ -135,21 +147,21 @@ class RunHistory:
         self.epochs[epoch].num_peers = max(1, self.epochs[epoch].num_peers)
         peer = self.peers.setdefault(THIS_PEER, Peer(THIS_PEER, time))
         peer.last_seen, peer.epoch = time, epoch
-        peer.samples += self.epochs[epoch].samples
+        peer.samples += max(0.0, self.epochs[epoch].samples)
         peer.samples_per_second = self.epochs[epoch].samples_per_second
-        peer.lone_epochs = int(number(record.get("lone_epochs")))
+        peer.lone_epochs = count(record.get("lone_epochs"))
 
     def _add_peer(self, time: float, epoch: int, record: dict) -> None:
         name = printable(record.get("peer"), MAX_NAME_LENGTH)
         peer = self.peers.setdefault(name, Peer(name, time))
         peer.last_seen, peer.epoch = time, epoch
         peer.samples_per_second = number(record.get("samples_per_second"))
-        total = number(record.get("total_samples"))
+        total = max(0.0, number(record.get("total_samples")))
         # a total that fell is that of a trainer that was started anew
         peer.samples += total - peer.reported_total if total >= peer.reported_total else total
         peer.reported_total = total
-        peer.lone_epochs = int(number(record.get("lone_epochs")))
-        failed = int(number(record.get("failed_rounds")))
+        peer.lone_epochs = count(record.get("lone_epochs"))
+        failed = count(record.get("failed_rounds"))
         peer.failed_rounds += failed
         if failed:
             peer.failure = printable(record.get("failure") or "no reason given")

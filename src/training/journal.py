@@ -9,10 +9,25 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
 MAX_TEXT_LENGTH = 200
+
+
+def try_lock(descriptor: int, what: Path) -> bool:
+    """Lock an open file for this process and its children; False if another process has locked it.
+
+    True, with a notice, on a file system that has no locks (Lustre, some NFS and FUSE mounts): work matters more.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no other process uses it", what, error.strerror)
+    return True
 
 
 def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
@@ -28,11 +43,9 @@ def claim_run_directory(output_dir: str, run_id: str, role: str) -> Path:
         except OSError as error:
             reason = f"cannot write in {directory} ({error.strerror})"
             raise ValueError(f"--output_dir: {reason}; choose another directory") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if try_lock(lock, directory):
             return directory
-        except BlockingIOError:
-            os.close(lock)
+        os.close(lock)
     raise ValueError(f"--output_dir: a thousand peers run in {output_dir}; choose another directory")
 
 
@@ -52,9 +65,15 @@ def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
 
 def report_refusals(refusals: list[tuple[str, str]], journal: "Journal", say: Callable[[str], None]) -> None:
     """Record and say what was not believed: (peer, reason)."""
-    for peer, reason in refusals:
+    for peer, reason in (map(printable, refusal) for refusal in refusals):
         journal.write("refusal", peer=peer, reason=reason)
         say(f"ignored what peer {peer} sent: {reason}")
+
+
+class Follower(Protocol):
+    """Takes records one by one, such as a `RunHistory`."""
+
+    def add(self, record: dict) -> None: ...
 
 
 class Journal:
@@ -100,6 +119,13 @@ class Journal:
             for listener in self.listeners:
                 listener(record)
         return record
+
+    def follow(self, read: Callable[[Path], "Follower"]) -> "Follower":
+        """What ``read(path)`` makes of the records so far; it is told all that come, and misses none in between."""
+        with self._lock:
+            follower = read(self.path)
+            self.listeners.append(follower.add)
+        return follower
 
     def _append(self, line: str) -> None:
         """In one write. A full disk costs records, not the run."""
@@ -182,6 +208,6 @@ def read_journal(path: Path) -> list[dict]:
     for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON; a number of more than 4300 digits; nested too deeply
             continue
     return records

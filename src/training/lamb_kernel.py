@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 
+from src.training.compiled import compiled
+
 BLOCK_SIZE = 4096
 NUM_DECADES = 7
 MIN_BLOCKS_PER_THREAD = 64  # starting a thread for less does not pay
@@ -77,7 +79,7 @@ def _encode_unsigned(value, inverse_absmax):
     return np.uint8(max(np.int32(code), np.int32(1)) if value > 0 else np.int32(0))
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH)
+@compiled(nogil=True, fastmath=FAST_MATH)
 def _largest_magnitude(values):
     """Through integers, whose maxima the compiler turns into vector instructions; floats without a sign order alike."""
     bits = values.view(np.int32)
@@ -87,7 +89,7 @@ def _largest_magnitude(values):
     return largest.view(np.float32)[0]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=FAST_MATH, error_model="numpy")
+@compiled(nogil=True, fastmath=FAST_MATH, error_model="numpy")
 def update_blocks(arrays, scalars, squares, first_block, last_block):
     """Update the blocks ``first_block <= i < last_block`` of one tensor.
 

@@ -21,13 +21,14 @@ from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer, get_dht_time
 
+from src.training.records import peer_of
+
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5  # between two looks at who is there, while a group is gathered
 LONG_WAIT = 0.8  # of the time of a search: whoever could have come in it, and did not, is not waited for again
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 16.0
-MAX_PEER_ID_LENGTH = 64  # bytes
 
 
 class Attendance:
@@ -94,15 +95,18 @@ class Surroundings:
 
 
 def read_progress(metadata: object) -> dict[bytes, LocalTrainingProgress]:
-    """{peer id: what it reports} of the trainers that have not said goodbye, from the DHT's value for the progress."""
+    """{peer id: what it reports} of the trainers that have not said goodbye, from the DHT's value for the progress.
+
+    The id is that of the key that has signed the record; the one that the record itself states may be anybody's.
+    """
     found = {}
-    for entry in metadata.values() if isinstance(metadata, dict) else ():
+    for owner, entry in metadata.items() if isinstance(metadata, dict) else ():
+        if (peer := peer_of(owner)) is None:
+            continue
         try:
-            record = LocalTrainingProgress.parse_obj(entry.value)
+            found[peer] = LocalTrainingProgress.parse_obj(entry.value)
         except pydantic.ValidationError:  # the progress tracker names whoever sends such things
             continue
-        if len(record.peer_id) <= MAX_PEER_ID_LENGTH:
-            found[record.peer_id] = record
     return found
 
 

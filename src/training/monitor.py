@@ -1,9 +1,10 @@
 """What the auxiliary peer sees of the swarm: one summary an epoch, one row a trainer, all of it in the metrics file."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median_low
+from statistics import median_high, median_low
 
 from src.training.auxiliary import CheckpointStore
 from src.training.console import Progress
@@ -11,7 +12,8 @@ from src.training.dht import TrainerMetrics, fetch_metrics, fetch_progress, shor
 from src.training.journal import Journal, printable, report_refusals
 from src.training.swarm import Swarm
 
-MAX_LEAD = 50  # epochs by which a report may be ahead of those before it
+MAX_LEAD = 20  # epochs by which one half of the trainers may be ahead of the other half
+LOOKS_UNTIL_GONE, LOOKS_UNTIL_REWOUND = 5, 3
 NOTICE_END_SECONDS = 0.5
 LOOKS_FOR_LAST_REPORTS = 3  # a second apart: a trainer's report may come later than its state
 DOWNLOAD_SECONDS = 600.0
@@ -37,33 +39,41 @@ class MetricsMonitor:
 
     A trainer's record holds its newest epoch only. An epoch is summed up when every trainer has reported it, or one
     look later: some never will, and when epochs are shorter than looks it is then the newest one.
+
+    Whoever claims an epoch that fewer than half of the trainers have reached is left out; those who report nothing new
+    while others do are gone, and not counted for that. If most go on from an earlier epoch, so does this monitor.
     """
 
     def __init__(self):
-        self.last_epoch, self.seen_before = 0, -1
+        self.last_epoch, self._waited_after = 0, -1  # a look was waited for the others after that summary
+        self._num_looks = self._num_behind = 0  # looks in all; in a row at which most were far behind the last summary
         self._seen: dict[bytes, TrainerMetrics] = {}
+        self._looked: dict[bytes, tuple[TrainerMetrics, int]] = {}  # the newest record, and at which look it was new
 
     def new_reports(self, metrics: dict[bytes, TrainerMetrics]) -> list[tuple[str, TrainerMetrics]]:
         """Names and records of the trainers that have reported something since the last look."""
         changed = {key: record for key, record in metrics.items() if self._seen.get(key) != record}
-        self._seen.update(changed)
+        self._seen = {key: self._seen.get(key) for key in metrics} | changed  # those that are gone are forgotten
         return [(short_peer_name(key), record) for key, record in changed.items()]
 
-    def summarise(self, metrics: dict[bytes, TrainerMetrics]) -> EpochSummary | None:
-        """The summary of a new epoch, or None if there is nothing new."""
+    def summarise(self, metrics: dict[bytes, TrainerMetrics], *, at_most: float = math.inf) -> EpochSummary | None:
+        """The summary of a new epoch, or None if there is nothing new. No epoch is believed above ``at_most``."""
+        metrics = {key: record for key, record in metrics.items() if record.epoch <= at_most}
         if not metrics:
             return None
-        # whoever claims to be far ahead of most, and of all that was seen, would hide the others
-        known = max(self.last_epoch, median_low(record.epoch for record in metrics.values()))
-        metrics = {key: record for key, record in metrics.items() if record.epoch <= known + MAX_LEAD}
+        reached = self._epoch_of_most(metrics)
+        metrics = {key: record for key, record in metrics.items() if record.epoch <= reached}
         epoch = max(record.epoch for record in metrics.values())
+        self._num_behind = self._num_behind + 1 if epoch < self.last_epoch - 1 and self._has_news else 0
+        if self._num_behind >= LOOKS_UNTIL_REWOUND:
+            self.last_epoch = epoch - 1
         if epoch <= self.last_epoch:
             return None
         reports = [record for record in metrics.values() if record.epoch == epoch]
-        if len(reports) < len(metrics) and self.seen_before <= self.last_epoch:
-            self.seen_before = epoch
+        if len(reports) < len(metrics) and self._waited_after != self.last_epoch:
+            self._waited_after = self.last_epoch
             return None
-        self.last_epoch = self.seen_before = epoch
+        self.last_epoch = epoch
         mini_steps = max(1, sum(record.mini_steps for record in reports))
         return EpochSummary(
             epoch=epoch,
@@ -75,6 +85,19 @@ class MetricsMonitor:
             alive_peers=len(reports),
             failed_rounds=sum(record.failed_rounds for record in reports),
         )
+
+    def _epoch_of_most(self, metrics: dict[bytes, TrainerMetrics]) -> int:
+        """The newest epoch that more than half of those who report have reached, or half if the others are near."""
+        self._num_looks += 1
+        self._looked = {
+            key: old if (old := self._looked.get(key)) is not None and old[0] == record else (record, self._num_looks)
+            for key, record in metrics.items()
+        }
+        newest_look = max(look for _, look in self._looked.values())
+        self._has_news = newest_look == self._num_looks
+        epochs = [record.epoch for record, look in self._looked.values() if look > newest_look - LOOKS_UNTIL_GONE]
+        low, high = median_low(epochs), median_high(epochs)
+        return high if high <= low + MAX_LEAD else low
 
 
 class Watch:
@@ -138,7 +161,8 @@ class Watch:
                 lone_epochs=record.lone_epochs, failure=printable(record.failure),
             )  # fmt: skip
         report_refusals(self.swarm.optimizer.take_refusals(), self.journal, self.progress.say)
-        summary = self.monitor.summarise(metrics)
+        possible = self.swarm.optimizer.tracker.highest_plausible_epoch()
+        summary = self.monitor.summarise(metrics, at_most=possible)
         if summary is not None:
             self.journal.write("swarm_epoch", **vars(summary))
             self.progress.routine(describe(summary))

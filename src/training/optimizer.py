@@ -26,7 +26,9 @@ from src.training.averagers import (
 from src.training.dht import LEAVE_SECONDS
 from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.matchmaking import Attendance
+from src.training.probe import ask_epoch, reachable, tell_epoch
 from src.training.progress import LeanProgressTracker
+from src.training.records import MAX_LIFETIME
 from src.training.rounds import SHORTEST_ROUND, Patience, Round
 from src.training.schedules import learning_rate_factor
 
@@ -159,8 +161,20 @@ class LeanOptimizer(hivemind.Optimizer):
     def assist(self) -> None:
         """As an auxiliary peer: take part in the next rounds, of gradients and of parameters, as they come."""
         for averager in (self.state_averager, self.grad_averager):
-            if (step := self._assisting.get(averager.round_kind)) is None or step.done():
-                self._assisting[averager.round_kind] = averager.assist(ahead=ASSISTANTS_AHEAD * self.matchmaking_time)
+            step = self._assisting.get(averager.round_kind)
+            if step is not None and step.done() and averager is self.grad_averager:
+                self._learn_epoch(step)
+            if step is None or step.done():
+                ahead = min(ASSISTANTS_AHEAD * self.matchmaking_time, MAX_LIFETIME)
+                self._assisting[averager.round_kind] = averager.assist(ahead=ahead)
+
+    def _learn_epoch(self, step: StepControl) -> None:
+        """From an assistant's round: the trainers among its members say in which epoch they are."""
+        if step.cancelled() or step.exception() is not None:
+            return
+        epochs = [epoch for epoch in (step.result() or {}).values() if type(epoch) is int]
+        if epochs:
+            self.tracker.learn_epoch(min(epochs))
 
     # A peer may be one epoch behind: the others have just ended theirs. But when it ends each epoch together with those
     # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
@@ -247,6 +261,8 @@ class LeanOptimizer(hivemind.Optimizer):
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         super().load_state_from_peers(**kwargs)
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
+        if self.local_epoch > epoch:
+            self.tracker.learn_epoch(self.local_epoch)
         self._check_claims(progressed=self.local_epoch > epoch)
 
     def _check_claims(self, *, progressed: bool) -> None:
@@ -356,6 +372,9 @@ def make_collaborative_optimizer(
             "vain_search": vain_search,
             "private_key": None if identity is None else identity.private_key,
             "is_member": None if membership is None else lambda owner: not membership.is_revoked(owner),
+            "ask_epoch": partial(ask_epoch, dht, peer.initial_peers),
+            "tell_epoch": partial(tell_epoch, dht),
+            "reachable": partial(reachable, dht),
         },
         shutdown_timeout=LEAVE_SECONDS,
         client_mode=peer.client_mode,

@@ -6,6 +6,7 @@ Each check gives one line; the last line is the verdict.
 import asyncio
 import copy
 import ipaddress
+import math
 import os
 import resource
 import shutil
@@ -21,13 +22,17 @@ from src.models.memory import Memory, largest_batch, predict_memory
 from src.training.auth import load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
-from src.training.run_card import RunCard, differences
+from src.training.run_card import RunCard
 
 MIN_OPEN_FILES = 4096
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
 # Copies of all parameters: the optimizer's own, averaged gradients, and what a round or a download holds; an auxiliary
 # peer's also gradients of its own (zeros), and the checkpoint that it scores.
 TRAINER_COPIES, AUXILIARY_COPIES = 3, 5
+# Copies of all parameters in shared memory: averaged gradients, averaged parameters, and a state that is handed over,
+# with its 8-bit statistics.
+SHARED_COPIES = 3.5
+SHARED_MEMORY = Path("/dev/shm")
 LIBRARY_BYTES, GPU_LIBRARY_BYTES = 1.5e9, 0.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
 OK, WARNING, FAILED = "ok", "warning", "FAILED"
 
@@ -86,6 +91,33 @@ def check_disk(directory: Path, memory: Memory) -> Check:
     if free < needed:
         return Check("disk", FAILED, found, "free some space, or choose another --output_dir")
     return Check("disk", OK, found)
+
+
+def check_shared_memory(model: torch.nn.Module) -> Check:
+    """The processes of a peer exchange tensors through a file system in memory. Docker makes it 64 MB small.
+
+    Where it is full, a process ends with a bus error, or waits for ever, in the middle of the run.
+    """
+    name, needed = "shared memory", SHARED_COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+    if not SHARED_MEMORY.is_dir():
+        return Check(name, OK, f"there is no {SHARED_MEMORY}, so not tested")
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return Check(name, FAILED, f"nothing can be written to {SHARED_MEMORY}",
+                     f"let this user write there: `chmod 1777 {SHARED_MEMORY}` as root")  # fmt: skip
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    found = f"{needed / 1e9:.2f} GB are needed in {SHARED_MEMORY}; {free / 1e9:.2f} GB are free"
+    if free < needed:
+        size = f"{math.ceil(needed / 1e9 + 0.5)}g"
+        return Check(name, FAILED, found, f"make it larger: `docker run --shm-size {size}` or `mount -o "
+                     f"remount,size={size} {SHARED_MEMORY}`; or use a smaller --model_config_path")  # fmt: skip
+    return Check(name, OK, found)
+
+
+def require_shared_memory(model: torch.nn.Module) -> None:
+    """Raises ValueError where `check_shared_memory` fails."""
+    check = check_shared_memory(model)
+    if check.state == FAILED:
+        raise ValueError(f"too little {check.name}: {check.found}; {check.fix}")
 
 
 def available_memory() -> float:
@@ -264,7 +296,8 @@ def check_contact(address: str, dht) -> list[Check]:
 def check_reachability(dht, address: str, *, announced: Sequence[str]) -> Check:
     """Let an initial peer try this peer's port from outside."""
     name, (way, peer_id) = "own port from outside", split_address(address)
-    listening = {address_of(split_address(one)[0])[1] for one in visible_addresses(dht)}
+    visible = visible_addresses(dht)
+    listening = {address_of(split_address(one)[0])[1] for one in visible}
     ports = sorted((listening | {address_of(one)[1] for one in announced}) - {None, 0})
     tried = ask_to_knock(dht, peer_id, ports) or []
     if not tried:
@@ -273,9 +306,26 @@ def check_reachability(dht, address: str, *, announced: Sequence[str]) -> Check:
     if opened:
         return Check(name, OK, f"{way} reaches {opened[0].host} TCP port {opened[0].port}")
     ways = ", ".join(f"{one.host} TCP port {one.port} ({one.error or 'another program answers'})" for one in tried)
+    missing = missing_protocol(tried, [*visible, *announced])
+    if missing:
+        return Check(name, FAILED, f"{way} cannot reach this machine at {ways}", f"this side: {missing}")
     return Check(name, FAILED, f"{way} cannot reach this machine at {ways}",
                  "this side: open the port in the firewall and forward it in the router (--host_maddrs with a fixed "
                  "port, --announce_maddrs with the public address), or run a trainer with --client_mode")  # fmt: skip
+
+
+def missing_protocol(tried: Sequence[Knock], own: Sequence[str]) -> str:
+    """What to do where this peer was called under an address of the kind, IPv4 or IPv6, that it does not listen on."""
+    called = {"ip6" if ":" in one.host else "ip4" for one in tried}
+    listens = {address.strip("/").partition("/")[0] for address in own}
+    if len(called) != 1 or not listens <= {"ip4", "ip6"} or called & listens:
+        return ""
+    (kind,) = called
+    name, everywhere = ("IPv6", "::") if kind == "ip6" else ("IPv4", "0.0.0.0")
+    return (
+        f"it is reached over {name}, but listens on the other kind of addresses only: add "
+        f"/{kind}/{everywhere}/tcp/PORT to --host_maddrs"
+    )
 
 
 def describe_speed(speed: Speed | None, way: str, given) -> Check:
@@ -306,9 +356,9 @@ def join(peer):
     return start_dht(peer, load_identity(peer))
 
 
-def check_run_card(dht, run_id: str, owner: bytes, card: dict[str, str]) -> Check:
+def check_run_card(dht, peer, owner: bytes, card: dict[str, str]) -> Check:
     """Whether the run would take this peer: all settings that peers must have in common."""
-    found = differences(card, RunCard(dht, run_id, owner, card).read_others())
+    found = RunCard(dht, peer.run_id, owner, card, initial_peers=peer.initial_peers).differences()
     if found:
         return Check("settings of the run", FAILED, "; ".join(found), "take the flags and files of the other peers")
     return Check("settings of the run", OK, "as those of the other peers")
@@ -346,7 +396,7 @@ def check_network(peer, say: Callable[[Check], None], card: dict[str, str] | Non
                 say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
             say(describe_speed(measure_speed(dht, split_address(met[0])[1]), split_address(met[0])[0], peer.bandwidth))
             if card is not None:
-                say(check_run_card(dht, peer.run_id, owner, card))
+                say(check_run_card(dht, peer, owner, card))
         elif not peer.initial_peers:
             say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
     finally:
@@ -389,6 +439,7 @@ def run_checks(
     if built is not None:
         for check in check_memory(built[0].config, workload, device):
             report(check)
+        report(check_shared_memory(built[0]))
         report(check_disk(Path(output_dir), workload.predict(built[0].config)))
     card = None if built is None else make_card(built[0].config, built[1])
     check_network(peer, report, card)  # before data are read: hivemind's processes come before other threads

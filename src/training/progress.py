@@ -2,12 +2,14 @@
 
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.sharedctypes import Synchronized
 
 from hivemind.optim.progress_tracker import GlobalTrainingProgress
 from hivemind.utils import get_dht_time
 
-from src.training.claims import BoundedProgressTracker
+from src.training.claims import MAX_REMEMBERED, BoundedProgressTracker
+from src.training.records import name_of
 
 # A trainer that lives renews its report at its local steps, and in any case this often: also while it waits for a
 # round, or computes a batch for minutes. A report is kept so long; without a new one its trainer counts as silent.
@@ -32,10 +34,20 @@ class LeanProgressTracker(BoundedProgressTracker):
     ``vain_search``: the moment (`time.monotonic`) at which an averager of this peer found nobody to average with. Time
     is measured on this peer's clock only. The sign of life is that a report is stored again, with a later expiration;
     what it says may stay the same for long.
+
+    ``tell_epoch`` passes on what this peer knows, for whoever asks it: (epoch, seconds ago), or None. ``reachable``
+    gives those of some peers, by name, who answer.
     """
 
-    def __init__(self, *args, vain_search: Synchronized, **kwargs):
-        self._vain_search = vain_search
+    def __init__(
+        self,
+        *args,
+        vain_search: Synchronized,
+        tell_epoch: Callable[[tuple[int, float] | None], None] = lambda known: None,
+        reachable: Callable[[list[str]], set[str]] = set,
+        **kwargs,
+    ):
+        self._vain_search, self._tell_epoch, self._reachable = vain_search, tell_epoch, reachable
         self._reports: dict[bytes, tuple[float, float]] = {}  # (when the newest report expires, when it was first seen)
         self._published_at = -float("inf")
         super().__init__(*args, metadata_expiration=REPORT_SECONDS, **kwargs)
@@ -46,9 +58,14 @@ class LeanProgressTracker(BoundedProgressTracker):
         threading.Thread(target=self._renew_report, name="heartbeat", daemon=True).start()
 
     def _renew_report(self) -> None:
-        """hivemind would renew a report at half its time only, so that a single lost one makes a peer seem dead."""
+        """hivemind would renew a report at half its time only, so that a single lost one makes a peer seem dead.
+
+        Also exchanges with the peers of this peer's choice where the swarm is.
+        """
         while not self.shutdown_triggered.wait(RENEW_SECONDS):
             self.should_report_progress.set()
+            self.ask_for_epoch()
+            self._tell_epoch(self.known_epoch())
 
     def report_local_progress(self, local_epoch: int, samples_accumulated: int, update_global_samples: bool = True):
         """As hivemind's, but samples are published once a second at most: signing, sending and checking a report takes
@@ -79,6 +96,15 @@ class LeanProgressTracker(BoundedProgressTracker):
             found = self.dht.get(self.training_progress_key, latest=True)
             self.global_progress = self._parse_swarm_progress_data(found.value if found is not None else None)
 
+    def num_present(self) -> int:
+        """Trainers that are there, this one included: a record alone, which costs nothing, does not make one.
+
+        Clients cannot be called, so that their record has to do.
+        """
+        others = {name_of(owner): client for owner, client in self.present.items() if owner != self._local_public_key}
+        callable_ = [name for name, client in others.items() if not client]
+        return 1 + len(others) - len(callable_) + len(self._reachable(callable_) & set(callable_))
+
     def _parse_swarm_progress_data(self, metadata) -> GlobalTrainingProgress:
         return super()._parse_swarm_progress_data(self._of_live_peers(metadata, time.monotonic()))
 
@@ -94,4 +120,6 @@ class LeanProgressTracker(BoundedProgressTracker):
             silent = now - seen > SILENT_SECONDS or seen < self._vain_search.value
             if key == self._local_public_key or not silent:
                 live[key] = entry
+        if len(self._reports) > MAX_REMEMBERED:
+            self._reports = {key: report for key, report in self._reports.items() if key in metadata}
         return live

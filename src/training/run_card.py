@@ -11,19 +11,24 @@ import logging
 import re
 import threading
 from collections import Counter
+from collections.abc import Sequence
 
 import hivemind
 from hivemind.utils import get_dht_time
 
 from src.models import LeanAlbertConfig
+from src.training.journal import printable
+from src.training.records import MAX_BYTES, name_of
 
 logger = logging.getLogger(__name__)
 
-# How values travel and which remote calls there are; to be changed with either.
-PROTOCOL = "LeanALBERT 1: gradients in 8 bits by blocks from 65537 values, else float16; parameters float16"
+# How values travel, how records are signed, and which remote calls there are; to be changed with any of them.
+PROTOCOL = (
+    "LeanALBERT 2: owned records; gradients in 8 bits by blocks from 65537 values, else float16; parameters float16"
+)
 PUBLISH_SECONDS, EXPIRE_SECONDS = 30.0, 150.0
 ANSWER_SECONDS = 15.0  # the DHT's process may have ended: never wait for it for ever
-MAX_NAMED = 4
+MAX_NAMED, MAX_VALUE_LENGTH = 4, 80
 # The fingerprint of the weights a run began with, for runs that did not begin with random ones. A card without it
 # contradicts none: whoever joins without the flag gets the weights from the swarm, and names them from then on.
 INITIAL_WEIGHTS = "--init_checkpoint"
@@ -64,22 +69,49 @@ def _fingerprint(content) -> str:
     return hashlib.sha256(json.dumps(content, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differences(own: dict[str, str], others: list[dict[str, str]]) -> list[str]:
-    """Where ``own`` differs from what most others have, one text a field, with both values."""
+def differences(
+    own: dict[str, str], others: list[dict[str, str]], *, trusted: Sequence[dict[str, str]] = ()
+) -> list[str]:
+    """Where ``own`` differs from what most others have, one text a field, with both values.
+
+    Where ``trusted`` cards have a field, they count for all.
+    """
     found = []
     for name, value in own.items():
-        theirs = Counter(card[name] for card in others if name in card).most_common(1)
+        theirs = Counter(values_of(name, trusted) or values_of(name, others)).most_common(1)
         if theirs and theirs[0][0] != value:
-            found.append(f"{name} is {value} here and {theirs[0][0]} in the run")
+            found.append(f"{name} is {value} here and {printable(theirs[0][0], MAX_VALUE_LENGTH)} in the run")
     return found
 
 
-class RunCard(threading.Thread):
-    """Publishes this peer's card under its key as long as it lives, and compares it with those of others."""
+def values_of(name: str, cards: Sequence[dict[str, str]]) -> list[str]:
+    """What cards have in a field, those that have it."""
+    return [card[name] for card in cards if name in card]
 
-    def __init__(self, dht: hivemind.DHT, run_id: str, owner: bytes, card: dict[str, str]):
+
+def read_card(content: object) -> dict[str, str] | None:
+    """What another peer has published, or None if that is no card."""
+    try:
+        card = json.loads(content) if isinstance(content, str) and len(content) <= MAX_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+    is_flat = isinstance(card, dict) and all(isinstance(value, str) for value in card.values())
+    return card if is_flat else None
+
+
+class RunCard(threading.Thread):
+    """Publishes this peer's card under its key as long as it lives, and compares it with those of others.
+
+    What those of ``initial_peers`` say, whom this peer has chosen and whose ids nobody else can have, counts for all.
+    """
+
+    def __init__(
+        self, dht: hivemind.DHT, run_id: str, owner: bytes, card: dict[str, str], *, initial_peers: Sequence[str] = ()
+    ):
         super().__init__(name="run card", daemon=True)
         self.dht, self.key, self.owner, self.card = dht, f"{run_id}_card", owner, card
+        self.trusted = {address.rsplit("/p2p/", 1)[-1] for address in initial_peers}
+        self.of_initial_peers: list[dict[str, str]] = []
         self.stop = threading.Event()
 
     @property
@@ -106,11 +138,12 @@ class RunCard(threading.Thread):
 
     def _named_by_others(self) -> list[str]:
         try:
-            named = [card.get(INITIAL_WEIGHTS) for card in self.read_others()]
+            others = self.read_others()
         except Exception as error:  # as in `run`
             logger.debug("could not read the run's cards: %r", error)
             return []
-        return [value for value in named if value is not None and re.fullmatch("[0-9a-f]{16}", value)]
+        named = values_of(INITIAL_WEIGHTS, self.of_initial_peers) or values_of(INITIAL_WEIGHTS, others)
+        return [value for value in named if re.fullmatch("[0-9a-f]{16}", value)]
 
     def join_run(self, *, trains: bool = False) -> None:
         """Compare, then publish from now on. Raises ValueError, naming the fields, if the run has another card.
@@ -118,7 +151,7 @@ class RunCard(threading.Thread):
         A peer that trains will have the weights of the run, and so names those it began with. Others do not: they may
         stay when all trainers have gone, and must not keep a new run from beginning with other weights.
         """
-        found = differences(self.card, self.read_others())
+        found = self.differences()
         if found:
             more = f" and {len(found) - MAX_NAMED} more" if len(found) > MAX_NAMED else ""
             raise ValueError(
@@ -135,7 +168,7 @@ class RunCard(threading.Thread):
         while not self.stop.wait(PUBLISH_SECONDS):
             try:
                 self.publish()
-                found = differences(self.card, self.read_others())
+                found = self.differences()
             except Exception as error:  # the DHT may be about to end
                 logger.debug("could not publish the run card: %r", error)
                 continue
@@ -152,15 +185,17 @@ class RunCard(threading.Thread):
             return_future=True,
         ).result(ANSWER_SECONDS)
 
+    def differences(self) -> list[str]:
+        """Where this peer's card differs from the run's, see `differences`."""
+        others = self.read_others()
+        return differences(self.card, others, trusted=self.of_initial_peers)
+
     def read_others(self) -> list[dict[str, str]]:
         """The cards of all other peers; whatever is no card is left out."""
         found = self.dht.get(self.key, latest=True, return_future=True).result(ANSWER_SECONDS)
-        cards = []
+        cards = {}
         for owner, entry in found.value.items() if found is not None and isinstance(found.value, dict) else ():
-            try:
-                card = json.loads(entry.value) if owner != self.owner else None
-            except (TypeError, ValueError):
-                continue
-            if isinstance(card, dict):
-                cards.append({str(name): str(value) for name, value in card.items()})
-        return cards
+            if owner != self.owner and (card := read_card(entry.value)) is not None:
+                cards[owner] = card
+        self.of_initial_peers = [card for owner, card in cards.items() if name_of(owner) in self.trusted]
+        return list(cards.values())

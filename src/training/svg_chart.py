@@ -25,8 +25,9 @@ class Series:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that span ``low`` to ``high``."""
-    if not high > low:
-        low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
+    if not high - low > 1e-9 * max(1.0, abs(low), abs(high)):  # or rounding would give all ticks one value
+        margin = (abs(low) if abs(low) > 1e-6 else 1.0) / 2
+        low, high = low - margin, high + margin
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((factor * power for factor in (1, 2, 5) if factor * power >= rough * 0.999), 10 * power)

@@ -17,6 +17,7 @@ from src.training.auth import Identity, load_identity
 from src.training.dht import start_dht
 from src.training.journal import Journal
 from src.training.optimizer import LeanOptimizer, make_collaborative_optimizer
+from src.training.preflight import require_shared_memory
 from src.training.probe import measure_bandwidth
 from src.training.run_card import RunCard, make_run_card
 
@@ -93,9 +94,11 @@ def join_run(
 
     Raises ValueError or OSError, with what to do, if the network, the run or this peer's key will not have it so.
     """
+    require_shared_memory(model)
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
-    run_card = RunCard(dht, peer.run_id, public_key, make_run_card(model.config, tokenizer, settings, trainer=trainer))
+    card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
+    run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
     if run_card.initial_weights:
         settings = {**settings, "init_checkpoint": run_card.initial_weights}

@@ -71,14 +71,15 @@ class TerminalView(Progress):
         """Everything that stands below the messages."""
         with self._lock:
             progress = dict(self._progress)
-        now = self.clock()
-        parts = [self._panel(now), self._peers(progress, now)]
-        if self.history.failures:
-            parts.append(self._failures(now))
+        now, history = self.clock(), self.history
+        with history.lock:  # the journal's writers are other threads
+            parts = [self._panel(history, now), self._peers(history, progress, now)]
+            if history.failures:
+                parts.append(self._failures(history, now))
         return Group(*parts)
 
-    def _panel(self, now: float) -> Panel:
-        history, last = self.history, self.history.last_epoch
+    def _panel(self, history: RunHistory, now: float) -> Panel:
+        last = history.last_epoch
         lines = [self._bar(now)] if self.tracker is not None else []
         if last is None:
             lines.append(Text("no epoch has ended yet", style="dim"))
@@ -91,7 +92,7 @@ class TerminalView(Progress):
             lines.append(Text(f"held-out loss {score.loss:.3f}, {score.accuracy:.1%} of the words and "
                               f"{score.order_accuracy:.0%} of the orders right, epoch {score.epoch}"))  # fmt: skip
         if last is not None:
-            lines.append(Text(self._pace(last, now), style="dim"))
+            lines.append(Text(self._pace(history, last, now), style="dim"))
         of = f" of {history.total_epochs}" if history.total_epochs else ""
         peers = f"{last.num_peers} trainers, {short_number(last.samples_per_second)} samples/s" if last else "waiting"
         title = Text(f" run {history.run_id}: {last.epoch if last else 0}{of} epochs, {peers} ")
@@ -114,8 +115,8 @@ class TerminalView(Progress):
         row.add_row(f"epoch {state.epoch + 1}", bar, samples)
         return row
 
-    def _pace(self, last, now: float) -> str:
-        history, seconds = self.history, self.history.epoch_seconds()
+    def _pace(self, history: RunHistory, last, now: float) -> str:
+        seconds = history.epoch_seconds()
         parts = [f"last epoch ended {format_seconds(max(0.0, now - last.time))} ago"]
         if seconds is not None:
             parts.append(f"one takes {format_seconds(seconds)}")
@@ -125,17 +126,17 @@ class TerminalView(Progress):
             parts.append(f"checkpoint of epoch {history.last_checkpoint}")
         return ", ".join(parts)
 
-    def _peers(self, progress: dict, now: float) -> Table:
+    def _peers(self, history: RunHistory, progress: dict, now: float) -> Table:
         """A row for each trainer that was seen: those that report now, and those that have worked before."""
         table = Table(box=None, expand=True, header_style="dim", padding=(0, 1))
         table.add_column("trainer", no_wrap=True)
         for name in ("epoch", "so far", "samples/s", "samples", "share", "last seen", "failed"):
             table.add_column(name, justify="right", no_wrap=True)
-        ranked = self.history.shares()
-        names = [peer.name for peer, _ in ranked] + [name for name in progress if name not in self.history.peers]
+        ranked = history.shares()
+        names = [peer.name for peer, _ in ranked] + [name for name in progress if name not in history.peers]
         shares = {peer.name: part for peer, part in ranked}
         for name in names[:SHOWN_PEERS]:
-            peer, current = self.history.peers.get(name), progress.get(name)
+            peer, current = history.peers.get(name), progress.get(name)
             seen = max(peer.last_seen if peer else 0.0, current.time if current else 0.0)
             age = max(0.0, now - seen)
             rate = current.samples_per_second if current else peer.samples_per_second
@@ -147,18 +148,20 @@ class TerminalView(Progress):
                 short_number(rate),
                 short_number(peer.samples) if peer else "0",
                 f"{shares.get(name, 0.0):.0%}",
-                Text(f"{format_seconds(age)} ago", style=next(colour for limit, colour in AGES if age < limit)),
+                Text(
+                    f"{format_seconds(age)} ago", style=next((colour for limit, colour in AGES if age < limit), "red")
+                ),
                 Text(str(failed), style="red" if failed else "dim"),
             )
         if len(names) > SHOWN_PEERS:
             table.add_row(f"and {len(names) - SHOWN_PEERS} more", *[""] * 7)
         return table
 
-    def _failures(self, now: float) -> Panel:
-        newest = list(self.history.failures)[-SHOWN_FAILURES:][::-1]
+    def _failures(self, history: RunHistory, now: float) -> Panel:
+        newest = list(history.failures)[-SHOWN_FAILURES:][::-1]
         lines = [Text(f"epoch {failure.epoch}, {failure.who}, {format_seconds(max(0.0, now - failure.time))} ago: "
                       f"{failure.reason}") for failure in newest]  # fmt: skip
-        title = Text(f" failed rounds of averaging: {self.history.num_failures} reports ")
+        title = Text(f" failed rounds of averaging: {history.num_failures} reports ")
         return Panel(Group(*lines), title=title, title_align="left", border_style="red")
 
 

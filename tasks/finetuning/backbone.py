@@ -1,6 +1,7 @@
 """Finds a pretrained encoder and its tokenizer: published weights, our own checkpoints, any masked model of the hub."""
 
 import copy
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 
 from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
-from src.models.checkpoint import load_backbone, read_state_dict
+from src.models.checkpoint import encoder_weights, has_pooler, is_finite, load_strictly, read_state_dict, weight_files
+from src.models.hub import STATE_FILE, download_model, explain_hub_error, first_line
 from src.models.tokenizer import has_vocabulary
 
 ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "demo"
-STATE_FILE, BACKUP_FILE, AUXILIARY_CHECKPOINT = "state.pth", "backup.pth", "aux/checkpoint"
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pth")
+BACKUP_FILE, AUXILIARY_CHECKPOINT = "backup.pth", "aux/checkpoint"
 # Parts of a path that say what kind of thing it is, not which model.
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -47,9 +48,7 @@ class Pretrained:
     def load(self) -> nn.Module:
         """A fresh copy of the encoder. Raises ValueError where the weights do not fit, naming the first keys."""
         if isinstance(self.config, LeanAlbertConfig):
-            backbone = LeanAlbertModel(copy.deepcopy(self.config))
-            load_backbone(backbone, self.path)
-            return backbone
+            return load_own_encoder(self.path, copy.deepcopy(self.config))
         return load_hub_encoder(self.path, copy.deepcopy(self.config))
 
 
@@ -81,7 +80,9 @@ def find_checkpoint(directory: Path) -> Path:
         return directory / STATE_FILE
     outputs = directory / "outputs"
     checkpoints = [
-        (path.stat().st_mtime, path.parent) for path in outputs.glob(f"**/{AUXILIARY_CHECKPOINT}/*.safetensors")
+        (file.stat().st_mtime, path)
+        for path in outputs.glob(f"**/{AUXILIARY_CHECKPOINT}")
+        for file in weight_files(path)
     ]
     checkpoints += [(path.stat().st_mtime, path) for path in outputs.glob(f"**/{BACKUP_FILE}")]
     if not checkpoints:
@@ -94,8 +95,8 @@ def find_checkpoint(directory: Path) -> Path:
 
 def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str]) -> Pretrained:
     """state.pth or backup.pth, which hold weights alone: configuration and tokenizer lie elsewhere."""
-    shapes = {name.removeprefix("albert."): tuple(value.shape) for name, value in read_state_dict(path).items()}
-    num_embeddings = shapes.get(WORD_EMBEDDINGS, (None,))[0]
+    shapes = {name: tuple(value.shape) for name, value in encoder_weights(read_state_dict(path)).items()}
+    num_embeddings = next(iter(shapes.get(WORD_EMBEDDINGS, ())), None)
     tokenizers = [tokenizer] if tokenizer else _nearby(path, "tokenizer")
     loaded = _first_fitting_tokenizer(tokenizers, num_embeddings, path)
     configs = [Path(model_config)] if model_config else _nearby(path, "config.json")
@@ -142,7 +143,7 @@ def _first_fitting_config(
             raise ValueError(f"--model-config {path}: no such file")
         try:
             config = LeanAlbertConfig.from_json_file(str(path))
-        except (ValueError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
         if num_embeddings == vocabulary_size:
             config.vocab_size = num_embeddings
@@ -152,7 +153,7 @@ def _first_fitting_config(
 
 def _fits(config: LeanAlbertConfig, shapes: dict) -> bool:
     with torch.device("meta"):
-        expected = LeanAlbertModel(config).state_dict()
+        expected = LeanAlbertModel(config, add_pooling_layer=has_pooler(shapes)).state_dict()
     return all(shapes.get(name) == tuple(tensor.shape) for name, tensor in expected.items())
 
 
@@ -164,24 +165,57 @@ def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, not
     try:
         config = AutoConfig.from_pretrained(model_config or location)
     except Exception as error:  # a damaged file, a repository that does not exist, no network: all kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source}: no model configuration could be read ({reason}); {WHAT_TO_PASS}") from error
-    loaded = load_tokenizer(tokenizer or location)
-    if len(loaded) > config.vocab_size:
+        reason, advice = (first_line(error), "") if is_local else explain_hub_error(error)
+        advice = f"{advice}, or " if advice else ""
         raise ValueError(
-            f"{source}: the tokenizer {loaded.name_or_path} has {len(loaded)} tokens, the model only "
-            f"{config.vocab_size}; they do not belong together (--tokenizer)"
-        )
+            f"{source}: no model configuration could be read ({reason}); {advice}{WHAT_TO_PASS}"
+        ) from error
+    name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
+    if not is_local and isinstance(config, LeanAlbertConfig):
+        return _own_model_of_hub(source, location, name, config, tokenizer, model_config)
+    loaded = load_tokenizer(tokenizer or location)
+    _check_vocabulary(source, loaded, config)
     if is_local:
-        files = sorted(file for pattern in WEIGHT_PATTERNS for file in path.glob(pattern))
+        files = weight_files(path)
         if not files:
-            raise ValueError(f"{path}: no weights in this directory ({', '.join(WEIGHT_PATTERNS)})")
+            raise ValueError(f"{path}: no weights in this directory; pass one written by save_pretrained")
         digest = _digest(files, config, loaded)
         return Pretrained(_local_name(path, digest), source, location, config, loaded, digest, notes)
-    name = source.lower() if source.lower() in ALIASES else source.replace("/", "--")
     version = f"{location}@{getattr(config, '_commit_hash', None)}"
     digest = hashlib.sha256((version + loaded.backend_tokenizer.to_str()).encode()).hexdigest()
     return Pretrained(name, source, location, config, loaded, digest, notes)
+
+
+def _check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, config) -> None:
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer {tokenizer.name_or_path} has {len(tokenizer)} tokens, the model only "
+            f"{config.vocab_size}; they do not belong together (--tokenizer)"
+        )
+
+
+def _own_model_of_hub(source: str, hub_id: str, name: str, config, tokenizer, model_config) -> Pretrained:
+    """A LeanALBERT of the hub: the files are fetched and read as those of a directory are, with the same strictness."""
+    directory = download_model(hub_id, revision=getattr(config, "_commit_hash", None))
+    tokenizer = tokenizer or hub_id
+    if not weight_files(directory) and (directory / STATE_FILE).is_file():
+        model_config = model_config or directory / "config.json"
+        found = _from_file(source, directory / STATE_FILE, model_config, tokenizer, [])
+        return dataclasses.replace(found, name=name)
+    files = weight_files(directory)
+    if not files:
+        raise ValueError(f"{source}: the repository holds no weights of a LeanALBERT; {WHAT_TO_PASS}")
+    loaded = load_tokenizer(tokenizer)
+    _check_vocabulary(source, loaded, config)
+    return Pretrained(name, source, str(directory), config, loaded, _digest(files, config, loaded), [])
+
+
+def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
+    """The encoder of a LeanALBERT with any head; without a pooler if the checkpoint has none, as a masked model."""
+    state_dict = read_state_dict(path)
+    backbone = LeanAlbertModel(config, add_pooling_layer=has_pooler(state_dict))
+    load_strictly(backbone, encoder_weights(state_dict), source=path)
+    return backbone
 
 
 def load_hub_encoder(path: str, config) -> nn.Module:
@@ -203,6 +237,9 @@ def load_hub_encoder(path: str, config) -> nn.Module:
     found = [f"{what}: {_name_keys(keys)}" for what, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{path} does not fit {type(model).__name__}: {'; '.join(found)}")
+    broken = [name for name, tensor in model.named_parameters() if not is_finite(tensor)]
+    if broken:
+        raise ValueError(f"{path}: values of {_name_keys(broken)} are not finite; take another copy of the model")
     return model
 
 
@@ -222,9 +259,12 @@ def max_positions(backbone: nn.Module) -> int | None:
     return table.num_embeddings - offset
 
 
-def build_encoder(directory: Path) -> nn.Module:
+def build_encoder(directory: Path, *, pooler: bool) -> nn.Module:
     """An encoder of the architecture that config.json in the directory names, with random weights."""
-    return AutoModel.from_config(AutoConfig.from_pretrained(directory))
+    encoder = AutoModel.from_config(AutoConfig.from_pretrained(directory))
+    if not pooler and getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
 
 
 def _digest(files: list[Path], config, tokenizer) -> str:

@@ -15,7 +15,7 @@ from src.models import load_tokenizer
 from tasks.finetuning.backbone import Pretrained, build_encoder
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.console import InputError
-from tasks.finetuning.inference import load_weights, predict_logits
+from tasks.finetuning.inference import load_weights, predict_logits, read_weights
 from tasks.finetuning.ledger import Ledger, best_row, settings_key
 from tasks.finetuning.progress import best_index, shown_metrics
 from tasks.finetuning.sources import fingerprint
@@ -127,9 +127,12 @@ def read_run(directory: Path) -> dict:
     if not path.is_file():
         raise InputError(f"{directory}: not the directory of a finished run (there is no {RUN_FILE} in it)")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        row = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(row, dict) or not {"task", "model", "seed", "arguments"} <= row.keys():
+        raise InputError(f"{path}: not the row of a run; pass a directory that finetune_mlm.py has written")
+    return row
 
 
 def open_run(directory: Path, task: FinetuningTask) -> Run:
@@ -142,8 +145,10 @@ def open_run(directory: Path, task: FinetuningTask) -> Run:
             f"{directory / WEIGHTS}: no such file; weights are kept for the best seed only. Pass that one, or remove "
             "the line of this seed from runs.jsonl and run it again"
         )
-    model = task.build_model(build_encoder(directory), dropout=0.0)
-    load_weights(model, directory / WEIGHTS)
+    weights = read_weights(directory / WEIGHTS)
+    encoder = build_encoder(directory, pooler=any("pooler." in name for name in weights))
+    model = task.build_model(encoder, dropout=0.0)
+    load_weights(model, directory / WEIGHTS, weights)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return Run(model, load_tokenizer(str(directory)), row)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,9 +10,14 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
+from src.models.checkpoint import read_pytorch
 from tasks.finetuning.console import InputError
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Diverged(InputError):
+    """A loss or an answer that is not a finite number: nothing that follows from it means anything."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -23,13 +27,21 @@ def save_weights(model: nn.Module, path: Path) -> None:
     aside.replace(path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Raises ValueError where the file is missing or does not fit the model."""
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Raises ValueError where the file is missing or holds something else."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        return read_pytorch(path)
+    except ValueError as error:
+        raise InputError(f"{path}: not the weights of a model ({error})") from error
+
+
+def load_weights(model: nn.Module, path: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Raises ValueError where the file is missing or does not fit the model. weights: what `read_weights` has read."""
+    try:
+        model.load_state_dict(read_weights(path) if weights is None else weights)
+    except (RuntimeError, TypeError) as error:
         raise InputError(f"{path}: not the weights of this model ({' '.join(str(error).split())[:300]})") from error
 
 
@@ -50,7 +62,8 @@ def predict_logits(
 ) -> list[np.ndarray]:
     """The logits of each row, with the padding of its batch; batches of similar length, the longest first.
 
-    Where a batch does not fit into the GPU's memory, smaller ones are tried, down to one row.
+    Where a batch does not fit into the GPU's memory, smaller ones are tried, down to one row. Raises ValueError if a
+    logit is not finite: the largest of such is an answer that means nothing.
     """
     while True:
         try:
@@ -74,6 +87,8 @@ def _predict_logits(model, rows, collator, *, batch_size, precision) -> list[np.
         batch = collator([{k: v for k, v in rows[i].items() if k != "labels"} for i in chosen])
         with autocast(device, precision):
             outputs = model(**{name: value.to(device) for name, value in batch.items()}).logits
+        if not bool(torch.isfinite(outputs).all()):
+            raise Diverged("the model's answers are not finite numbers: its weights are damaged, or have diverged")
         for i, row_logits in zip(chosen, outputs.float().cpu().numpy(), strict=True):
             logits[i] = row_logits
     return logits

@@ -3,8 +3,11 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 LEDGER = "runs.jsonl"
 
@@ -30,7 +33,7 @@ class Ledger:
             try:
                 row = json.loads(line)
                 rows.append({**row, "seed": row["seed"], "key": row["key"]})
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise ValueError(
                     f"{self.path}:{number}: not a row of the ledger; remove the line, and its seed runs again"
                 ) from error
@@ -39,12 +42,19 @@ class Ledger:
     def append(self, row: dict) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another task may be running with the same ledger
+            self._lock(file)
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def _lock(self, file) -> None:
+        """Another task may be running with the same ledger. Some network file systems have no locks."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.info("%s cannot be locked (%s): write to it with one program at a time", self.path, error.strerror)
 
     def finished(self, key: str) -> dict[int, dict]:
         """The rows of all finished seeds of these settings, by seed."""

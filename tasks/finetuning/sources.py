@@ -6,9 +6,12 @@ where the files lie, how a line becomes a dictionary, and what is wrong with a l
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from tasks.surrogates import replace_lone_surrogates
 
 RUSSIAN_SUPERGLUE_HUB = "RussianNLP/russian_super_glue"
 RUSSIAN_SUPERGLUE_REVISION = "refs/convert/parquet"
@@ -53,9 +56,11 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
         where = f"{path}:{number}"
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+            if "\\ud" in line.lower():  # half of a character, perhaps
+                entry = json.loads(replace_lone_surrogates(json.dumps(entry, ensure_ascii=False)))
+        except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and deep nesting
             cut_off = number == len(lines)  # a whole last line ends in a line break
-            hint = "the file is cut off here, download it again" if cut_off else error.msg
+            hint = "the file is cut off here, download it again" if cut_off else getattr(error, "msg", error)
             raise ValueError(f"{where}: not valid JSON ({hint})") from error
         if not isinstance(entry, dict):
             raise ValueError(
@@ -73,7 +78,7 @@ def read_csv(path: Path, columns: tuple[str, ...], *, ends_in_line_break: bool =
     A last line without a line break is an error unless it is allowed: cut off inside a sentence, it would look whole.
     """
     text = open_text(path)
-    reader = csv.reader(text.splitlines(keepends=True), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # str.splitlines cuts at U+2028 and others, too
     rows = []
     try:
         header = next(reader, [])

@@ -19,7 +19,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.console import InputError
 from tasks.finetuning.encoding import EncodedSplit
-from tasks.finetuning.inference import free_memory, is_out_of_memory, load_weights, predict_logits, save_weights
+from tasks.finetuning.inference import (
+    Diverged,
+    free_memory,
+    is_out_of_memory,
+    load_weights,
+    predict_logits,
+    save_weights,
+)
 from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
 
 logger = logging.getLogger(__name__)
@@ -111,6 +118,14 @@ class SeedTrainer(Trainer):
         # The models average their loss over the batch they see, whatever their forward's **kwargs suggest.
         self.model_accepts_loss_kwargs = False
 
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """Trainer would go on with a loss that is not a number, and with weights that it has spoilt, to the end."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if not bool(torch.isfinite(loss)):
+            raise Diverged(f"the loss of step {self.state.global_step + 1} is {loss.item()}")
+        return result
+
     def evaluate(self, *_args, **_kwargs) -> dict[str, float]:
         """Official metrics on the validation split; keeps the weights if they are the best so far."""
         encoded, records = self.data.encoded["validation"], self.data.records["validation"]
@@ -192,13 +207,19 @@ def fit_seed(
     """Trains one seed in its directory, from its last checkpoint if there is one; returns the dev scores by epoch.
 
     Afterwards the directory holds `weights.pt`, those of the best epoch. Raises MemoryError if not even a batch of one
-    row fits.
+    row fits, ValueError if training diverges.
     """
     batch_size, grad_acc_steps = _read_batch(directory, settings)
     while True:
         try:
             return _fit(model_factory, task, data, settings, seed=seed, directory=directory, report_to=report_to,
                         batch_size=batch_size, grad_acc_steps=grad_acc_steps)  # fmt: skip
+        except Diverged as error:
+            raise InputError(
+                f"{task.name} seed {seed}: {error}; pass a lower --learning-rate than {settings.learning_rate:g}"
+                + (" or --precision fp32" if settings.precision != "fp32" else "")
+                + "; the seed is not finished, and nothing is predicted"
+            ) from error
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -218,8 +239,8 @@ def fit_seed(
 def _read_batch(directory: Path, settings: Settings) -> tuple[int, int]:
     """The batch size and accumulation that fitted into memory before, or those of the settings."""
     try:
-        batch_size, grad_acc_steps = json.loads((directory / MEMORY_FILE).read_text())
-    except (OSError, ValueError):
+        batch_size, grad_acc_steps = map(int, json.loads((directory / MEMORY_FILE).read_text()))
+    except (OSError, ValueError, TypeError):
         return settings.batch_size, settings.grad_acc_steps
     return batch_size, grad_acc_steps
 
@@ -239,6 +260,8 @@ def _fit(model_factory, task, data, settings, *, seed, directory, report_to, bat
     if checkpoint is not None:
         state = json.loads((checkpoint / STATE).read_text())
         history = dev_history(state["log_history"])
+        if not all(math.isfinite(entry["loss"] or 0.0) for entry in history):
+            raise Diverged("its loss was not a finite number before it was interrupted")
         done = state["global_step"] >= state["max_steps"]
         if done or out_of_patience(history, task.main_metric, settings.early_stopping_patience):
             return history

@@ -389,6 +389,10 @@ class TrainingDataset(IterableDataset):
         self._stream = stream
         return iter(stream)
 
+    def check(self) -> None:
+        """Make one instance and forget it: raises ValueError if the text cannot be read."""
+        next(iter(self._open_stream()), None)
+
     def discarded_share(self) -> float:
         """Tokens cut off by truncation over tokens read, in the stream that was begun last."""
         if self._stream is None or not self._stream.num_tokens:
@@ -469,7 +473,8 @@ def make_training_dataset(
 
     An item holds input_ids, token_type_ids, special_tokens_mask (each an array.array of ints, which works like a list)
     and sentence_order_label: 0 in order, 1 swapped, -100 for a single sentence. Raises ValueError for missing, empty or
-    unreadable sources and unfit arguments.
+    unreadable sources and unfit arguments. A document that cannot be read is left out and said; a file that is damaged,
+    or a hub that refuses, is a `tasks.mlm.sources.TextError` when the stream comes to it.
     """
     sources = [DEFAULT_SOURCE] if sources is None else [sources] if isinstance(sources, str) else list(sources)
     if not sources:

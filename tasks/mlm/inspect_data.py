@@ -111,6 +111,9 @@ def inspect(options: argparse.Namespace) -> None:
         if totals.counts["instances"] >= MEASURED_INSTANCES and num_printed >= options.num_instances:
             break
     print("\n".join(totals.lines(batch_size=options.batch_size, discarded_share=dataset.discarded_share())))
+    for source in dataset.sources:
+        if num_left_out := len(source.left_out.places):
+            print(f"left out: {num_left_out} documents that cannot be read, the first {source.left_out.first}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ elements, because assignments of slices make the compilation several times longe
 import numba
 import numpy as np
 
+from src.training.compiled import compiled
+
 INSIDE, START, BORDER, UNKNOWN = range(4)  # kinds of tokens: in a word, at its start, between words, of no known text
 MASKED_SHARE, CHANGED_SHARE = 0.8, 0.1  # of the chosen tokens: become the mask token, a random one; the rest stays
 MASKED_LIMIT, CHANGED_LIMIT = round(MASKED_SHARE * 2**30), round((MASKED_SHARE + CHANGED_SHARE) * 2**30)
@@ -88,7 +90,7 @@ def choose_words(begins, sizes, num_words, budget, state):
     return num_chosen
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def choose_tokens(ids, ends, kinds, probability, state, labels):
     """Write the ids of the tokens to predict to `labels`: words within round(probability * known tokens), or 1."""
     begin, longest = 0, 0
@@ -106,7 +108,7 @@ def choose_tokens(ids, ends, kinds, probability, state, labels):
         begin = end
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def hide(ids, labels, mask_token_id, ordinary_ids, state):
     """Replace the ids that have a label: most by the mask token, some by a random one, some stay."""
     for position in range(len(ids)):
@@ -119,7 +121,7 @@ def hide(ids, labels, mask_token_id, ordinary_ids, state):
             ids[position] = ordinary_ids[draw_below(state, len(ordinary_ids))]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def pad_rows(values, ends, filler, padded):
     """Copy rows laid end to end to int64 [rows, width], each one followed by `filler`."""
     begin = 0

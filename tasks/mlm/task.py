@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -19,12 +20,31 @@ from src.models.config import LEGACY_OPTIONS
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
+CACHES = {
+    "HF_HUB_CACHE": "hub",
+    "HF_ASSETS_CACHE": "assets",
+    "HF_XET_CACHE": "xet",
+    "HF_DATASETS_CACHE": "datasets",
+    "HF_MODULES_CACHE": "modules",
+}
+
 
 def use_cache_dir(directory: str) -> None:
-    """Keep downloads of this process in ``directory``; to be called before the ``datasets`` library is imported."""
+    """Keep downloads of this process in ``directory``, and everything that the hub's libraries write besides.
+
+    They read the environment when they are imported, which transformers' Trainer does long before flags are known; so
+    what they have read is replaced, too. A login stays where it is.
+    """
     path = Path(directory).expanduser().resolve()
-    os.environ["HF_DATASETS_CACHE"] = str(path / "datasets")
-    huggingface_hub.constants.HF_HUB_CACHE = str(path / "hub")
+    places = {name: path / folder for name, folder in CACHES.items()}
+    os.environ.update({name: str(place) for name, place in places.items()})
+    for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE", "HF_XET_CACHE"):
+        setattr(huggingface_hub.constants, name, str(places[name]))
+    huggingface_hub.constants.HUGGINGFACE_HUB_CACHE = str(places["HF_HUB_CACHE"])
+    if config := sys.modules.get("datasets.config"):
+        config.HF_DATASETS_CACHE, config.HF_MODULES_CACHE = places["HF_DATASETS_CACHE"], places["HF_MODULES_CACHE"]
+        config.DOWNLOADED_DATASETS_PATH = config.HF_DATASETS_CACHE / config.DOWNLOADED_DATASETS_DIR
+        config.EXTRACTED_DATASETS_PATH = config.DOWNLOADED_DATASETS_PATH / config.EXTRACTED_DATASETS_DIR
 
 
 def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None = None):
@@ -40,7 +60,7 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
     if not path.is_file():
         raise ValueError(f"--model_config_path: there is no file {path}; pass a model configuration (.json)")
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = json.loads(path.read_text(encoding="utf-8-sig"))
         check_options(options)
         config = LeanAlbertConfig.from_dict(options)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
@@ -100,18 +120,15 @@ def build_data(
     """
     seed = int.from_bytes(hashlib.sha256(peer_seed).digest()[:4], "big")
     current_length = multiprocessing.Value("i", training.initial_sequence_length or training.max_sequence_length)
-
-    def dataset():
-        return make_training_dataset(
-            tokenizer,
-            sources=peer.dataset_sources,
-            weights=peer.dataset_weights,
-            shuffle_seed=seed,
-            max_sequence_length=current_length,
-            batch_size=training.per_device_train_batch_size,
-            pack_sequences=peer.pack_sequences,
-        )
-
-    next(iter(dataset()))
+    dataset = make_training_dataset(
+        tokenizer,
+        sources=peer.dataset_sources,
+        weights=peer.dataset_weights,
+        shuffle_seed=seed,
+        max_sequence_length=current_length,
+        batch_size=training.per_device_train_batch_size,
+        pack_sequences=peer.pack_sequences,
+    )
+    dataset.check()
     collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=training.pad_to_multiple_of, seed=seed)
-    return dataset(), collator, current_length
+    return dataset, collator, current_length

@@ -12,12 +12,37 @@ from torch.utils.data import get_worker_info
 from tasks.mlm import mask_kernel
 
 IGNORED_LABEL = -100
+PROBED_WORDS = ("мы", "дом", "весна", "the", "word")  # beside some of the vocabulary's own
+NUM_PROBED_WORDS = 50
 
 
 def lay_out(rows: Iterable[Sequence[int]]) -> np.ndarray:
     """Rows end to end, int32. Rows that are arrays, as the dataset gives them, are copied without a loop in Python."""
     arrays = (row if isinstance(row, array) and row.typecode == "i" else array("i", row) for row in rows)
     return np.frombuffer(bytearray().join(arrays), dtype=np.int32)
+
+
+def check_word_marks(tokenizer, tokens: Sequence[str], starts_word: Sequence[bool]) -> None:
+    """Raises ValueError unless the tokenizer begins words with "▁".
+
+    A vocabulary that holds "▁" need not: one made of web text has it as a character like any other and marks the
+    insides of words ("##") or bytes after a blank ("Ġ"). So some words are tokenised, each twice in one text, because
+    a tokenizer may leave out the mark at a text's very start.
+    """
+    if not any(starts_word):
+        raise ValueError("no token of the vocabulary starts with '▁', so the words' borders are not known")
+    candidates = [
+        token[1:] for token, starts in zip(tokens, starts_word, strict=True) if starts and token[1:].isalpha()
+    ]
+    words = [*PROBED_WORDS, *candidates[:: len(candidates) // NUM_PROBED_WORDS + 1]]
+    rows = tokenizer([f"{word} {word}" for word in words], add_special_tokens=False)["input_ids"]
+    rows = [row for row in rows if any(token_id != tokenizer.unk_token_id for token_id in row)]
+    num_marked = sum(any(starts_word[token_id] for token_id in row) for row in rows)
+    if 2 * num_marked <= len(rows):
+        raise ValueError(
+            "the vocabulary holds '▁', but the tokenizer does not begin words with it, so the words' borders are not "
+            "known; take one of the SentencePiece kind"
+        )
 
 
 class DataCollatorForWholeWordMask:
@@ -50,11 +75,9 @@ class DataCollatorForWholeWordMask:
         self.seed = seed
         self.mask_token_id, self.pad_token_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.kinds = np.array(
-            [token.startswith("▁") for token in tokens], dtype=np.uint8
-        )  # of each id, see mask_kernel
-        if not self.kinds.any():
-            raise ValueError("no token of the vocabulary starts with '▁', so the words' borders are not known")
+        starts_word = [token.startswith("▁") for token in tokens]
+        check_word_marks(tokenizer, tokens, starts_word)
+        self.kinds = np.array(starts_word, dtype=np.uint8)  # of each id, see mask_kernel
         self.kinds[tokenizer.all_special_ids] = mask_kernel.BORDER
         if tokenizer.unk_token_id is not None:
             self.kinds[tokenizer.unk_token_id] = mask_kernel.UNKNOWN

@@ -7,10 +7,19 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
@@ -237,6 +246,19 @@ def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_pat
     assert lines[0][-1] == "620.0,225.0", "4 on a scale from 7 (30 below the top) to 3 (290)"
 
 
+@pytest.mark.parametrize("odd", ["1e308", "NaN", "1" * 400, '"x"', "[]", "null", "0"])
+@pytest.mark.parametrize("field", ["epoch", "mlm_loss", "loss", "arguments", "dataset_sources"])
+def test_model_card_leaves_out_what_no_run_can_have(checkpoint, tmp_path, odd, field):
+    records = [{"event": "start", "arguments": {"dataset_sources": ["a.txt"], "seed": 1}}]
+    records += [{"event": "epoch", "epoch": epoch, "mlm_loss": 4.0} for epoch in (1, 2)]
+    records += [{"event": "held_out", "epoch": 2, "loss": 4.0}]
+    for record in (records[0], records[0]["arguments"], *records[2:]):
+        record.update({field: "ODD"} if field in record else {})
+    write_lines(tmp_path / "m.jsonl", records)
+    (tmp_path / "m.jsonl").write_text((tmp_path / "m.jsonl").read_text().replace('"ODD"', odd))
+    assert main([str(checkpoint), str(tmp_path / "lean"), "--metrics", str(tmp_path / "m.jsonl")]) == 0
+
+
 def test_model_card_thins_a_long_curve_out(checkpoint, metrics, tmp_path):
     assert main([str(checkpoint), str(tmp_path / "lean"), "--metrics", str(metrics)]) == 0
     card = (tmp_path / "lean" / "README.md").read_text(encoding="utf-8")
@@ -262,8 +284,11 @@ def test_model_card_takes_the_ledgers_rows_of_a_model_by_name(checkpoint, ledger
 class FakeHub:
     """Stands for HfApi: notes what it is asked to do."""
 
-    def __init__(self, error: Exception | None = None):
-        self.calls, self.error = [], error
+    def __init__(self, error: Exception | None = None, files: Sequence[str] = ()):
+        self.calls, self.error, self.files = [], error, [".gitattributes", *files]
+
+    def list_repo_files(self, repo_id):
+        return self.files
 
     def create_repo(self, repo_id, **options):
         self.calls.append(("create", repo_id, options))
@@ -286,12 +311,54 @@ def test_push_lists_what_it_would_send_and_sends_it_only_when_told(checkpoint, t
     assert capsys.readouterr().out.endswith("https://huggingface.co/org/lean\n")
 
 
-def test_push_that_fails_is_one_line_and_keeps_the_export(checkpoint, tmp_path, capsys):
-    hub = FakeHub(OSError("401 Unauthorized\nmany more lines"))
-    assert main([str(checkpoint), str(tmp_path / "lean"), "--push", "org/lean"], api=hub) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "(401 Unauthorized)" in error and "hf auth login" in error
+def hub_error(status, said):
+    """As huggingface_hub raises it: the reason stands in the third line."""
+    request = httpx2.Request("POST", "https://huggingface.co/api/repos/create")
+    text = f"Client error '{status}' for url (Request ID: Root=1-2)\n\n{said}\nmore lines"
+    return HfHubHTTPError(text, response=httpx2.Response(status, request=request), server_message=said)
+
+
+def unreachable():
+    try:
+        try:
+            raise httpx2.ConnectError("[Errno 111] Connection refused")
+        except httpx2.ConnectError as error:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub.") from error
+    except LocalEntryNotFoundError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "advice"),
+    [
+        (hub_error(401, "Invalid username or password."), "401: Invalid username or password.", "hf auth login"),
+        (
+            hub_error(403, "You don't have the rights to create a model under org"),
+            "403: You don't have the ri",
+            "token",
+        ),
+        (hub_error(500, "Internal Error"), "500: Internal Error", "try again later"),
+        (httpx2.ConnectError("[Errno 111] Connection refused"), "[Errno 111] Connection refused", "the network"),
+        (unreachable(), "[Errno 111] Connection refused", "the network"),
+        (LocalTokenNotFoundError("Token is required"), "this machine has no token", "hf auth login"),
+        (OfflineModeIsEnabled("Cannot reach"), "HF_HUB_OFFLINE is set", "unset it"),
+    ],
+)
+def test_push_that_fails_says_why_and_what_to_do_in_one_line(checkpoint, tmp_path, capsys, error, reason, advice):
+    assert main([str(checkpoint), str(tmp_path / "lean"), "--push", "org/lean"], api=FakeHub(error)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"({reason}" in said and "Request ID" not in said
+    assert advice in said.partition(" is complete: ")[2]
+    assert ("log in" in said) == ("hf auth login" in advice)
     assert (tmp_path / "lean" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_push_mentions_what_the_repository_holds_besides(checkpoint, tmp_path, capsys, flags):
+    hub = FakeHub(files=["README.md", "pytorch_model.bin", "tokenizer/tokenizer.json"])
+    assert main([str(checkpoint), str(tmp_path / "lean"), "--push", "org/lean", *flags], api=hub) == 0
+    said = capsys.readouterr().out
+    assert "org/lean holds other files, which stay there: pytorch_model.bin, tokenizer/tokenizer.json\n" in said
 
 
 def test_export_replaces_an_earlier_export_and_nothing_else(checkpoint, tmp_path, capsys):
@@ -321,6 +388,46 @@ def test_export_that_cannot_be_written_leaves_the_earlier_one(checkpoint, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_export_interrupted_within_the_swap_keeps_the_earlier_one(checkpoint, tmp_path, monkeypatch, capsys, killed):
+    out, original, exists = tmp_path / "lean", Path.rename, Path.exists
+    assert main([str(checkpoint), str(out), "--data", "first"]) == 0
+
+    def rename(self, target):
+        if self.suffix == ".part":
+            raise KeyboardInterrupt
+        return original(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        if killed:  # nothing is tidied up either
+            patch.setattr(Path, "exists", lambda self: self.suffix != ".old" and exists(self))
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        assert main([str(checkpoint), str(out), "--data", "second"]) == 130
+    assert out.exists() is not killed
+    if killed:
+        assert main([str(checkpoint / "nowhere"), str(out)]) == 2
+    assert "first" in (out / "README.md").read_text()
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_export_leaves_out_a_pooler_that_no_head_uses(model, checkpoint, tmp_path):
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("sop_classifier.")}
+    torch.save({"model": state}, checkpoint / "state.pth")
+    assert main([str(checkpoint / "state.pth"), str(tmp_path / "lean")]) == 0
+    exported = LeanAlbertForMaskedLM.from_pretrained(tmp_path / "lean")
+    assert torch.equal(exported.predictions.bias, model.predictions.bias)
+
+
+def not_finite(checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["predictions.bias"][0] = float("nan")
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+ROW = '{"task": "RCB", "model": "m", "source": "s", "key": "k", "seed": 0, "dev": {"f1": 0.5}}\n'
+
+
 def lack(name):
     return lambda checkpoint: (checkpoint / name).unlink()
 
@@ -343,12 +450,14 @@ def write(name, text):
     ("fault", "arguments", "message"),
     [
         (None, ["CHECKPOINT/nowhere", "OUT"], "nowhere: no such file or directory; pass state.pth"),
-        (lack("model.safetensors"), ["CHECKPOINT", "OUT"], "no .safetensors file in this directory"),
+        (lack("model.safetensors"), ["CHECKPOINT", "OUT"], "no model.safetensors in this directory"),
         (lack("config.json"), ["CHECKPOINT", "OUT"], "no config.json with it; pass --model-config FILE"),
         (lack("tokenizer.json"), ["CHECKPOINT", "OUT"], "no tokenizer with it; pass --tokenizer DIRECTORY"),
+        (not_finite, ["CHECKPOINT", "OUT"], "values of predictions.bias and 1 more are not finite"),
         (cut_weights, ["CHECKPOINT", "OUT"], "model.safetensors: not a complete safetensors file"),
         (other_width, ["CHECKPOINT", "OUT"], "does not fit LeanAlbertForPreTraining: of another shape: albert.transfo"),
         (write("c.json", "{"), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a LeanALBERT conf"),
+        (write("c.json", "[" * 100_000), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a Lean"),
         (write("c.json", "[]"), ["CHECKPOINT", "OUT", "--model-config", "AUX/c.json"], "c.json: not a LeanALBERT conf"),
         (None, ["CHECKPOINT", "OUT", "--model-config", "AUX/none.json"], "none.json: no such file"),
         (None, ["CHECKPOINT", "OUT", "--tokenizer", "AUX/none"], "there is no such directory"),
@@ -360,6 +469,10 @@ def write(name, text):
         (None, ["CHECKPOINT", "OUT", "--metrics", "AUX/none.jsonl"], "none.jsonl: no such file"),
         (write("m.jsonl", "{}\nnot json\n"), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "m.jsonl:2: not a"),
         (write("m.jsonl", ""), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "--metrics: there is no record in"),
+        (write("m.jsonl", "[" * 100_000 + "\n{}"), ["CHECKPOINT", "OUT", "--metrics", "AUX/m.jsonl"], "l:1: not"),
+        (write("r.jsonl", ROW.replace("0.5", "1e999")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "dev scores"),
+        (write("r.jsonl", ROW.replace("0.5", "[]")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "dev scores"),
+        (write("r.jsonl", ROW.replace('"k"', "[]")), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "lacks task"),
         (write("r.jsonl", "{}\n"), ["CHECKPOINT", "OUT", "--ledger", "AUX/r.jsonl"], "--ledger: not a ledger"),
     ],
 )  # fmt: skip

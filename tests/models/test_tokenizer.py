@@ -282,6 +282,9 @@ def test_tokenizer_serves_as_processing_class_of_a_trainer(directory, tmp_path):
         {"add_dummy_prefix": False},
         {"split_by_whitespace": False},
         {"user_defined_symbols": ["чит", "аё"]},
+        {"user_defined_symbols": ["№", "…", "ﬁ", "№…", "дом №", "Й", "²я"]},
+        {"user_defined_symbols": ["№", "Ём", "..."], "normalization_rule_name": "nmt_nfkc_cf"},
+        {"user_defined_symbols": ["№", "  "], "remove_extra_whitespaces": False},
         {"byte_fallback": True, "vocab_size": 400},
     ],
     ids=lambda options: "-".join(options) or "default",
@@ -304,6 +307,8 @@ def test_sentencepiece_model_gives_the_ids_of_sentencepiece(tmp_path, options):
         "日",
         "\u00a0",
         "раму",
+        "дом №",
+        "№ ",
     ]
     texts = ["".join(generator.choices(alphabet, k=generator.randint(0, 12))) for _ in range(500)]
     for text in ["", "  ", *PARAGRAPHS, *texts]:
@@ -382,7 +387,9 @@ def test_load_tokenizer_explains_a_failed_download(monkeypatch):
         raise OSError("no network\nand more lines")
 
     monkeypatch.setattr(tokenizer_module, "snapshot_download", refuse)
-    with pytest.raises(ValueError, match=r"'somebody/gone'.*no such directory.*no network\); pass") as error:
+    with pytest.raises(
+        ValueError, match=r"'somebody/gone'.*no such directory.*no network\); look at the network.* pass"
+    ) as error:
         load_tokenizer("somebody/gone")
     assert "\n" not in str(error.value)
 

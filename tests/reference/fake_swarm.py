@@ -97,6 +97,7 @@ class FakeOptimizer:
         self.grad_averager = SimpleNamespace(
             reuse_grad_buffers=reuse_grad_buffers,
             local_samples_accumulated=0,
+            local_times_accumulated=0,
             reset_accumulated_grads_=self._reset_accumulated,
             state_sharing_priority=0,
         )
@@ -109,6 +110,8 @@ class FakeOptimizer:
             reported=[],
             announced=0,
             announce=self._announce,
+            highest_plausible_epoch=lambda: float("inf"),
+            num_present=lambda: self.tracker.global_progress.num_peers,
             report_local_progress=lambda epoch, samples_accumulated: self.tracker.reported.append(
                 (epoch, samples_accumulated)
             ),
@@ -122,7 +125,7 @@ class FakeOptimizer:
         self.tracker.announced += 1
 
     def _reset_accumulated(self) -> None:
-        self.grad_averager.local_samples_accumulated = 0
+        self.grad_averager.local_samples_accumulated = self.grad_averager.local_times_accumulated = 0
         if self.grad_averager.reuse_grad_buffers:
             for parameter in self.parameters:
                 parameter.grad.zero_()
@@ -130,6 +133,7 @@ class FakeOptimizer:
     def step(self, batch_size: int) -> None:
         self.steps.append((batch_size, {n: p.grad.clone() for n, p in self.model.named_parameters()}))
         self.grad_averager.local_samples_accumulated += batch_size
+        self.grad_averager.local_times_accumulated += 1
         if self.grad_averager.local_samples_accumulated >= self.samples_per_epoch:
             self.state_averager.local_epoch += 1
             self.state_averager.scheduler.step()
@@ -189,7 +193,7 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
         "sequence_length_warmup_steps": 3, "pad_to_multiple_of": 8, "total_steps": 100, "warmup_steps": 0,
     }  # fmt: skip
     arguments = HFTrainerArguments(output_dir=str(folder), use_cpu=True, **{**options, **training})
-    meter = LossMeter()
+    meter, stop = LossMeter(), threading.Event()
     callback = CollaborativeCallback(
         Swarm(dht or FakeDHT(), b"key", optimizer),
         optimizer.model,
@@ -201,12 +205,13 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
         state_path=folder / "backup.pth",
         journal=Journal(folder / "metrics.jsonl"),
         progress=Progress(io.StringIO()),
-        stop=threading.Event(),
+        stop=stop,
     )
     trainer = CollaborativeTrainer(
         collaborative=optimizer,
         meter=meter,
         scaler=scaler,
+        stop=stop,
         model=optimizer.model,
         args=arguments,
         train_dataset=EndlessItems(items or tiny_items(16)),

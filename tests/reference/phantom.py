@@ -4,8 +4,8 @@ import threading
 
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.utils import get_dht_time
-from hivemind.utils.crypto import RSAPrivateKey
 
+from src.training.auth import Identity
 from src.training.dht import fetch_progress
 
 
@@ -13,12 +13,10 @@ class PhantomTrainer(threading.Thread):
     """Reports a few samples of the others' epoch until ``stop`` is set: of the second one on, and no later ones unless
     it ``follows``."""
 
-    def __init__(self, dht, run_id: str, *, stop: threading.Event, follows: bool = True):
+    def __init__(self, dht, identity: Identity, run_id: str, *, stop: threading.Event, follows: bool = True):
         super().__init__(name="phantom", daemon=True)
-        validator = RSASignatureValidator(RSAPrivateKey())
-        dht.add_validators([validator])
-        self.dht, self.run_id, self.stop, self.owner = dht, run_id, stop, validator.local_public_key
-        self.follows = follows
+        self.dht, self.run_id, self.stop, self.follows = dht, run_id, stop, follows
+        self.owner = RSASignatureValidator(identity.private_key).local_public_key
 
     def run(self) -> None:
         epoch = 0

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 import finetune_mlm
 import predict_on_lidirus
+from src.models import LeanAlbertForMaskedLM, load_tokenizer
 from tasks import evaluation
 from tasks.benchmarks import TASKS
 from tasks.finetuning.ledger import Ledger
@@ -225,6 +226,21 @@ def test_checkpoint_of_another_size_is_one_line(finetune, workplace, tiny_checkp
     assert finetune("-t", "RuCoLA", *config, model=("-c", "state.pth")) == 2
     error = capsys.readouterr().err
     assert "state.pth does not fit LeanAlbertModel: missing: embeddings" in error and error.count("\n") == 1
+
+
+def test_training_that_diverges_is_one_line_and_nothing_is_predicted(finetune, workplace, capsys):
+    assert finetune("-t", "TERRa", "--learning-rate", "1e30", "--batch-size", "1", "--max-steps", "9") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("finetune_mlm.py: error: TERRa seed 0: ") and error.count("\n") == 1
+    assert "pass a lower --learning-rate than 1e+30; the seed is not finished" in error
+    assert Ledger(workplace / "runs" / "runs.jsonl").rows() == [] and not (workplace / "preds").exists()
+
+
+def test_masked_model_without_a_pooler_answers_tasks_of_every_head(workplace, data_dir, tiny_checkpoint, capsys):
+    LeanAlbertForMaskedLM.from_pretrained(tiny_checkpoint).save_pretrained(workplace / "mlm")
+    load_tokenizer(tiny_checkpoint).save_pretrained(workplace / "mlm")
+    for task in ("TERRa", "RUSSE"):
+        assert finetune_mlm.main(["-t", task, "-c", "mlm", "-d", str(data_dir), *QUICK]) == 0
 
 
 def test_lidirus_without_a_terra_run_says_what_to_do(workplace, data_dir, capsys):

@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import json
 import multiprocessing
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ from arguments import PeerArguments
 from src.training import access, auth
 from src.training.auth import (
     GatedStub,
+    MemberGate,
     Membership,
     MembershipKeeper,
     create_key,
@@ -207,7 +211,18 @@ def test_access_lists_and_revokes(office, tmp_path, capsys):
         (["issue", RUN, "../ivan"], "names a file"),
         (["issue", RUN, "ivan", "ssh-rsa AAAA"], "is not a complete RSA public key"),
         (["issue", RUN, "ivan", "nothing"], "neither a public key"),
-        (["issue", RUN, "ivan", "--days", "0"], "must be positive"),
+        *(
+            (["issue", RUN, "ivan", f"--days={days}"], f"--days {float(days):g} must be a number from 0.001")
+            for days in ("0", "-1", "nan", "inf", "-inf", "1e12", "1e308", "1e-9")
+        ),
+        (["issue", RUN, "organiser"], "is that of the organiser's own key"),
+        (["issue", RUN, "i" * 300], "is too long for a file"),
+        (["issue", RUN, "iv\nan"], "names a file"),
+        *(
+            ([command, run_id, *more], "may hold letters, digits, - and _ only")
+            for run_id in ("../e", "a/b", "/e", "..", ".", "", "a\0b", "a\nb", "a b")
+            for command, more in (("init", []), ("list", []), ("issue", ["ivan"]), ("revoke", ["ivan"]))
+        ),
         (["revoke", RUN, "ivan"], "no token was issued to ivan; there are: anna, boris, vera"),
         (["init", RUN], "exists; a key is never overwritten"),
     ],
@@ -215,6 +230,62 @@ def test_access_lists_and_revokes(office, tmp_path, capsys):
 def test_access_refuses_in_one_line(office, capsys, arguments, problem):
     code, said = run_access(capsys, "--directory", office.parent, *arguments)
     assert code == 2 and problem in said and said.count("\n") == 1
+
+
+def test_refused_token_leaves_no_trace(office, capsys):
+    before = {path: path.read_bytes() for path in office.parent.rglob("*") if path.is_file()}
+    for arguments in (["ivan", "--days", "inf"], ["organiser"], ["i" * 300]):
+        assert run_access(capsys, "--directory", office.parent, "issue", RUN, *arguments)[0] == 2
+    assert {path: path.read_bytes() for path in office.parent.rglob("*") if path.is_file()} == before
+
+
+TORN = ['{"name": "t', "[1, 2]", "null", '{"name": 1, "fingerprint": "f", "expires": 1}', "[" * 100_000, "1" * 5000,
+        '{"name": "t", "fingerprint": "f", "expires": "nan"}', "\x00\x00", "текст"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", TORN, ids=range(len(TORN)))
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_ledger_with_a_damaged_line_still_lists_issues_and_revokes(office, tmp_path, capsys, line, place):
+    folder = tmp_path / RUN
+    shutil.copytree(office, folder)
+    ledger = folder / "issued.jsonl"
+    ledger.write_text(f"\ufeff{line}\n{ledger.read_text()}" if place == "first" else ledger.read_text() + line)
+    directory = ("--directory", tmp_path)
+    code, said = run_access(capsys, *directory, "list", RUN)
+    number = 1 if place == "first" else 4
+    assert code == 0 and f"issued.jsonl:{number} is damaged and left out" in said and said.count("left out") == 1
+    assert run_access(capsys, *directory, "issue", RUN, "gleb")[0] == 0
+    code, said = run_access(capsys, *directory, "revoke", RUN, "anna", "gleb")
+    assert code == 0 and "2 keys shut out" in said
+    states = [line.split()[:2] for line in run_access(capsys, *directory, "list", RUN)[1].splitlines()]
+    assert ["anna", "revoked"] in states and ["gleb", "revoked"] in states and ["boris", "valid"] in states
+
+
+def test_ledger_entry_that_never_ends_is_listed(office, tmp_path, capsys):
+    """What `issue --days inf` once wrote."""
+    shutil.copytree(office, tmp_path / RUN)
+    with (tmp_path / RUN / "issued.jsonl").open("a") as ledger:
+        ledger.write('{"name": "eve", "fingerprint": "f", "issued": 1.0, "expires": Infinity}\n')
+    code, said = run_access(capsys, "--directory", tmp_path, "list", RUN)
+    assert code == 0 and "eve" in said and "9999-" in said
+
+
+def test_member_whose_line_was_lost_is_revoked_by_the_token_file(office, tmp_path, capsys):
+    shutil.copytree(office, tmp_path / RUN)
+    (tmp_path / RUN / "issued.jsonl").write_text("")
+    code, said = run_access(capsys, "--directory", tmp_path, "revoke", RUN, "boris")
+    assert code == 0 and "1 keys shut out" in said
+    with pytest.raises(ValueError, match="was revoked"):
+        Membership(tmp_path / RUN / "boris.token", load_key(office / "boris.key"), RUN)
+
+
+def test_damaged_list_of_revocations_is_one_line(office, tmp_path, capsys):
+    shutil.copytree(office, tmp_path / RUN)
+    for content in (b"", b"AAAA\n[1, 2]", b"AAAA\nnull", b"AAAA\n" + b"[" * 100_000, b"A\n[1, 2, null, 3]"):
+        (tmp_path / RUN / "revoked.txt").write_bytes(content)
+        for command in (["list", RUN], ["revoke", RUN, "anna"]):
+            code, said = run_access(capsys, "--directory", tmp_path, *command)
+            assert code == 2 and "revoked.txt is damaged" in said and said.count("\n") == 1
 
 
 def test_key_files_are_read_by_their_owner_only(office):
@@ -502,6 +573,90 @@ def test_check_of_a_private_run(members, office, tmp_path):
     assert "can be reached, but does not answer" in output and "lets this peer in" in output, output
 
 
+class Directory:
+    """Stands for a membership and the DHT: tokens are the names of those who have published one."""
+
+    members_key = "members"
+
+    def __init__(self, *members: str, seconds: float = 0.0):
+        self.members, self.seconds, self.num_looks = set(members), seconds, 0
+
+    def objection(self, token: str) -> str:
+        return ""
+
+    def read_records(self, value) -> dict:
+        return {name: name for name in value}
+
+    async def look_up(self, key: str):
+        self.num_looks += 1
+        await asyncio.sleep(self.seconds)
+        return SimpleNamespace(value=set(self.members))
+
+
+async def ask(gate: MemberGate, *peers: str) -> dict[str, float]:
+    """How many seconds each of these calls took that came at the same time; those of non-members are refused."""
+
+    async def one(peer):
+        started = time.monotonic()
+        admitted = not await gate.objection(peer)
+        assert admitted == (peer in gate.membership.members), peer
+        return time.monotonic() - started
+
+    return dict(zip(peers, await asyncio.gather(*map(one, peers)), strict=True))
+
+
+def gate_to(directory: Directory) -> MemberGate:
+    return MemberGate(directory, directory.look_up, lambda *_: None)
+
+
+STRANGERS = [f"stranger {number}" for number in range(20)]
+
+
+def test_strangers_look_together_and_no_member_waits_for_their_number(monkeypatch):
+    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", 0.3)
+    directory = Directory("known")
+
+    async def scenario():
+        gate = gate_to(directory)
+        await ask(gate, "known")
+        directory.members.add("new")
+        took = await ask(gate, *STRANGERS, "new", "known")
+        assert took["known"] < 0.1 and took["new"] < 1.0 and max(took.values()) < 1.0
+        await ask(gate, *STRANGERS)
+        return directory.num_looks
+
+    assert asyncio.run(scenario()) <= 3
+
+
+def test_known_member_is_not_kept_by_a_slow_look(monkeypatch):
+    monkeypatch.setattr(auth, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(auth, "PATIENCE_SECONDS", 0.2)
+    directory = Directory("known")
+
+    async def scenario():
+        gate = gate_to(directory)
+        await ask(gate, "known")
+        directory.seconds = 5.0
+        return (await ask(gate, "known"))["known"]
+
+    assert asyncio.run(scenario()) < 1.0
+
+
+def test_caller_that_hangs_up_does_not_take_the_look_with_it(monkeypatch):
+    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", 0.2)
+    directory = Directory("new", seconds=0.2)
+
+    async def scenario():
+        gate = gate_to(directory)
+        impatient = asyncio.create_task(gate.objection("stranger"))
+        waiting = asyncio.create_task(ask(gate, "new"))
+        await asyncio.sleep(0.1)
+        impatient.cancel()
+        await waiting
+
+    asyncio.run(scenario())
+
+
 def test_nobody_but_a_member_is_called():
     async def objection(peer):
         return "" if peer == "member" else "has shown no valid token"
@@ -547,3 +702,13 @@ def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
     with pytest.raises(ValueError, match="was revoked"):
         membership_of(office, "boris")
     assert json.loads((office / "anna.token").read_text())["issued_to"] == f"{RUN}/anna"
+
+
+def test_key_on_a_file_system_without_locks_is_used_with_a_notice(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "key.pem"
+    load_identity(PeerArguments(run_id=RUN, identity_path=str(path)))
+    assert f"{path} cannot be locked (No locks available)" in caplog.text

@@ -771,3 +771,18 @@ def test_blockwise_compression_keeps_the_gradients_of_rare_words():
         median_error[type(compression)] = float(errors.median())
     assert median_error[Uniform8BitQuantization] == pytest.approx(0.24, abs=0.02)
     assert median_error[BlockwiseQuantization] == pytest.approx(0.04, abs=0.01)
+
+
+def test_gradients_of_local_steps_of_different_size_count_by_their_samples(monkeypatch):
+    averager = object.__new__(LeanGradientAverager)
+    accumulator, gradient = torch.zeros(1), torch.zeros(1)
+    vars(averager).update(
+        reuse_grad_buffers=False, local_samples_accumulated=0, local_times_accumulated=0, _anchor_batch_size=None,
+        _accumulators_used_in_step=False, warn=False,
+        _grads_from_parameters=lambda: [gradient], _grad_accumulators=lambda: [accumulator],
+    )  # fmt: skip
+    for value, samples in ((1.0, 4), (2.0, 8), (5.0, 2)):
+        gradient.fill_(value)
+        averager.accumulate_grads_(samples)
+    assert averager.local_samples_accumulated == 14
+    assert float(accumulator / averager.local_times_accumulated) == pytest.approx((1 * 4 + 2 * 8 + 5 * 2) / 14)

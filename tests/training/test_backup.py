@@ -5,11 +5,12 @@ import os
 import signal
 import threading
 import time
+import zipfile
 from contextlib import ExitStack
 
-import hivemind
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
 from src import LeanAlbertForMaskedLM
@@ -23,9 +24,11 @@ from src.training.backup import (
     save_last_backup,
     write_atomically,
 )
+from src.training.lamb_8bit import CPULAMB8Bit
 from src.training.optimizer import make_collaborative_optimizer
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
+from tests.reference.node import start_node
 
 EPOCH = 7
 
@@ -33,7 +36,7 @@ EPOCH = 7
 @pytest.fixture(scope="module", params=["offloaded", "on the model's device"])
 def lone_peer(request, tmp_path_factory):
     """A model and the real optimizer of a swarm of one, as run_trainer.py makes them."""
-    dht = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    dht, identity = start_node("backup")
     offload = request.param == "offloaded"
     collaboration = CollaborationArguments(
         target_batch_size=8, matchmaking_time=1.0, next_chunk_timeout=2.0, averaging_timeout=10.0,
@@ -45,7 +48,12 @@ def lone_peer(request, tmp_path_factory):
     )  # fmt: skip
     model, interrupt_handler = tiny_model(), signal.getsignal(signal.SIGINT)
     optimizer = make_collaborative_optimizer(
-        model, dht, peer=TrainerPeerArguments(run_id="backup"), collaboration=collaboration, training=training
+        model,
+        dht,
+        peer=TrainerPeerArguments(run_id="backup"),
+        collaboration=collaboration,
+        training=training,
+        identity=identity,
     )
     signal.signal(signal.SIGINT, interrupt_handler)  # hivemind ignores Ctrl+C
     yield model, optimizer
@@ -128,6 +136,44 @@ def test_backup_continues_the_run_it_was_taken_from(lone_peer, tmp_path):
     assert optimizer.state_averager.optimizer.param_groups[0]["lr"] == rate
     for name, tensor in snapshot(model, optimizer)[0].items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_backup_leaves_the_options_to_the_flags_and_says_what_has_changed(tmp_path, caplog):
+    def make(*, epoch=0, rate=0.5, **options):
+        model = tiny_model(seed=1)
+        optimizer = FakeOptimizer(model, epoch=epoch)
+        lamb = CPULAMB8Bit(optimizer.parameters, lr=rate, min_8bit_size=4096, **options)
+        lamb._opt_called = True
+        schedule = LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch))
+        vars(optimizer.state_averager).update(optimizer=lamb, scheduler=schedule)
+        for _ in range(epoch):
+            schedule.step()
+        return model, optimizer
+
+    path = tmp_path / "backup.pth"
+    model, optimizer = make(epoch=3, rate=0.5, weight_decay=0.01, betas=(0.9, 0.999))
+    save_backup(path, model, optimizer)
+    model, same = make(rate=0.5, weight_decay=0.01, betas=(0.9, 0.999))
+    restore_backup(path, model, same)
+    assert same.state_averager.optimizer.param_groups[0]["lr"] == 0.125 and not caplog.records
+    model, changed = make(rate=0.25, weight_decay=0.1, betas=(0.8, 0.95))
+    assert restore_backup(path, model, changed) == 3
+    (group,) = changed.state_averager.optimizer.param_groups
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.0625, 0.1, (0.8, 0.95))
+    for change in ("--learning_rate: 0.5 there, 0.25 now", "--weight_decay: 0.01 there, 0.1 now", "--adam_beta1",
+                   "the learning rate of its epoch: 0.125 there, 0.0625 now", "the flags hold"):  # fmt: skip
+        assert change in caplog.text
+    changed.state_averager.scheduler.step()
+    assert group["lr"] == 0.05, "the schedule goes on from there"
+
+
+def test_backup_that_unpacks_to_more_than_its_file_is_refused(tmp_path):
+    save_backup(tmp_path / "plain.pth", tiny_model(), FakeOptimizer(tiny_model()))
+    with zipfile.ZipFile(tmp_path / "plain.pth") as old, zipfile.ZipFile(tmp_path / "b.pth", "w", 8) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, bytes(entry.file_size))
+    with pytest.raises(ValueError, match=r"--state_path: .*b\.pth is truncated or not a backup; .*\(its parts claim"):
+        read_backup(tmp_path / "b.pth")
 
 
 def test_backup_holds_four_parts_and_its_model_loads_like_a_published_checkpoint(tmp_path):

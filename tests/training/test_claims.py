@@ -11,13 +11,14 @@ from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
-from src.training.claims import BoundedProgressTracker
+from src.training.claims import MAX_REFUSALS, BoundedProgressTracker
 from src.training.dht import TrainerMetrics
 from src.training.monitor import MetricsMonitor
 from src.training.optimizer import LeanOptimizer
+from src.training.records import name_of
 from src.training.rounds import Patience
+from tests.reference.node import start_node
 
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 TARGET = 1000
 
 
@@ -54,6 +55,10 @@ def parse(tracker: BoundedProgressTracker, **records):
     return tracker._parse_swarm_progress_data(
         {owner: ValueWithExpiration(value, expiration) for owner, value in entries.items()}
     )
+
+
+def owner_of(key: RSAPrivateKey) -> bytes:
+    return RSASignatureValidator(key).local_public_key
 
 
 FORGED = {
@@ -100,11 +105,88 @@ def test_next_epoch_is_believed_at_once_and_later_ones_when_time_has_passed():
     assert parse(tracker, other={"epoch": 11}).epoch == 5
 
 
-def test_newcomer_believes_the_epoch_of_the_swarm_but_not_of_one_alone():
+@pytest.mark.parametrize("forgers", [1, 3, 50])
+def test_newcomer_that_knows_nothing_believes_the_lowest_claim_however_many_keys_others_have(forgers):
     assert parse(bare_tracker(), one={"epoch": 500}).epoch == 500
     assert parse(bare_tracker(), one={"epoch": 500}, other={"epoch": 501}).epoch == 501
-    assert parse(bare_tracker(), one={"epoch": 500}, forger={"epoch": 10**6}).epoch == 500
-    assert parse(bare_tracker(), forger={"epoch": 10**6}, one={"epoch": 500}, other={"epoch": 499}).epoch == 500
+    tracker, fakes = bare_tracker(), {f"forger{number}": {"epoch": 10**12} for number in range(forgers)}
+    progress = parse(tracker, **fakes, one={"epoch": 500}, other={"epoch": 499})
+    assert (progress.epoch, progress.num_peers) == (500, 3), "both honest ones, and itself"
+    assert tracker.take_refusals() == {}, "perhaps the others are behind"
+    assert parse(bare_tracker(), newcomer={"epoch": 0}, one={"epoch": 500}).epoch == 500
+    assert parse(bare_tracker(), starter={"epoch": 0, "samples_accumulated": 3}).epoch == 0
+
+
+@pytest.mark.parametrize("forgers", [1, 3, 50])
+def test_newcomer_goes_by_what_the_peers_of_its_choice_say(forgers):
+    """Also against low claims, with which a newcomer would train alone from the beginning."""
+    tracker = bare_tracker(ask_epoch=lambda: (500, 2.0))
+    fakes = {f"forger{number}": {"epoch": 10**12 if number % 2 else 3} for number in range(forgers)}
+    assert parse(tracker, **fakes, one={"epoch": 502}, other={"epoch": 503}).epoch == 503
+    assert all("epoch 1000000000000" in reason for reason in tracker.take_refusals().values())
+
+
+def test_newcomer_whose_chosen_peers_are_out_of_date_still_finds_the_swarm():
+    tracker = bare_tracker(ask_epoch=lambda: (500, 600.0))
+    assert parse(tracker, one={"epoch": 900}, other={"epoch": 900}).epoch == 900
+    assert tracker.take_refusals() == {}
+    rewound = bare_tracker(ask_epoch=lambda: (500, 0.0))
+    assert parse(rewound, one={"epoch": 100}, other={"epoch": 101}).epoch == 101, "all have gone back to a backup"
+
+
+def test_newcomer_that_has_taken_the_state_of_the_swarm_is_not_held_back_by_a_slow_trainer():
+    tracker = bare_tracker()
+    tracker.report_local_progress(500, 0)  # a state that was checked, while one trainer computes a batch for minutes
+    assert not tracker.has_trained
+    slow = {"epoch": 480, "samples_accumulated": 3}
+    progress = parse(tracker, slow=slow, one={"epoch": 500, "samples_accumulated": 30}, other={"epoch": 501})
+    assert (progress.epoch, progress.num_peers) == (501, 4)
+
+
+def test_rounds_and_states_bear_out_what_is_believed_and_nothing_else():
+    tracker = bare_tracker()
+    assert tracker.known_epoch() is None
+    parse(tracker, one={"epoch": 500})
+    tracker.learn_epoch(10**12)
+    assert tracker.known_epoch() is None
+    tracker.learn_epoch(500)
+    assert tracker.known_epoch()[0] == 500 and tracker.known_epoch()[1] < 1.0
+    assert parse(tracker, one={"epoch": 501}, forger={"epoch": 10**6}, low={"epoch": 7}).epoch == 501
+    tracker.learn_epoch(7)
+    assert tracker.known_epoch()[0] == 500
+
+
+def test_trainer_says_its_own_epoch_when_it_is_asked():
+    tracker = bare_tracker(epoch=5)
+    parse(tracker, other={"epoch": 6})
+    assert tracker.known_epoch()[0] == 5
+    tracker.learn_epoch(6)
+    assert tracker.known_epoch()[0] == 5
+
+
+def test_what_is_remembered_and_said_of_liars_is_bounded(monkeypatch):
+    monkeypatch.setattr("src.training.claims.MAX_REMEMBERED", 50)
+    monkeypatch.setattr("src.training.claims._name", bytes.hex)  # each has a key, which takes long to make
+    tracker = bare_tracker(epoch=5)
+    for number in range(200):
+        liar = b"liar%d" % number
+        tracker._refuse(liar, "epoch", "it lies")
+        tracker.last_claims = {liar: 99}
+        tracker.distrust_claims_above(6)
+        assert len(tracker.refusals) <= MAX_REFUSALS, "a flood is not said in one go"
+        if number % 30 == 0:
+            assert tracker.take_refusals()
+    assert len(tracker._said) <= 50 and len(tracker.distrusted) <= 50
+
+
+def test_peer_is_named_by_its_key_and_not_by_what_it_claims():
+    tracker, owner = bare_tracker(epoch=5), owner_of(RSAPrivateKey())
+    for peer_id in (b"victim", b"\xff" * 250_000):
+        record = {**tracker.local_progress.dict(), "peer_id": peer_id, "epoch": 10**6}
+        started = time.perf_counter()
+        tracker._parse_swarm_progress_data({owner: ValueWithExpiration(record, get_dht_time() + 30)})
+        assert time.perf_counter() - started < 0.1
+    assert set(tracker.take_refusals()) == {name_of(owner)}
 
 
 def test_claim_that_nobody_could_prove_is_ignored_for_longer_each_time():
@@ -141,7 +223,7 @@ def test_records_of_whoever_is_no_member_are_left_out():
 def test_optimizer_stops_asking_for_a_state_that_nobody_has(
     monkeypatch, before, after, claimed, trained, distrusted_after
 ):
-    calls, pauses = [], []
+    calls, pauses, learnt = [], [], []
     monkeypatch.setattr("src.training.optimizer.time.sleep", pauses.append)
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
@@ -153,6 +235,7 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
         has_trained=trained,
         local_progress=SimpleNamespace(epoch=before),
         distrust_claims_above=calls.append,
+        learn_epoch=learnt.append,
     )
     monkeypatch.setattr(
         hivemind.Optimizer,
@@ -165,18 +248,42 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
         if calls:
             assert calls == [after + 1]
             break
+    assert learnt == [after] * (after > before)
     # each attempt in vain that is not the last is followed by a pause, longer from one to the next
     in_vain = 0 if after > before else attempt - bool(calls)
     assert len(pauses) == in_vain and pauses == sorted(pauses) and all(0 < pause <= 2 for pause in pauses)
 
 
+def honest_metrics(epoch: int, num: int = 2) -> dict[bytes, TrainerMetrics]:
+    return {b"honest%d" % n: TrainerMetrics(epoch=epoch, samples=10, mini_steps=1) for n in range(num)}
+
+
 def test_forged_metrics_do_not_hide_those_of_others():
     monitor = MetricsMonitor()
     for epoch in (1, 2, 3):
-        honest = {name: TrainerMetrics(epoch=epoch, samples=10, mini_steps=1) for name in (b"a", b"b")}
-        summary = monitor.summarise({**honest, b"forger": TrainerMetrics(epoch=10**6)})
+        summary = monitor.summarise({**honest_metrics(epoch), b"forger": TrainerMetrics(epoch=10**6)})
         assert summary is not None and (summary.epoch, summary.samples) == (epoch, 20)
-    assert monitor.summarise({b"a": TrainerMetrics(epoch=700)}).epoch == 700, "one alone may be quick"
+    assert MetricsMonitor().summarise({b"a": TrainerMetrics(epoch=700)}).epoch == 700, "one alone may be quick"
+
+
+def test_monitor_is_not_led_on_by_a_stranger_who_is_always_a_little_ahead():
+    monitor = MetricsMonitor()
+    for epoch in range(1, 40):
+        forged = TrainerMetrics(epoch=max(monitor.last_epoch, epoch) + 15, samples=1)
+        summary = monitor.summarise({**honest_metrics(epoch), b"stranger": forged})
+        assert summary is not None and (summary.epoch, summary.samples) == (epoch, 20)
+
+
+def test_monitor_that_most_keys_have_misled_finds_back_and_is_not_misled_if_it_knows_better():
+    forged = {b"stranger%d" % n: TrainerMetrics(epoch=900, samples=1) for n in range(3)}
+    monitor = MetricsMonitor()
+    for epoch in range(1, 10):
+        assert monitor.summarise({**honest_metrics(epoch), **forged}, at_most=epoch + 40).epoch == epoch
+    for epoch in range(10, 15):
+        monitor.summarise({**honest_metrics(epoch), **forged})
+    assert monitor.last_epoch == 900
+    summaries = [monitor.summarise(honest_metrics(epoch)) for epoch in range(15, 25)]
+    assert [summary and summary.epoch for summary in summaries[2:]] == list(range(17, 25))
 
 
 @pytest.mark.timeout(120)
@@ -185,22 +292,22 @@ def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
     nodes, trackers = [], []
     try:
         for _ in range(3):
-            peers = [str(address) for node in nodes for address in node.get_visible_maddrs()]
-            nodes.append(hivemind.DHT(start=True, initial_peers=peers, host_maddrs=[LOOPBACK]))
+            nodes.append(start_node("run", *(node for node, _ in nodes)))
         options = {"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.3, "start": True}
-        trackers = [BoundedProgressTracker(n, "run", TARGET, private_key=RSAPrivateKey(), **options) for n in nodes[:2]]
-        stranger_key = RSAPrivateKey()
-        signature = RSASignatureValidator(stranger_key)
-        nodes[2].add_validators([signature])
+        for node, identity in nodes[:2]:
+            private_key = identity.private_key
+            trackers.append(BoundedProgressTracker(node, "run", TARGET, private_key=private_key, **options))
+        stranger, identity = nodes[2]
+        owner = RSASignatureValidator(identity.private_key).local_public_key
 
         def forge(**changes):
             record = LocalTrainingProgress(
-                peer_id=nodes[2].peer_id.to_bytes(), epoch=0, samples_accumulated=0, samples_per_second=1.0,
+                peer_id=nodes[0][0].peer_id.to_bytes(), epoch=0, samples_accumulated=0, samples_per_second=1.0,
                 time=get_dht_time(), client_mode=False,
             )  # fmt: skip
-            nodes[2].store(
+            stranger.store(
                 "run_progress",
-                subkey=signature.local_public_key,
+                subkey=owner,
                 value={**record.dict(), **changes},
                 expiration_time=get_dht_time() + 60,
             )
@@ -233,13 +340,13 @@ def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
         time.sleep(1.0)
         count(1, 300)
         assert not any(tracker.ready_to_update_epoch for tracker in trackers)
-        assert all(nodes[2].peer_id.to_base58() in peers for peers in refused), refused
+        assert all(set(peers) == {stranger.peer_id.to_base58()} for peers in refused), refused
         next_epoch()
         count(2, 100)
     finally:
         for tracker in trackers:
             tracker.shutdown(2.0)
-        for node in reversed(nodes):
+        for node, _ in reversed(nodes):
             node.shutdown()
 
 

@@ -3,7 +3,10 @@
 import io
 import logging
 import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from hivemind.utils import get_dht_time
@@ -143,3 +146,19 @@ def test_console_leaves_hivemind_to_its_own_switch(monkeypatch):
     with warnings.catch_warnings():
         quiet_libraries()
     assert logging.getLogger("hivemind").level == level
+
+
+@pytest.mark.parametrize(("verbosity", "times"), [(None, 0), ("warning", 1)])
+def test_console_shows_what_the_hub_libraries_retry_at_most_once(verbosity, times):
+    code = (
+        "from src.training.console import quiet_libraries; import logging; quiet_libraries()\n"
+        "import datasets, huggingface_hub\n"
+        "logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s [Retry 1/5].')\n"
+        "logging.getLogger('datasets.utils.file_utils').warning('Retrying in 5sec [1/20]')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("VERBOSITY")}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    if verbosity is not None:
+        environment |= {"DATASETS_VERBOSITY": verbosity, "HF_HUB_VERBOSITY": verbosity}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert [done.stderr.count(f"[{kind}") for kind in ("Retry 1/5", "1/20")] == [times] * 2

@@ -15,15 +15,14 @@ import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fo
 import hivemind
 import pytest
 import torch
-from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.training.auth import Identity
 from src.training.optimizer import make_collaborative_optimizer
 from src.training.rounds import Round
+from tests.reference.node import start_node
 from tests.reference.phantom import PhantomTrainer
 
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 DEFAULTS = {"matchmaking_time": 60.0, "next_chunk_timeout": 60.0, "averaging_timeout": 600.0}
 
 
@@ -68,26 +67,25 @@ class SleepingSwarm:
         self.collaboration = CollaborationArguments(**{"target_batch_size": 64, **collaboration})
         self.nodes, self.trainers, self.assistants = [], [], []
 
-    def add_node(self, client_mode: bool = False) -> hivemind.DHT:
-        known = [str(address) for node in self.nodes[:1] for address in node.get_visible_maddrs()]
-        listen = {} if client_mode else {"host_maddrs": [LOOPBACK]}
-        node = hivemind.DHT(start=True, initial_peers=known, client_mode=client_mode, **listen)
+    def add_node(self, client_mode: bool = False) -> tuple[hivemind.DHT, Identity]:
+        node, identity = start_node(self.run_id, *self.nodes[:1], client_mode=client_mode)
         self.stack.callback(node.shutdown)
         self.nodes.append(node)
-        return node
+        return node, identity
 
     def add_peer(self, *, client_mode: bool = False, auxiliary: bool = False):
         torch.manual_seed(0)
         model = torch.nn.Linear(400, 300, bias=False)
+        node, identity = self.add_node(client_mode)
         optimizer = make_collaborative_optimizer(
             model,
-            self.add_node(client_mode),
+            node,
             peer=PeerArguments(run_id=self.run_id, min_vector_size=1, client_mode=client_mode),
             collaboration=self.collaboration,
             training=HFTrainerArguments(output_dir=str(self.folder), use_cpu=True, num_zero_lr_steps=0,
                                         warmup_steps=0, total_steps=1000),
             auxiliary=auxiliary,
-            identity=Identity(private_key=RSAPrivateKey(), membership=None),  # else all would have that of the process
+            identity=identity,
         )  # fmt: skip
         self.stack.callback(optimizer.shutdown)
         optimizer.model = model
@@ -205,7 +203,7 @@ def test_record_of_somebody_who_does_not_come_costs_one_wait(start_swarm, follow
     swarm = start_swarm()
     swarm.add_trainer(0.2)
     swarm.add_trainer(0.2)
-    phantom = PhantomTrainer(swarm.add_node(), swarm.run_id, stop=swarm.stop, follows=follows)
+    phantom = PhantomTrainer(*swarm.add_node(), swarm.run_id, stop=swarm.stop, follows=follows)
     phantom.start()
     swarm.train(epochs=8, timeout=240)
     phantom.join()

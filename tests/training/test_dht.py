@@ -18,6 +18,8 @@ from src.training.dht import (
     TrainerMetrics,
     fetch_checkpoint_epochs,
     fetch_metrics,
+    fetch_progress,
+    short_peer_name,
     start_dht,
     store_checkpoint_epoch,
     store_metrics,
@@ -178,6 +180,17 @@ def test_fetch_metrics_leaves_out_damaged_records(value):
     values = {b"honest": SimpleNamespace(value=VALID), b"other": SimpleNamespace(value=value)}
     dht = SimpleNamespace(get=lambda key, latest: SimpleNamespace(value=values))
     assert fetch_metrics(dht, RUN) == {b"honest": TrainerMetrics(**VALID)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("field", ["time", "samples_per_second"])
+def test_progress_that_no_view_could_show_is_left_out(field, value):
+    good = {"peer_id": b"x", "epoch": 1, "samples_accumulated": 2, "samples_per_second": 1.0, "time": 5.0,
+            "client_mode": False}  # fmt: skip
+    entries = {b"honest": good, b"other": {**good, field: value}}
+    found = {owner: SimpleNamespace(value=record, expiration_time=1000.0) for owner, record in entries.items()}
+    dht = SimpleNamespace(get=lambda key, latest: SimpleNamespace(value=found))
+    assert set(fetch_progress(dht, RUN)) == {short_peer_name(b"honest")}
 
 
 def test_metrics_that_are_not_finite_cannot_even_be_made():

@@ -132,6 +132,25 @@ def test_hf_trainer_counts_only_finite_parts_of_an_accumulated_step(tmp_path):
     assert (callback.meter.samples, callback.meter.dropped) == (4, 12)
 
 
+@pytest.mark.parametrize("reuse_grad_buffers", [True, False])
+def test_hf_trainer_dropped_part_of_a_step_does_not_scale_the_rest_down(tmp_path, reuse_grad_buffers):
+    items = poisoned(tiny_items(16), 4)  # step 1: good, bad; step 2: good, good
+    model = NanLossNow(tiny_model())
+    optimizer = FakeOptimizer(model, samples_per_epoch=10**6, reuse_grad_buffers=reuse_grad_buffers)
+    make_trainer(tmp_path, optimizer, items=items, max_steps=2, gradient_accumulation_steps=2)[0].train()
+    assert [samples for samples, _ in optimizer.steps] == [4, 8]
+    first, second = gradients_of(optimizer.model, items[:4]), gradients_of(optimizer.model, items[8:])
+    (_, gradients), (_, later) = optimizer.steps
+    if not reuse_grad_buffers:
+        assert_gradients_close(gradients, first)
+        assert_gradients_close(later, second)
+        return
+    times = optimizer.grad_averager.local_times_accumulated  # by which the sum in the buffers is divided
+    assert times == 1.5
+    mean = {name: (4 * first[name] + 8 * second[name]) / 12 for name in first}
+    assert_gradients_close({name: gradient / times for name, gradient in later.items()}, mean)
+
+
 def test_hf_trainer_losses_in_the_meter_are_those_of_the_model(tmp_path):
     model, items = tiny_model(), tiny_items(8)
     trainer, callback = make_trainer(tmp_path, FakeOptimizer(model, samples_per_epoch=10**6), items=items, max_steps=2)

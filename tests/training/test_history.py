@@ -1,10 +1,20 @@
 """A metrics file read for people: shares of the work, stalls with their reasons, and nothing a stranger can abuse."""
 
+import io
+import itertools
 import json
+import math
+import sys
+import threading
 
 import pytest
+from rich.console import Console
 
+from src.models.model_card import draw_curve, held_out_curve, learning_curve
 from src.training.history import THIS_PEER, RunHistory, read_history
+from src.training.journal import Journal, read_journal
+from src.training.report import make_report
+from src.training.terminal import TerminalView
 
 
 def epoch(number: int, time: float, **values) -> dict:
@@ -92,3 +102,103 @@ def test_read_history_explains_a_wrong_file(tmp_path):
             read_history(tmp_path / name)
     (tmp_path / "good").write_text(json.dumps(epoch(3, 5.0)))
     assert read_history(tmp_path / "good").last_epoch.epoch == 3
+
+
+# Numbers and other things that somebody else's file may hold in the place of a number or a text, as JSON.
+ODD_VALUES = ["1e999", "NaN", "-Infinity", "1" * 400, "1" * 5000, "1.7e308", "-1.7e308", "5e-324", "1e300", "-5",
+              "true", "null", '"text"', '"\\ud800\\u001b[2J"', "[1]", '{"a": {"b": []}}', "[" * 900 + "]" * 900,
+              "[" * 100_000 + "]" * 100_000]  # fmt: skip
+EVERY_KIND = [
+    {"event": "start", "time": 1e9, "run_id": "r", "role": "aux", "target_batch_size": 64, "total_steps": 100},
+    *(epoch(n, 1e9 + 20 * n) for n in (1, 2, 3)),
+    row("a", 64, time=1e9 + 60, number=3, failed_rounds=1, failure="b left", lone_epochs=0),
+    {"event": "epoch", "time": 1e9 + 61, "epoch": 4, "mlm_loss": 4.0, "loss": 4.0, "sop_loss": 0.5, "samples": 16,
+     "num_peers": 1, "samples_per_second": 3.0, "lone_epochs": 0},
+    {"event": "round", "time": 1e9 + 62, "epoch": 4, "complete": False, "kind": "gradients", "received": 0.5,
+     "error": "", "reasons": ["timeout"]},
+    {"event": "held_out", "time": 1e9 + 63, "epoch": 4, "loss": 4.0, "accuracy": 0.2, "order_accuracy": 0.5},
+    {"event": "checkpoint", "time": 1e9 + 64, "epoch": 4},
+]  # fmt: skip
+
+
+def odd_files(odd: str):
+    """Files of a run in which one field of one record has an odd value, with the name of the field."""
+    for place, record in enumerate(EVERY_KIND):
+        for field in record:
+            lines = [json.dumps(other) for other in EVERY_KIND]
+            lines[place] = json.dumps({**record, field: "ODD"}).replace('"ODD"', odd)
+            yield f"{record['event']}: {field}", "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("odd", ODD_VALUES, ids=[value[:12] for value in ODD_VALUES])
+def test_file_of_somebody_else_ends_in_a_report_whatever_stands_in_it(tmp_path, odd):
+    path = tmp_path / "metrics.jsonl"
+    view = TerminalView(Console(file=io.StringIO(), force_terminal=True, width=80))
+    for name, text in odd_files(odd):
+        path.write_text(text, encoding="utf-8")
+        view.history = read_history(path)
+        page = make_report(view.history)
+        assert page.encode("utf-8", errors="replace") and len(page) < 60_000, name
+        view.console.print(view.render())
+        records = [record for record in read_journal(path) if isinstance(record, dict)]
+        curve, held_out = learning_curve(records), held_out_curve(records)
+        assert len(draw_curve(curve, held_out)) < 10_000, name
+
+
+@pytest.mark.parametrize("key", ["mlm_loss", "samples_per_second", "samples", "time", "epoch"])
+def test_values_of_opposite_extremes_or_next_to_each_other_can_be_drawn(key):
+    for low, high in ((-1e15, 1e15), (1e9, 1e9 + 1e-6), (5.0, math.nextafter(5.0, 6.0)), (1e-9, 2e-9), (0.0, 0.0)):
+        records = [{**record, key: value} for record, value in zip(EVERY_KIND[1:4], (low, high, low), strict=True)]
+        assert make_report(RunHistory([EVERY_KIND[0], *records])).endswith("</html>\n")
+
+
+def test_history_can_be_read_while_another_thread_adds_to_it():
+    history, over, errors = RunHistory(), threading.Event(), []
+    view = TerminalView(Console(file=io.StringIO(), width=80))
+    view.history = history
+
+    def add():
+        for number in itertools.count():
+            if over.is_set():
+                return
+            history.add(row(f"peer{number}", number, failed_rounds=1, failure="left"))
+            history.add(epoch(number % 5000 + 1, 1e9 + number))
+
+    def look():
+        try:
+            for _ in range(20):
+                begun = len(history.peers)
+                while len(history.peers) < begun + 100:
+                    view.render()
+        except RuntimeError as error:
+            errors.append(error)
+        over.set()
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (look, add)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(interval)
+    assert not errors
+
+
+def test_history_that_follows_a_journal_misses_nothing_written_meanwhile(tmp_path):
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.write("start", run_id="r")
+    writer = threading.Thread(target=lambda: journal.write("checkpoint", epoch=7))
+
+    def read(path):
+        history = read_history(path)
+        writer.start()
+        writer.join(0.3)  # it must wait
+        return history
+
+    history = journal.follow(read)
+    writer.join(5)
+    assert history.last_checkpoint == 7
+    journal.close()

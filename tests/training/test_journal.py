@@ -1,5 +1,7 @@
 """A run's records survive crashes as valid JSON lines, and two peers on one machine never share a folder."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -13,7 +15,15 @@ from pathlib import Path
 import pytest
 import wandb
 
-from src.training.journal import Journal, append_record, claim_run_directory, num_starts, printable, read_journal
+from src.training.journal import (
+    Journal,
+    append_record,
+    claim_run_directory,
+    num_starts,
+    printable,
+    read_journal,
+    report_refusals,
+)
 
 # the module from its own folder: `import src` loads torch and transformers, which takes seconds
 MODULE_ALONE = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src" / "training")}
@@ -147,6 +157,15 @@ def test_journal_folder_is_named_after_run_and_role_and_numbered(tmp_path):
     folders = [claim_run_directory(str(tmp_path), "run", role) for role in ("trainer", "trainer", "aux", "trainer")]
     assert folders == [tmp_path / "run" / name for name in ("trainer", "trainer-2", "aux", "trainer-3")]
     assert claim_run_directory(str(tmp_path), "other", "trainer") == tmp_path / "other" / "trainer"
+
+
+def test_journal_folder_without_locks_is_claimed_with_a_notice(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert claim_run_directory(str(tmp_path), "run", "trainer") == tmp_path / "run" / "trainer"
+    assert f"{tmp_path / 'run' / 'trainer'} cannot be locked (Function not implemented)" in caplog.text
 
 
 def test_journal_folder_is_free_again_when_the_program_and_its_children_have_ended(tmp_path):
@@ -290,3 +309,11 @@ def test_journal_wandb_works_offline(tmp_path):
 )
 def test_printable_text_cannot_steer_a_terminal(text, shown):
     assert printable(text, 40) == shown
+
+
+def test_refusals_are_recorded_and_said_in_short_printable_lines(tmp_path):
+    journal, said = Journal(tmp_path / "metrics.jsonl"), []
+    report_refusals([("peer\x1b[2J" * 1000, "it claims\n\u202e" + "x" * 10**6)], journal, said.append)
+    (record,) = read_journal(tmp_path / "metrics.jsonl")
+    for text in (record["peer"], record["reason"], *said):
+        assert text.isprintable() and len(text) < 500

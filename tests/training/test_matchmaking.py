@@ -10,8 +10,10 @@ from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer, ValueWithExpiration, get_dht_time
+from hivemind.utils.crypto import RSAPrivateKey
 
 from src.training.matchmaking import Attendance, LeanMatchmaking, Surroundings, epoch_of, is_trainer, read_progress
+from src.training.records import peer_id_of
 
 EPOCH = 7
 
@@ -287,17 +289,28 @@ def test_client_follows_also_a_leader_whose_own_time_is_later():
     assert matchmaking.get_request_expiration_time() > get_dht_time() + 10 * matchmaking.min_matchmaking_time
 
 
+def new_owner() -> tuple[bytes, bytes]:
+    """The subkey of a peer's records, and its peer id."""
+    key = RSAPrivateKey().get_public_key().to_bytes()
+    return b"[owner:" + key + b"]", peer_id_of(key).to_bytes()
+
+
 @pytest.mark.parametrize(
-    "value", [None, "text", {}, {b"a": ValueWithExpiration("text", 1.0)}, {b"a": ValueWithExpiration(None, 1.0)},
-              {b"a": ValueWithExpiration({**progress(b"x").dict(), "epoch": -1}, 1.0)},
-              {b"a": ValueWithExpiration({**progress(b"x").dict(), "peer_id": bytes(250_000)}, 1.0)}],
-    ids=["nothing", "no dictionary", "empty", "no record", "goodbye", "impossible", "a long name"],
+    "value", ["text", None, {**progress(b"x").dict(), "epoch": -1}, [1, 2]],
+    ids=["no record", "goodbye", "impossible", "a list"],
 )  # fmt: skip
 def test_progress_is_read_from_well_formed_records_only(value):
-    assert read_progress(value) == {}
-    if isinstance(value, dict):
-        value[b"good"] = ValueWithExpiration(progress(b"good").dict(), 1.0)
-        assert set(read_progress(value)) == {b"good"}
+    (owner, peer), (other, _) = new_owner(), new_owner()
+    good = ValueWithExpiration(progress(b"x").dict(), 1.0)
+    for found in (None, value, {}, {b"nobody": good}, {other: ValueWithExpiration(value, 1.0)}):
+        assert read_progress(found) == {}
+    assert set(read_progress({other: ValueWithExpiration(value, 1.0), owner: good})) == {peer}
+
+
+def test_whose_progress_it_is_follows_from_the_key_that_has_signed_it():
+    (owner, peer), (_, victim) = new_owner(), new_owner()
+    for claimed in (victim, bytes(250_000)):
+        assert set(read_progress({owner: ValueWithExpiration(progress(claimed).dict(), 1.0)})) == {peer}
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xff", MSGPackSerializer.dumps(1), MSGPackSerializer.dumps([1, 2])])

@@ -14,6 +14,7 @@ from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16
 from hivemind.optim.grad_averager import GradientAverager
 from hivemind.optim.progress_tracker import ProgressTracker
 from hivemind.optim.state_averager import TrainingStateAverager
+from hivemind.utils.crypto import RSAPrivateKey
 from transformers import Trainer
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
@@ -27,6 +28,7 @@ from src.training.optimizer import (
     patience_seconds,
 )
 from src.training.rounds import SHORTEST_ROUND, Patience
+from tests.reference.node import start_node
 
 
 def tiny_model(**kwargs) -> LeanAlbertForPreTraining:
@@ -107,7 +109,7 @@ def test_learning_rate_options_that_contradict_are_an_error_at_the_start(tmp_pat
 
 @pytest.fixture(scope="module")
 def dht():
-    node = hivemind.DHT(start=True, host_maddrs=["/ip4/127.0.0.1/tcp/0"])
+    node, _ = start_node("optimizer", key=RSAPrivateKey.process_wide())
     yield node
     node.shutdown()
 

@@ -1,5 +1,6 @@
 """`--check` finds a healthy set-up ready, and names side, address and port of what is wrong with a broken one."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from hivemind.p2p import PeerID
+from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
@@ -19,10 +22,27 @@ from arguments import PeerArguments
 from src import LeanAlbertConfig
 from src.models.memory import predict_memory
 from src.training import preflight
-from src.training.auth import create_key, load_identity
+from src.training.auth import Identity, create_key, load_identity
 from src.training.dht import start_dht, visible_addresses
 from src.training.preflight import FAILED, OK, WARNING, Workload, describe_speed, explain_knock, run_checks
-from src.training.probe import Knock, Ping, Speed, address_of, ask_to_knock, measure_bandwidth, measure_speed, ping
+from src.training.probe import (
+    BYTES_AN_HOUR,
+    CHUNK_BYTES,
+    ConnectionProbe,
+    Knock,
+    Ping,
+    Speed,
+    _ask_epoch,
+    _knock_of,
+    address_of,
+    ask_epoch,
+    ask_to_knock,
+    measure_bandwidth,
+    measure_speed,
+    ping,
+    reachable,
+    tell_epoch,
+)
 from src.training.run_card import RunCard
 from tests.reference.fake_swarm import tiny_model
 
@@ -47,13 +67,18 @@ def checked(peer, tmp_path, **kwargs) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def running():
-    """The address of a peer that is at work."""
-    dht, owner = start_dht(peer_arguments())
+def running_dht():
+    """The node of a peer that is at work."""
+    dht, owner = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
     RunCard(dht, "check", owner, CARD).publish()
-    RSAPrivateKey._process_wide_key = None  # peers of one process would share their key
-    yield visible_addresses(dht)[0]
+    yield dht
     dht.shutdown()
+
+
+@pytest.fixture(scope="module")
+def running(running_dht):
+    """The address of a peer that is at work."""
+    return visible_addresses(running_dht)[0]
 
 
 def with_port(address: str, port: int) -> str:
@@ -85,13 +110,13 @@ def test_check_finds_a_healthy_set_up_ready(running, tmp_path):
     code, output = checked(peer_arguments(initial_peers=[running]), tmp_path)
     assert code == 0, output
     assert FAILED not in output and WARNING not in output, output
-    for name in ("open files", "identity", "model and tokenizer", "memory", "disk", "own address", "initial peer",
-                 "peer-to-peer daemon: it starts", "round trip", "clock: within", "own port from outside",
-                 "bandwidth", "settings of the run: as those", "data"):  # fmt: skip
+    for name in ("open files", "identity", "model and tokenizer", "memory", "shared memory", "disk", "own address",
+                 "initial peer", "peer-to-peer daemon: it starts", "round trip", "clock: within",
+                 "own port from outside", "bandwidth", "settings of the run: as those", "data"):  # fmt: skip
         assert name in output, name
     port = address_of(running)[1]
     assert f"127.0.0.1 TCP port {port} answers after" in output
-    assert output.splitlines()[-1].startswith("READY: 14 checks passed")
+    assert output.splitlines()[-1].startswith("READY: 15 checks passed")
     assert not (tmp_path / "outputs").exists(), "a check changes nothing"
 
 
@@ -132,7 +157,7 @@ def test_check_says_that_the_run_has_other_settings(running, tmp_path):
 def test_check_says_that_the_clock_is_wrong(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("hivemind.dht.protocol.get_dht_time", lambda: get_dht_time() + 60.0)
-        dht, _ = start_dht(peer_arguments())
+        dht, _ = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
     try:
         code, output = checked(peer_arguments(initial_peers=[visible_addresses(dht)[0]]), tmp_path)
     finally:
@@ -213,7 +238,7 @@ def test_check_as_a_person_starts_it(running, closed_port, tmp_path):
     outputs = [program.communicate(timeout=240) for program in (trainer, auxiliary)]
     assert (trainer.returncode, auxiliary.returncode) == (2, 0), outputs
     assert "a batch of 16 x 64 tokens " in outputs[0][0] and "batch" not in outputs[1][0]
-    assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 8 checks failed: initial peer /ip4/127"), outputs
+    assert outputs[0][0].splitlines()[-1].startswith("NOT READY: 1 of 9 checks failed: initial peer /ip4/127"), outputs
     assert outputs[1][0].splitlines()[-1].startswith("READY"), outputs
     assert [error for _, error in outputs] == ["", ""]
     assert list(tmp_path.iterdir()) == []
@@ -277,6 +302,23 @@ def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, 
 
 
 @pytest.mark.parametrize(
+    ("called", "own", "advice"),
+    [
+        ("2001:db8::7", "/ip4/198.51.100.7/tcp/31337/p2p/Qm", "add /ip6/::/tcp/PORT to --host_maddrs"),
+        ("198.51.100.7", "/ip6/2001:db8::7/tcp/31337/p2p/Qm", "add /ip4/0.0.0.0/tcp/PORT to --host_maddrs"),
+        ("2001:db8::7", "/ip6/2001:db8::7/tcp/31337/p2p/Qm", "open the port in the firewall"),
+        ("198.51.100.7", "/dns4/peer.example/tcp/31337/p2p/Qm", "open the port in the firewall"),
+    ],
+)
+def test_check_tells_a_missing_kind_of_address_from_a_firewall(monkeypatch, called, own, advice):
+    tried = [Knock(called, 31337, open=False, error="refused")]
+    monkeypatch.setattr(preflight, "ask_to_knock", lambda *_: tried)
+    monkeypatch.setattr(preflight, "visible_addresses", lambda dht: [own])
+    check = preflight.check_reachability(None, "/ip6/2001:db8::1/tcp/1/p2p/Qm", announced=[])
+    assert check.state == FAILED and advice in check.fix
+
+
+@pytest.mark.parametrize(
     ("speed", "given", "state", "words"),
     [
         (Speed(100.0, 20.0), None, OK, "100 Mbit/s from the peer, 20 Mbit/s to it; use --bandwidth 20, or auto"),
@@ -312,6 +354,32 @@ def test_check_of_disk(tmp_path, monkeypatch):
         usage = namedtuple("usage", "free")(int(backups + spare))
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
         assert preflight.check_disk(tmp_path, memory).state == state
+
+
+@pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.01, OK)])
+def test_check_of_shared_memory(tmp_path, monkeypatch, spare, state):
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    model = torch.nn.Linear(1000, 1000)
+    needed = 3.5 * 4 * 1_001_000
+    usage = namedtuple("usage", "free")(int(spare * needed))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    check = preflight.check_shared_memory(model)
+    assert check.state == state and str(tmp_path) in check.found
+    if state == OK:
+        preflight.require_shared_memory(model)
+    else:
+        assert "docker run --shm-size 1g" in check.fix
+        with pytest.raises(ValueError, match=r"^too little shared memory: 0\.01 GB are needed .*--shm-size 1g"):
+            preflight.require_shared_memory(model)
+
+
+def test_check_of_shared_memory_that_is_read_only_or_not_there(tmp_path, monkeypatch):
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path / "none")
+    assert preflight.check_shared_memory(model).state == OK
+    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
+    assert "nothing can be written" in preflight.check_shared_memory(model).lines()
 
 
 WORKLOAD = Workload(2**20, batch_size=8, length=512, half_precision=True)
@@ -393,7 +461,7 @@ def test_check_of_identity(tmp_path):
 
 @pytest.fixture(scope="module")
 def joined(running):
-    dht, _ = start_dht(peer_arguments(initial_peers=[running]))
+    dht, _ = start_dht(peer_arguments(initial_peers=[running]), Identity(RSAPrivateKey()))
     yield dht
     dht.shutdown()
 
@@ -427,9 +495,80 @@ def test_probe_that_nobody_answers(joined):
     assert ask_to_knock(joined, OTHER_ID, [1]) is None
 
 
-def test_probe_gives_no_more_than_its_share(monkeypatch):
-    from src.training.probe import BYTES_AN_HOUR, ConnectionProbe
+@pytest.mark.parametrize("known", [None, (17, 3.0)])
+def test_peer_says_in_which_epoch_the_swarm_is_to_whoever_asks_it(running, running_dht, joined, known):
+    tell_epoch(running_dht, known)
+    answer = ask_epoch(joined, [running, f"{LOOPBACK}/p2p/{OTHER_ID}"])
+    assert answer == known if known is None else (answer[0] == 17 and 3.0 <= answer[1] < 10.0)
+    assert ask_epoch(joined, []) is None
+    assert ask_epoch(joined, [f"{LOOPBACK}/p2p/{OTHER_ID}"]) is None
+    assert ask_epoch(running_dht, [running]) is None, "nobody asks itself"
 
+
+def test_who_answers_can_be_reached(running, joined):
+    peer_id = running.rsplit("/", 1)[-1]
+    assert reachable(joined, [peer_id, OTHER_ID]) == {peer_id}
+    assert reachable(joined, []) == set()
+
+
+@pytest.mark.parametrize("answer", [b"[1]", b"[-1, 0.0]", b"[1, NaN]", b'["a", 0.0]', b"[1, -5.0]", b"[" * 4000,
+                                    b"\xff", b"[1, 1e300]", b"[" + b"9" * 1000 + b", 0.0]", b"{}"])  # fmt: skip
+def test_epoch_that_makes_no_sense_is_none(monkeypatch, answer):
+    async def rpc_epoch(request):
+        return Tensor(buffer=answer)
+
+    monkeypatch.setattr(ConnectionProbe, "get_stub", lambda p2p, peer: SimpleNamespace(rpc_epoch=rpc_epoch))
+    node = SimpleNamespace(p2p=None, peer_id=PeerID.from_base58(OTHER_ID))
+    some_peer = "QmRD2odZinevcVSAJ5BhFnLAgfm9jYN2wLNQhhDWX1q4qR"
+    assert asyncio.run(_ask_epoch(None, node, peer_ids=[some_peer])) == []
+
+
+async def silent(*messages: bytes):
+    for message in messages:
+        yield Tensor(buffer=message)
+    await asyncio.sleep(3600)
+
+
+@pytest.mark.parametrize("silent_callers", [1, 20])
+def test_probe_waits_for_nobody_who_is_silent(monkeypatch, silent_callers):
+    monkeypatch.setattr("src.training.probe.MAX_SECONDS", 0.5)
+    monkeypatch.setattr("src.training.probe.SILENT_SECONDS", 2.0)
+
+    async def scenario():
+        probe, started = ConnectionProbe(None), time.monotonic()
+        held = [asyncio.create_task(probe.rpc_receive(silent(b"abc"), SimpleNamespace(remote_id=f"stranger {n}")))
+                for n in range(silent_callers)]  # fmt: skip
+        not_read = probe.rpc_send(Tensor(), SimpleNamespace(remote_id="reads the first chunk only"))
+        await anext(not_read)
+        async for chunk in probe.rpc_send(Tensor(), SimpleNamespace(remote_id="honest")):
+            assert len(chunk.buffer) == CHUNK_BYTES
+            break
+        assert time.monotonic() - started < 1.9, "before the silent ones are given up"
+        answers = await asyncio.gather(*held)
+        assert [answer.buffer for answer in answers] == [b"3"] * silent_callers
+        assert time.monotonic() - started < 4.0
+
+    asyncio.run(scenario())
+
+
+def test_what_another_peer_says_of_a_port_is_short_and_printable():
+    said = {
+        "host": "\x1b[2J" + "h" * 10**6,
+        "port": 5,
+        "open": True,
+        "is_peer": "yes",
+        "seconds": 0.5,
+        "error": "\u202e",
+    }
+    heard = _knock_of(said)
+    assert heard.host.isprintable() and len(heard.host) <= 60 and heard.error == ""
+    assert heard.open and not heard.is_peer
+    for wrong in ({}, [], "text", {**said, "port": "x"}, {**said, "seconds": []}):
+        with pytest.raises(Exception):  # noqa: B017, the caller takes any
+            _knock_of(wrong)
+
+
+def test_probe_gives_no_more_than_its_share(monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: 10.0)
     monkeypatch.setattr("src.training.probe.time", clock)
     probe = ConnectionProbe(None)

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 from hivemind.p2p import PeerID
 from hivemind.utils import ValueWithExpiration, get_dht_time
+from hivemind.utils.crypto import RSAPrivateKey
 
 from src.training import progress
 from src.training.progress import SILENT_SECONDS, LeanProgressTracker
+from src.training.records import name_of
 
 
 class SilentDHT:
@@ -156,3 +158,25 @@ def test_samples_are_published_once_a_second_and_whatever_else_happens_at_once(p
     assert publishes(1, 4, at=11.4), "its first samples"
     assert not publishes(1, 8, at=11.5)
     assert publishes(1, 4, at=11.6), "samples that were given up"
+
+
+def test_what_is_remembered_of_reports_is_bounded(tracker, monkeypatch):
+    monkeypatch.setattr(progress, "MAX_REMEMBERED", 50)
+    for number in range(200):
+        tracker._of_live_peers({b"own": report(b"own", at=0.0), b"%d" % number: report(b"x", at=0.0)}, 50.0)
+    assert len(tracker._reports) <= 51
+
+
+def test_only_trainers_that_answer_or_are_clients_are_present(tracker):
+    keys = [b"[owner:" + RSAPrivateKey().get_public_key().to_bytes() + b"]" for _ in range(3)]
+    there, _, client = keys
+    tracker._reachable = lambda names: set(names) & {name_of(there)}
+    assert tracker.num_present() == 1
+    now = get_dht_time()
+    records = {key: report(b"x", at=now) for key in (b"own", *keys)}
+    records[client].value["client_mode"] = True
+    tracker._parse_swarm_progress_data(records)
+    assert tracker.global_progress is not None and tracker.num_present() == 3, "all but the phantom"
+    del records[there]
+    tracker._parse_swarm_progress_data(records)
+    assert tracker.num_present() == 2

@@ -5,9 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments, run_settings
 from src import LeanAlbertConfig, load_tokenizer
+from src.training.records import peer_id_of
 from src.training.run_card import SCHEDULE, TRAINERS_ONLY, RunCard, differences, make_run_card
 
 DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "demo" / "tokenizer"
@@ -97,6 +99,42 @@ def test_majority_of_the_cards_decides_and_rubbish_is_ignored(tmp_path):
     join(board, b"third", card(tmp_path))
     board.records = [1, 2]
     assert RunCard(board, "run", b"x", {}).read_others() == []
+
+
+STRANGE = {
+    "escapes": json.dumps({"--seed": "\x1b]0;x\x07\x1b[2J\u202e"}),
+    "long": json.dumps({"--seed": "x" * 10**6}),
+    "rather long": json.dumps({"--seed": "x " * 5000}),
+    "deep": "[" * 100_000,
+    "deep inside": '{"--seed":' + "[" * 5000 + "]" * 5000 + "}",
+    "no text": json.dumps({"--seed": {"a": ["1"]}}),
+    "a long number": '{"--seed": ' + "9" * 10_000 + "}",
+    "many lines": json.dumps({"--seed": "1\n" * 100}),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_card_of_a_stranger_gives_at_most_one_short_printable_line(kind):
+    board = Board({b"stranger": SimpleNamespace(value=STRANGE[kind])})
+    try:
+        join(board, b"own", {"--seed": "1"})
+    except ValueError as error:
+        assert str(error).isprintable() and len(str(error)) < 300
+    else:
+        assert b"own" in board.records
+
+
+def test_cards_of_the_initial_peers_count_for_all_however_many_others_there_are():
+    key = RSAPrivateKey().get_public_key().to_bytes()
+    initial_peer, address = b"[owner:" + key + b"]", f"/ip4/203.0.113.5/tcp/1/p2p/{peer_id_of(key).to_base58()}"
+    forged = {b"stranger%d" % n: SimpleNamespace(value='{"--seed": "666"}') for n in range(9)}
+    board = Board({**forged, initial_peer: SimpleNamespace(value='{"--seed": "1"}')})
+    run_card = RunCard(board, "run", b"own", {"--seed": "1"}, initial_peers=[address])
+    run_card.start = lambda: None
+    run_card.join_run()
+    assert b"own" in board.records
+    with pytest.raises(ValueError, match="--seed is 2 here and 1 in the run"):
+        RunCard(board, "run", b"other", {"--seed": "2"}, initial_peers=[address]).join_run()
 
 
 ONE, OTHER = "0123456789abcdef", "fedcba9876543210"

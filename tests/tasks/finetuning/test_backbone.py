@@ -2,11 +2,12 @@ import json
 import os
 import shutil
 
+import httpx2
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import AutoConfig, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-from src.models import LeanAlbertForPreTraining
+from src.models import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, LeanAlbertForSequenceClassification
 from tasks.finetuning import backbone
 from tasks.finetuning.backbone import find_checkpoint, find_pretrained, max_positions
 
@@ -160,3 +161,76 @@ def test_max_positions_leaves_out_what_roberta_reserves(tiny_checkpoint):
 
 def test_ruroberta_large_is_an_alias():
     assert backbone.ALIASES["ruroberta-large"] == "ai-forever/ruRoberta-large"
+
+
+@pytest.mark.parametrize("kind", [LeanAlbertForMaskedLM, LeanAlbertForSequenceClassification])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_models_without_a_pooler_give_their_encoder(tmp_path, tiny_checkpoint, tiny_tokenizer, model, kind, as_file):
+    other = kind(model.config)
+    other.save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    torch.save(other.state_dict(), tmp_path / "other" / "state.pth")
+    loaded = find_pretrained(None, str(tmp_path / "other" / ("state.pth" if as_file else ""))).load()
+    assert loaded.pooler is None
+    assert_encoder_of(other, loaded)
+
+
+def test_files_beside_the_weights_change_neither_the_model_nor_its_name(tmp_path, tiny_checkpoint, model):
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    before = find_pretrained(None, str(tmp_path / "tiny"))
+    stale = LeanAlbertForPreTraining(model.config)
+    stale.save_pretrained(tmp_path / "stale")
+    shutil.copy(tmp_path / "stale" / "model.safetensors", tmp_path / "tiny" / "model_old.safetensors")
+    after = find_pretrained(None, str(tmp_path / "tiny"))
+    assert after.fingerprint == before.fingerprint
+    assert_encoder_of(model, after.load())
+
+
+def test_weights_that_are_not_finite_are_an_error_of_any_family(tmp_path, tiny_checkpoint, hub_model):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    for directory in (tmp_path / "tiny", hub_model):
+        weights = load_file(directory / "model.safetensors")
+        name = next(name for name in weights if name.endswith("embeddings.word_embeddings.weight"))
+        weights[name][3, 2] = float("nan")
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"values of embeddings\.word_embeddings\.weight are not finite"):
+            find_pretrained(None, str(directory)).load()
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "state.pth"])
+def test_leanalbert_of_the_hub_is_found_by_its_name(tmp_path, monkeypatch, tiny_checkpoint, model, weights):
+    repository = tmp_path / "repository"
+    ignored = shutil.ignore_patterns("model.safetensors")
+    shutil.copytree(tiny_checkpoint, repository, ignore=ignored if weights == "state.pth" else None)
+    if weights == "state.pth":
+        torch.save({"model": model.state_dict()}, repository / "state.pth")
+    asked = []
+
+    def snapshot_download(hub_id, *, revision=None, allow_patterns):
+        asked.append((hub_id, revision))
+        return str(repository)
+
+    config = AutoConfig.from_pretrained(repository)
+    config._commit_hash = "0" * 40
+    monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("src.models.tokenizer.snapshot_download", snapshot_download)
+    pretrained = find_pretrained("me/lean", None)
+    assert (pretrained.name, pretrained.source) == ("me--lean", "me/lean")
+    assert_encoder_of(model, pretrained.load())
+    assert ("me/lean", "0" * 40) in asked
+
+
+def test_leanalbert_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, tiny_checkpoint):
+    def snapshot_download(*_, **__):
+        raise httpx2.ConnectError("[Errno 111] Connection refused")
+
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
+    with pytest.raises(
+        ValueError, match=r"^me/lean: its weights could not be fetched .*refused\); look at the network"
+    ):
+        find_pretrained("me/lean", None)

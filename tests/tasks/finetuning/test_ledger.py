@@ -1,3 +1,6 @@
+import errno
+import fcntl
+
 import pytest
 
 from tasks.finetuning.ledger import Ledger, best_row, settings_key
@@ -27,7 +30,7 @@ def test_row_cut_off_by_a_crash_does_not_count_and_is_replaced(tmp_path):
     assert [entry["seed"] for entry in ledger.rows()] == [0, 1]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"seed": 1}', "7"])
+@pytest.mark.parametrize("line", ["{", "[]", '{"seed": 1}', "7", "[" * 100_000, "1" * 5000])
 def test_damaged_line_is_named(tmp_path, line):
     ledger = Ledger(tmp_path / "runs.jsonl")
     ledger.append(row())
@@ -57,3 +60,14 @@ def test_newest_are_all_seeds_of_the_last_settings_of_a_task(tmp_path):
 def test_best_row_is_the_first_of_equals():
     rows = [row(seed=seed, dev={"mcc": score}) for seed, score in [(0, 0.1), (1, 0.4), (2, 0.4)]]
     assert best_row(rows[::-1], "mcc")["seed"] == 1
+
+
+def test_ledger_on_a_file_system_without_locks_is_written_with_a_notice(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    with caplog.at_level("INFO"):
+        ledger.append(row(seed=0))
+    assert len(ledger.rows()) == 1 and "runs.jsonl cannot be locked (No locks available)" in caplog.text

@@ -55,6 +55,21 @@ def test_json_lines_in_another_encoding_are_an_error_with_its_line(tmp_path):
         sources.read_json_lines(path)
 
 
+def test_half_of_a_character_in_a_json_line_is_replaced(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": "x\\ud83d", "b": ["\\ud83d\\ude00", "\\\\ud83d", 1.5]}\n')
+    assert sources.read_json_lines(path)[0][1] == {"a": "x\ufffd", "b": ["😀", "\\ud83d", 1.5]}
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_csv_sentence_may_hold_what_str_splitlines_takes_for_a_line_break(tmp_path, mark):
+    path = tmp_path / "a.csv"
+    path.write_bytes(f"id,sentence\r\n0,Кот{mark}спит.\r\n1,два\r\n".encode())
+    rows = sources.read_csv(path, COLUMNS)
+    assert [row["sentence"] for _, row in rows] == [f"Кот{mark}спит.", "два"]
+    assert [where.rsplit(":", 1)[1] for where, _ in rows] == ["2", "3"]
+
+
 def test_csv_lines_are_counted_over_quoted_line_breaks(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes('\ufeffid,sentence\n0,"один\nдва, ""три"""\n1,четыре\n'.encode())
@@ -128,3 +143,10 @@ def test_fingerprint_depends_on_the_records_alone():
     assert first == sources.fingerprint({"test": [], "train": [dict(reversed(record.items()))]})
     for other in ({"train": [{**record, "idx": 1}], "test": []}, {"train": [], "test": [record]}):
         assert sources.fingerprint(other) != first
+
+
+@pytest.mark.parametrize("odd", ["[" * 100_000 + "]" * 100_000, "1" * 5000])
+def test_json_that_python_does_not_read_is_an_error_with_its_line(tmp_path, odd):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": ' + odd + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: not valid JSON"):
+        sources.read_json_lines(tmp_path / "a.jsonl")

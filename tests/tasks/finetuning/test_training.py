@@ -133,6 +133,13 @@ def test_weights_kept_are_those_of_the_best_epoch_and_the_best_seed(experiment):
         open_run(worse, TASK)
 
 
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "7", "[" * 100_000])
+def test_run_with_a_damaged_row_is_one_line(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json: not (valid JSON|the row of a run)"):
+        open_run(tmp_path, TASK)
+
+
 def test_run_of_another_task_is_refused(experiment, tmp_path):
     (row,) = run_seeds(experiment(num_epochs=1), 0)
     with pytest.raises(ValueError, match="a run of RuCoLA, not of TERRa"):
@@ -247,3 +254,52 @@ def test_precision_auto_is_fp32_without_a_gpu(monkeypatch):
     assert choose_precision("auto") == "fp32"
     with pytest.raises(ValueError, match="needs a GPU"):
         choose_precision("fp16")
+
+
+def spoil(monkeypatch, *, seed, step, weights=False):
+    """From this step of a seed on the loss, or a weight after it, is not a number."""
+    original = training.SeedTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if self.args.seed == seed and self.state.global_step + 1 >= step:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        return original(self, model, inputs, *args, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.seed == seed and state.global_step >= step:
+            with torch.no_grad():
+                next(kwargs["model"].parameters()).fill_(float("nan"))
+
+    if weights:
+        monkeypatch.setattr(EpochLines, "on_step_end", on_step_end)
+    else:
+        monkeypatch.setattr(training.SeedTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("step", "weights", "message"),
+    [
+        (1, False, "the loss of step 1 is nan"),
+        (15, False, "the loss of step 15 is nan"),  # the last one
+        (15, True, "the model's answers are not finite numbers"),
+    ],
+)
+def test_seed_that_diverges_is_not_finished_and_those_before_it_are(experiment, monkeypatch, step, weights, message):
+    subject = experiment()
+    spoil(monkeypatch, seed=1, step=step, weights=weights)
+    with pytest.raises(ValueError, match=rf"RuCoLA seed 1: {message}.*lower --learning-rate than 0\.003"):
+        run_seeds(subject, 0, 1, 2)
+    assert [row["seed"] for row in subject.ledger.rows()] == [0]
+    assert not list(subject.directory.glob("seed-1/run.json"))
+
+
+def test_finished_run_whose_weights_are_not_finite_answers_nothing(experiment):
+    subject = experiment(num_epochs=1)
+    (row,) = run_seeds(subject, 0)
+    directory = subject.ledger.path.parent / row["directory"]
+    weights = weights_of(row, subject)
+    next(iter(weights.values())).fill_(float("inf"))
+    torch.save(weights, directory / "weights.pt")
+    with pytest.raises(ValueError, match="answers are not finite"):
+        open_run(directory, TASK).predict(TASK, subject.records["test"])

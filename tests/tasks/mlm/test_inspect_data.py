@@ -56,3 +56,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert inspect_data.main(["--tokenizer_path", TOKENIZER_PATH, *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(message) and captured.err.count("\n") == 1 and not captured.out
+
+
+def test_documents_that_are_left_out_are_counted(tmp_path, capsys):
+    texts = ['{"text": "Утром мы пошли в лес за грибами. Потом был чай."}'] * 30
+    (tmp_path / "a.jsonl").write_text("\n".join([*texts, '{"text": 1}', '{"text": null}', *texts]))
+    arguments = ["--dataset_sources", str(tmp_path), "--max_sequence_length", "32", "--num_instances", "0"]
+    assert inspect_data.main(arguments) == 0
+    assert re.search(
+        r"left out: 2 documents that cannot be read, the first .*a\.jsonl, line 3[12]: field", capsys.readouterr().out
+    )

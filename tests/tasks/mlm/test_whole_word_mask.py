@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 from src.models.tokenizer import load_tokenizer
 from tasks.mlm import mask_kernel
@@ -296,3 +298,27 @@ def test_vocabulary_without_word_starts_is_refused(tokenizer, monkeypatch):
 
     with pytest.raises(ValueError, match="starts with '▁'"):
         DataCollatorForWholeWordMask(Renamed())
+
+
+def make_word_piece(*more):
+    """Marks the insides of words with ##, whatever else its vocabulary holds."""
+    vocabulary = ["[PAD]", "[UNK]", "[MASK]", *"весна", *(f"##{letter}" for letter in "весна"), "мы", "дом", *more]
+    backend = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
+@pytest.mark.parametrize("more", [["▁"], ["▁", "▁▁", "▁весна", "▁мы", "##▁"]])
+def test_vocabulary_in_which_the_mark_is_a_character_like_others_is_refused(more):
+    with pytest.raises(ValueError, match="does not begin words with it"):
+        DataCollatorForWholeWordMask(make_word_piece(*more))
+
+
+@pytest.mark.parametrize("prepend_scheme", ["always", "first", "never"])
+def test_vocabulary_that_marks_words_may_hold_other_marks_as_characters(prepend_scheme):
+    pieces = [(piece, 0.0) for piece in ("[PAD]", "[UNK]", "[MASK]", "##", "Ġ", "▁", "▁мы", "▁дом", *"весна#")]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=1))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend_scheme)
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    DataCollatorForWholeWordMask(PreTrainedTokenizerFast(tokenizer_object=backend, **roles))

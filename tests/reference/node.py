@@ -1,0 +1,28 @@
+"""A DHT node on loopback as scripts start it: the key that signs its records is its identity."""
+
+import hivemind
+from hivemind.utils.crypto import RSAPrivateKey
+
+from arguments import PeerArguments
+from src.training.auth import Identity
+from src.training.dht import start_dht
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+def start_node(
+    run_id: str, *known: hivemind.DHT, key: RSAPrivateKey | None = None, client_mode: bool = False
+) -> tuple[hivemind.DHT, Identity]:
+    """Joins at the ``known`` nodes. Without a key it gets one of its own, as if it were alone in its process."""
+    identity = Identity(key or RSAPrivateKey())
+    peer = PeerArguments(
+        run_id=run_id,
+        initial_peers=[str(address) for node in known for address in node.get_visible_maddrs()],
+        host_maddrs=[] if client_mode else [LOOPBACK],
+        client_mode=client_mode,
+    )
+    node = start_dht(peer, identity)[0]
+    # Without a supervisor that cleans up behind it, it must end by itself. That takes 3 s more when the process of an
+    # averager has ended with a request under way: hivemind 1.1.12 pauses then (dht/dht.py, `_run`).
+    node.shutdown_timeout = 10.0
+    return node, identity
