@@ -16,7 +16,7 @@ USUAL_CHUNK = 2**16  # bytes of a tensor in a message, see hivemind's `split_for
 MAX_HANDOUTS = 2  # at once
 STALLED_SECONDS = 20.0  # in which one that takes a state shows that it can
 # Of the time, and so many seconds at once, in which this peer's processes work for those who take its state.
-WORKING_SHARE, WORKING_BURST = 0.04, 2.0
+WORKING_SHARE, WORKING_BURST = 0.02, 2.0
 # At once, and twice as much in each hour: a small state is taken often, by auxiliary peers, a large one by some peers.
 BYTES_BURST, STATES_BURST = 2**30, 4
 
