@@ -10,7 +10,6 @@ import xml.etree.ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
 from huggingface_hub.errors import (
@@ -19,6 +18,7 @@ from huggingface_hub.errors import (
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
+from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -313,16 +313,16 @@ def test_push_lists_what_it_would_send_and_sends_it_only_when_told(checkpoint, t
 
 def hub_error(status, said):
     """As huggingface_hub raises it: the reason stands in the third line."""
-    request = httpx2.Request("POST", "https://huggingface.co/api/repos/create")
+    request = httpx.Request("POST", "https://huggingface.co/api/repos/create")
     text = f"Client error '{status}' for url (Request ID: Root=1-2)\n\n{said}\nmore lines"
-    return HfHubHTTPError(text, response=httpx2.Response(status, request=request), server_message=said)
+    return HfHubHTTPError(text, response=httpx.Response(status, request=request), server_message=said)
 
 
 def unreachable():
     try:
         try:
-            raise httpx2.ConnectError("[Errno 111] Connection refused")
-        except httpx2.ConnectError as error:
+            raise httpx.ConnectError("[Errno 111] Connection refused")
+        except httpx.ConnectError as error:
             raise LocalEntryNotFoundError("An error happened while trying to locate the files on the Hub.") from error
     except LocalEntryNotFoundError as error:
         return error
@@ -338,7 +338,7 @@ def unreachable():
             "token",
         ),
         (hub_error(500, "Internal Error"), "500: Internal Error", "try again later"),
-        (httpx2.ConnectError("[Errno 111] Connection refused"), "[Errno 111] Connection refused", "the network"),
+        (httpx.ConnectError("[Errno 111] Connection refused"), "[Errno 111] Connection refused", "the network"),
         (unreachable(), "[Errno 111] Connection refused", "the network"),
         (LocalTokenNotFoundError("Token is required"), "this machine has no token", "hf auth login"),
         (OfflineModeIsEnabled("Cannot reach"), "HF_HUB_OFFLINE is set", "unset it"),

@@ -2,9 +2,9 @@ import json
 import os
 import shutil
 
-import httpx2
 import pytest
 import torch
+from huggingface_hub.utils import httpx
 from transformers import AutoConfig, BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from src.models import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, LeanAlbertForSequenceClassification
@@ -225,7 +225,7 @@ def test_leanalbert_of_the_hub_is_found_by_its_name(tmp_path, monkeypatch, tiny_
 
 def test_leanalbert_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, tiny_checkpoint):
     def snapshot_download(*_, **__):
-        raise httpx2.ConnectError("[Errno 111] Connection refused")
+        raise httpx.ConnectError("[Errno 111] Connection refused")
 
     config = AutoConfig.from_pretrained(tiny_checkpoint)
     monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
