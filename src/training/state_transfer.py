@@ -18,6 +18,7 @@ STALLED_SECONDS = 20.0  # in which one that takes a state shows that it can
 # Of the time, and so many seconds at once, in which this peer's processes work for those who take its state.
 WORKING_SHARE, WORKING_BURST = 0.02, 2.0
 # At once, and twice as much in each hour: a small state is taken often, by auxiliary peers, a large one by some peers.
+# However large, and however slow this machine, so many states may be taken soon after each other.
 BYTES_BURST, STATES_BURST = 2**30, 4
 
 
@@ -57,9 +58,9 @@ class Intake:
 class Allowance:
     """What may be spent: at most ``burst`` at once, and then what comes in, ``rate`` a second."""
 
-    def __init__(self, burst: float, rate: float, amount: float | None = None):
+    def __init__(self, burst: float, rate: float):
         self.burst, self.rate = burst, rate
-        self.amount, self.updated = burst if amount is None else amount, time.monotonic()
+        self.amount, self.updated = burst, time.monotonic()
 
     @property
     def left(self) -> float:
@@ -72,6 +73,11 @@ class Allowance:
     def spend(self, amount: float) -> None:
         self.amount = self.left - amount
 
+    def raise_burst(self, burst: float) -> None:
+        """To so much, if it is less; what was spent stays spent."""
+        more = max(0.0, burst - self.burst)
+        self.amount, self.burst = self.left + more, self.burst + more
+
 
 @dataclass
 class Handout:
@@ -81,6 +87,7 @@ class Handout:
     task: asyncio.Task | None
     began: float
     num_bytes: int = 0
+    working_seconds: float = 0.0
 
     @property
     def is_stalled(self) -> bool:
@@ -130,24 +137,24 @@ class Handouts:
                 except StopAsyncIteration:
                     break
                 finally:
-                    self.seconds.spend(time.monotonic() - began)
+                    working_seconds = time.monotonic() - began
+                    handout.working_seconds += working_seconds
+                    self.seconds.spend(working_seconds)
                 size = message.ByteSize()
                 handout.num_bytes += size
                 self.bytes.spend(size)
                 yield message
-            self._allow_for(handout.num_bytes)
+            self._allow_for(handout)
         finally:
             self.running.pop(number, None)
             with contextlib.suppress(RuntimeError):  # it is just being asked for a message
                 await messages.aclose()
 
-    def _allow_for(self, state_bytes: int) -> None:
-        """Some peers may have even a large state soon after each other."""
-        more = STATES_BURST * state_bytes - self.bytes.burst
-        if more > 0:
-            self.bytes = Allowance(
-                self.bytes.burst + more, 2 * (self.bytes.burst + more) / 3600, self.bytes.left + more
-            )
+    def _allow_for(self, handout: Handout) -> None:
+        """Some peers may have even a large state soon after each other, also from a slow machine."""
+        self.bytes.raise_burst(STATES_BURST * handout.num_bytes)
+        self.bytes.rate = 2 * self.bytes.burst / 3600
+        self.seconds.raise_burst(STATES_BURST * handout.working_seconds)
 
 
 __all__ = ["LEAST_RATE", "LEAST_RATE_OF_ONLY_DONOR", "Handouts", "Intake", "TooSlowError"]

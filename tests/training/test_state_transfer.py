@@ -124,6 +124,19 @@ def test_work_for_others_takes_a_small_share_of_the_time(clock):
     assert served > 100, "who needs the state does get it"
 
 
+def test_slow_machine_hands_even_a_large_state_to_some_peers_soon_after_each_other(clock):
+    async def scenario():
+        handouts, served = Handouts(), 0
+        for number in range(10):
+            peer = b"%d" % number
+            if not handouts.objection(peer):
+                await take_all(handouts, peer, state(clock, seconds=3.0, sizes=(1000,) * 10))  # half a minute of work
+                served += 1
+        return served
+
+    assert 4 <= asyncio.run(scenario()) < 7
+
+
 @pytest.mark.parametrize("state_bytes", [2**22, 2**30])
 def test_bytes_of_an_hour_are_bounded_and_some_peers_may_come_at_once(clock, state_bytes):
     handouts, served, first = Handouts(), 0, None
