@@ -468,6 +468,7 @@ class RoundReporting(Gated):
         request = await anext(stream)
         if not await self._admits(context.remote_id):
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+            await asyncio.sleep(LINGER_SECONDS)
             return
         give_up_at = time.monotonic() + (self.next_chunk_timeout or float("inf"))
         while (

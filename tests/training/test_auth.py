@@ -12,13 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hivemind.averaging.allreduce import AveragingMode
 from hivemind.compression import NoCompression
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import P2P, P2PHandlerError, PeerID, ServicerBase
 from hivemind.proto import averaging_pb2, dht_pb2
 from hivemind.proto.runtime_pb2 import Tensor
-from hivemind.utils import get_dht_time
+from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
 from hivemind.utils.crypto import RSAPrivateKey
 
@@ -434,7 +435,12 @@ async def call_averagers(p2p, target: PeerID) -> dict:
     answers = {}
     for averager_type, prefix in ((LeanStateAverager, "state"), (LeanGradientAverager, "grad")):
         stub = averager_type.get_stub(p2p, target, namespace=f"{RUN}_{prefix}_averager")
-        join = averaging_pb2.JoinRequest(schema_hash=b"x", expiration=get_dht_time() + 5, group_key="x")
+        join = averaging_pb2.JoinRequest(
+            schema_hash=b"x",
+            expiration=get_dht_time() + 5,
+            group_key="x",
+            gather=MSGPackSerializer.dumps([None, AveragingMode.NODE.value, MSGPackSerializer.dumps(0)]),
+        )
         part = averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=b"x")
         answers[prefix, "join"] = await attempt(stub.rpc_join_group(join))
         answers[prefix, "part"] = await attempt(stub.rpc_aggregate_part(as_aiter(part)))
@@ -578,6 +584,7 @@ def test_members_measure_with_each_other_and_with_nobody_else(members, tmp_path)
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.fails_to_start
 def test_check_of_a_private_run(members, office, tmp_path):
     anna, _ = members
 

@@ -113,7 +113,8 @@ def test_two_ranks_and_a_second_peer_train_together_and_end_together(tmp_path):
     epochs = [record for record in of_ranks if record["event"] == "epoch"]
     assert len(epochs) >= 3
     for record in epochs:
-        assert record["samples"] == record["local_steps"] * BATCH * RANKS, "the samples of both ranks"
+        counted = record["samples"] + record["dropped_samples"]  # one that takes the other's state gives up a batch
+        assert counted == record["local_steps"] * BATCH * RANKS, "the samples of both ranks"
         assert math.isfinite(record["loss"]) and 4 < record["mlm_loss"] < 9
     for record in of_single:
         assert (
