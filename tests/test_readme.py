@@ -1,4 +1,4 @@
-"""What the README shows works: its commands are run where they need nothing, else read by the program they call.
+"""What README and docs show works: commands are run where they need nothing, else read by the program they call.
 
 Nothing in a ```bash block may pass unnoticed: a command is run here (RUN), only read by its program (PARSED, with the
 reason), found in the Makefile (make), or named in ELSEWHERE with the reason. Commands within sentences are read, too;
@@ -34,10 +34,11 @@ from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.training.auth import load_key, public_key_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-README = REPOSITORY / "README.md"
+# In the order in which their commands are run; later ones build on what earlier ones made.
+PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")), REPOSITORY / "CONTRIBUTING.md"]
 SHELL_LANGUAGES, OUTPUT_LANGUAGES = ("bash", "sh", "shell"), ("", "text", "json")
 PEERS = {"run_trainer.py": TrainerPeerArguments, "run_aux_peer.py": AuxiliaryPeerArguments}
-# Run, in the README's order, in a folder that holds `stand_ins`; --push is only tried.
+# Run, in the pages' order, in a folder that holds `stand_ins`; --push is only tried.
 RUN = {"tasks.mlm.train_tokenizer", "tasks.mlm.inspect_data", "src.models.export", "src.models.memory",
        "src.training.access", "src.training.report", "src.training.terminal"}  # fmt: skip
 # Commands whose program reads its command line and goes no further here, and why.
@@ -72,24 +73,29 @@ NEEDS_NETWORK = re.compile(r"yandex/RuLeanALBERT[\"']|hf_hub_download|snapshot_d
 
 @dataclass(frozen=True)
 class Block:
+    page: str
     language: str
     line: int
     text: str
 
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
 
-def read_blocks(text: str) -> list[Block]:
+
+def read_blocks(page: Path) -> list[Block]:
     """The fenced blocks; those inside lists lose the list's indentation."""
     blocks, start = [], None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         fence = re.fullmatch(r"( *)```+ *(\w*)", line)
         if fence and start is None:
             start, indent, language, lines = number, len(fence[1]), fence[2], []
         elif fence:
-            blocks.append(Block(language, start, "\n".join(lines)))
+            blocks.append(Block(page.name, language, start, "\n".join(lines)))
             start = None
         elif start is not None:
             lines.append(line[indent:])
-    assert start is None, f"README.md, line {start}: the block is never closed"
+    assert start is None, f"{page.name}:{start}: the block is never closed"
     return blocks
 
 
@@ -126,7 +132,7 @@ def substitute(word: str) -> str:
 
     def value(match):
         name = match[1] or match[2]
-        assert name in STAND_INS, f"README.md uses ${name}: add a value for it to STAND_INS"
+        assert name in STAND_INS, f"a page uses ${name}: add a value for it to STAND_INS"
         return STAND_INS[name]
 
     return re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, word)
@@ -161,9 +167,9 @@ def parse_with_its_program(target: str, words: list[str], monkeypatch) -> None:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
 
 
-BLOCKS = read_blocks(README.read_text(encoding="utf-8"))
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 COMMANDS = [
-    (block.line, words)
+    (block.where, words)
     for block in BLOCKS
     if block.language in SHELL_LANGUAGES
     for words in map(normalise, split_commands(block.text))
@@ -171,16 +177,17 @@ COMMANDS = [
 ]
 TESTED = [command for command in COMMANDS if not is_elsewhere(command[1])]
 WITHIN_SENTENCES = [
-    (number, normalise(shlex.split(code)))
-    for number, line in enumerate(README.read_text(encoding="utf-8").splitlines(), 1)
+    (f"{page.name}:{number}", normalise(shlex.split(code)))
+    for page in PAGES
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
     for code in re.findall(r"`(python [^`]*)`", line)
 ]
-PYTHON_BLOCKS = [block for block in BLOCKS if block.language == "python"]
+PAGES_WITH_PYTHON = sorted({block.page for block in BLOCKS if block.language == "python"})
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory) -> Path:
-    """A folder with small versions of what the README's commands start from."""
+    """A folder with small versions of what the pages' commands start from."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(REPOSITORY / "demo", folder / "demo")
     shutil.copytree(REPOSITORY / "demo" / "corpus", folder / "texts")
@@ -204,17 +211,17 @@ def stand_ins(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ran(stand_ins) -> dict[tuple, tuple[int, str]]:
-    """Exit code and output of each command that is run; they build on each other, so all are, in the README's order."""
+    """Exit code and output of each command that is run; they build on each other, so all are, in the pages' order."""
     outcomes = {}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(stand_ins)
-        for line, words in TESTED:
+        for where, words in TESTED:
             if is_run(words):
                 try:
                     arguments = [found for word in words[1:] for found in expand(substitute(word))]
-                    outcomes[line, *words] = run_check(arguments) if "--check" in words else run_module(arguments)
+                    outcomes[where, *words] = run_check(arguments) if "--check" in words else run_module(arguments)
                 except Exception as error:  # this command's test fails for it, not those of all others
-                    outcomes[line, *words] = 1, repr(error)
+                    outcomes[where, *words] = 1, repr(error)
         with contextlib.suppress(OSError):  # what the organiser sends
             shutil.copy("access/my-exp/ivan.token", ".")
     return outcomes
@@ -256,8 +263,8 @@ def parse_command(words: list[str], where: str, monkeypatch, capsys) -> None:
     target, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     assert target in PARSED or target in RUN, f"{where}: run it (RUN), or say in PARSED why it is only read"
     arguments = [found for word in arguments for found in expand(substitute(word))]
-    source = target if target.endswith(".py") else f"{target.replace('.', '/')}.py"
-    assert (REPOSITORY / source).is_file(), f"{where}: there is no {source}"
+    source = REPOSITORY / (target if target.endswith(".py") else target.replace(".", "/"))
+    assert source.with_suffix(".py").is_file() or (source / "__main__.py").is_file(), f"{where}: there is no {target}"
     try:
         parse_with_its_program(target, arguments, monkeypatch)
     except SystemExit:
@@ -265,10 +272,10 @@ def parse_command(words: list[str], where: str, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("line", "words"), TESTED, ids=[f"{line}: {' '.join(w)[:60]}" for line, w in TESTED])
-def test_readme_command_works(stand_ins, ran, monkeypatch, capsys, line, words):
+@pytest.mark.parametrize(("block", "words"), TESTED, ids=[f"{at}: {' '.join(w)[:60]}" for at, w in TESTED])
+def test_command_works(stand_ins, ran, monkeypatch, capsys, block, words):
     monkeypatch.chdir(stand_ins)
-    where = f"README.md, block at line {line}: {' '.join(words)!r}"
+    where = f"block at {block}: {' '.join(words)!r}"
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), flags=re.MULTILINE)
         assert set(words[1:]) <= set(targets), f"{where}: the Makefile has only {targets}"
@@ -277,18 +284,18 @@ def test_readme_command_works(stand_ins, ran, monkeypatch, capsys, line, words):
     if not is_run(words):
         parse_command(words, where, monkeypatch, capsys)
         return
-    code, output = ran[line, *words]
+    code, output = ran[block, *words]
     assert code == 0 and output, f"{where}: {output}"
 
 
-@pytest.mark.parametrize(("line", "words"), WITHIN_SENTENCES, ids=[f"{line}: {w[1:3]}" for line, w in WITHIN_SENTENCES])
-def test_readme_command_within_a_sentence_is_understood(stand_ins, monkeypatch, capsys, line, words):
+@pytest.mark.parametrize(("place", "words"), WITHIN_SENTENCES, ids=[f"{at}: {w[1:3]}" for at, w in WITHIN_SENTENCES])
+def test_command_within_a_sentence_is_understood(stand_ins, monkeypatch, capsys, place, words):
     monkeypatch.chdir(stand_ins)
-    parse_command(words, f"README.md, line {line}: {' '.join(words)!r}", monkeypatch, capsys)
+    parse_command(words, f"{place}: {' '.join(words)!r}", monkeypatch, capsys)
 
 
 @pytest.mark.timeout(600)
-def test_readme_commands_leave_what_they_promise(stand_ins, ran):
+def test_commands_leave_what_they_promise(stand_ins, ran):
     made_files = (
         "my_tokenizer/tokenizer.json", "my-model/model.safetensors", "my-model/README.md",
         "outputs/demo/trainer/report.html", "access/my-exp/organiser.key", "access/my-exp/aux.token",
@@ -306,30 +313,49 @@ def expand(word: str) -> list[str]:
     return found or [word]
 
 
-@pytest.mark.parametrize("block", PYTHON_BLOCKS, ids=[f"line {block.line}" for block in PYTHON_BLOCKS])
-def test_readme_python_runs(stand_ins, ran, monkeypatch, capsys, block):
+@pytest.mark.parametrize("page", PAGES_WITH_PYTHON)
+def test_python_of_a_page_runs(stand_ins, ran, monkeypatch, capsys, page):
+    """The blocks of a page go on from each other, as one program."""
     monkeypatch.chdir(stand_ins)
-    code = compile(block.text, f"README.md, block at line {block.line}", "exec")
-    if NEEDS_NETWORK.search(block.text):
-        return  # it compiles; the download is not tried here
-    exec(code, {"__name__": "readme"})
+    names = {"__name__": "page"}
+    for block in BLOCKS:
+        if (block.page, block.language) == (page, "python"):
+            code = compile(block.text, block.where, "exec")
+            if not NEEDS_NETWORK.search(block.text):  # else it compiles; the download is not tried here
+                exec(code, names)
 
 
-def test_readme_blocks_are_of_known_languages():
+def test_blocks_are_of_known_languages():
     assert {block.language for block in BLOCKS} <= {*SHELL_LANGUAGES, *OUTPUT_LANGUAGES, "python"}
     for block in BLOCKS:
         if block.language in OUTPUT_LANGUAGES:
             commands = [
                 line for line in block.text.splitlines() if re.match(r"(\.venv/bin/)?(python3?|make|pip) ", line)
             ]
-            assert not commands, f"README.md, line {block.line}: call this block ```bash, so that it is tested"
-    assert len(TESTED) >= 8 and PYTHON_BLOCKS
+            assert not commands, f"{block.where}: call this block ```bash, so that it is tested"
+    assert len(TESTED) >= 40 and PAGES_WITH_PYTHON
 
 
-def test_readme_links_lead_to_files():
-    links = re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))
-    broken = [link for link in links if not re.match(r"https?://|mailto:", link) and not (REPOSITORY / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    broken = []
+    for link, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        target = page.parent / link if link else page
+        if not target.exists() or (heading and heading not in headings(target)):
+            broken.append((link, heading))
     assert not broken
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_readme_is_one_screen_to_success():
+    assert (REPOSITORY / "README.md").stat().st_size <= 12_000
 
 
 @pytest.mark.parametrize(
@@ -341,5 +367,5 @@ def test_readme_links_lead_to_files():
         ("export A=$(curl -s http://x) B=/ip4/1", [["export", "A=SUBSTITUTED", "B=/ip4/1"]]),
     ],
 )  # fmt: skip
-def test_readme_commands_are_split_as_a_shell_does(text, expected):
+def test_commands_are_split_as_a_shell_does(text, expected):
     assert [normalise(words) for words in split_commands(text)] == expected
