@@ -31,9 +31,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def find_run(model_name: str | None, output_dir: Path) -> Path:
     """The directory of the run that -m means: that directory itself, or the best seed of the model's newest run."""
-    from tasks.benchmarks import TASKS
     from tasks.finetuning.experiment import RUN_FILE
     from tasks.finetuning.ledger import LEDGER, Ledger, best_row
+    from tasks.registry import TASKS
 
     if model_name is not None and (Path(model_name) / RUN_FILE).is_file():
         return Path(model_name)
@@ -53,8 +53,8 @@ def find_run(model_name: str | None, output_dir: Path) -> Path:
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     from tasks import evaluation
-    from tasks.benchmarks import TASKS
     from tasks.finetuning.experiment import open_run
+    from tasks.registry import TASKS
 
     quiet_libraries()
     lidirus, terra = TASKS["lidirus"], TASKS["terra"]

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from src.training.memory import limit_memory
-from src.training.sockets import make_socket_directory
-from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised
+from src.process.memory import limit_memory
+from src.process.sockets import make_socket_directory
+from src.process.supervisor import install_stop_handler, leave_at_once, run_supervised
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
 FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
@@ -17,13 +17,13 @@ def main() -> int:
     import threading
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
-    from src.training import console
-    from src.training.dht import visible_addresses
-    from src.training.history import read_history
-    from src.training.monitor import Watch
-    from src.training.reconnect import KeepInTouch
-    from src.training.terminal import TerminalView
-    from src.training.watchdog import Watchdog, may_start_again, processes_of
+    from src.auxiliary.monitor import Watch
+    from src.metrics import console
+    from src.metrics.history import read_history
+    from src.metrics.terminal import TerminalView
+    from src.process.watchdog import Watchdog, may_start_again, processes_of
+    from src.swarm.dht import visible_addresses
+    from src.swarm.reconnect import KeepInTouch
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -71,8 +71,8 @@ def check(peer, collaboration, training, progress) -> int:
     import torch
 
     from arguments import run_settings
-    from src.training.preflight import Workload, run_checks
-    from src.training.run_card import make_run_card
+    from src.preflight.preflight import Workload, run_checks
+    from src.swarm.run_card import make_run_card
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
@@ -96,12 +96,12 @@ def build(peer, collaboration, training, *, progress, stop):
     from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.training.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
-    from src.training.journal import claim_run_directory
-    from src.training.report import Reporter
-    from src.training.run_end import RunEnd
-    from src.training.same_peer import keep_ports, take_up_identity
-    from src.training.swarm import join_run, record_start, start_averaging
+    from src.auxiliary.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
+    from src.auxiliary.run_end import RunEnd
+    from src.metrics.journal import claim_run_directory
+    from src.metrics.report import Reporter
+    from src.process.same_peer import keep_ports, take_up_identity
+    from src.swarm.join import join_run, record_start, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 

@@ -7,9 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from src.training.memory import limit_memory
-from src.training.sockets import make_socket_directory
-from src.training.supervisor import install_stop_handler, leave_at_once, run_supervised, start_deadline
+from src.process.memory import limit_memory
+from src.process.sockets import make_socket_directory
+from src.process.supervisor import install_stop_handler, leave_at_once, run_supervised, start_deadline
 
 STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
 
@@ -26,10 +26,10 @@ def main() -> int:
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     if {"-h", "--help"} & set(sys.argv[1:]):
         parser.parse(sys.argv[1:])  # prints and exits: no need to load hivemind for it
-    from src.training import console
-    from src.training.dht import short_peer_name, visible_addresses
-    from src.training.reconnect import KeepInTouch
-    from src.training.watchdog import Watchdog, may_start_again, processes_of
+    from src.metrics import console
+    from src.process.watchdog import Watchdog, may_start_again, processes_of
+    from src.swarm.dht import short_peer_name, visible_addresses
+    from src.swarm.reconnect import KeepInTouch
 
     console.quiet_libraries()
     alone = not set(sys.argv[1:]) - {"--check"}
@@ -79,9 +79,9 @@ def follow(peer, training, *, stop) -> int:
 
     from transformers import PrinterCallback
 
-    from src.training.callback import sequence_length_at
-    from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
-    from src.training.sync import FollowerCallback, LocalWorkers
+    from src.trainer.callback import sequence_length_at
+    from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
+    from src.trainer.local_workers import FollowerCallback, LocalWorkers
     from tasks.mlm.task import build_data, build_model
 
     workers = LocalWorkers(rank=training.process_index, size=training.world_size, device=training.device)
@@ -123,8 +123,8 @@ def train(trainer, progress) -> int:
     """
     import signal
 
-    from src.training.hf_trainer import StoppedWaiting
-    from src.training.sync import worker_was_lost
+    from src.trainer.hf_trainer import StoppedWaiting
+    from src.trainer.local_workers import worker_was_lost
     from tasks.mlm.sources import TextError
 
     try:
@@ -157,9 +157,9 @@ def check(peer, collaboration, training, progress) -> int:
     from functools import partial
 
     from arguments import run_settings
-    from src.training.backup import load_initial_weights
-    from src.training.preflight import Workload, run_checks
-    from src.training.run_card import make_run_card
+    from src.preflight.preflight import Workload, run_checks
+    from src.swarm.run_card import make_run_card
+    from src.trainer.backup import load_initial_weights
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     def make_model():
@@ -192,13 +192,13 @@ def build(peer, collaboration, training, *, progress, stop):
     from transformers import PrinterCallback
 
     from arguments import run_settings
-    from src.training.backup import load_initial_weights
-    from src.training.callback import CollaborativeCallback
-    from src.training.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
-    from src.training.journal import claim_run_directory, num_starts
-    from src.training.same_peer import keep_ports, take_up_identity
-    from src.training.swarm import join_run, record_start, start_averaging
-    from src.training.sync import LocalWorkers
+    from src.metrics.journal import claim_run_directory, num_starts
+    from src.process.same_peer import keep_ports, take_up_identity
+    from src.swarm.join import join_run, record_start, start_averaging
+    from src.trainer.backup import load_initial_weights
+    from src.trainer.callback import CollaborativeCallback
+    from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler
+    from src.trainer.local_workers import LocalWorkers
     from tasks.mlm.task import build_data, build_model, check_sequence_length
 
     model, tokenizer = build_model(peer, seed=training.seed, activation_memory=training.activation_memory)

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import Row, options, report
-from src.training.journal import read_journal
-from src.training.local_swarm import LocalSwarm
+from src.metrics.journal import read_journal
+from src.process.local_swarm import LocalSwarm
 
 CLAIM = "waiting for averaging"
 MODEL = {

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.fault_swarm import FaultyPeer, FaultySwarm
-from src.training.backup import read_backup
-from src.training.swarm_report import compare_parameters
+from src.trainer.backup import read_backup
+from src.trainer.run_summary import compare_parameters
 
 NEXT_CHUNK_TIMEOUT, MATCHMAKING_TIME, BACKUP_EVERY = 8.0, 1.5, 3
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 from hivemind.p2p import P2P, PeerID
 
-from src.training.backup import read_backup
-from src.training.local_swarm import LocalPeer, free_port
+from src.process.local_swarm import LocalPeer, free_port
+from src.trainer.backup import read_backup
 
 RUN_ID = "faults"
 ORPHAN_SECONDS = 10.0  # how long after its end a peer may still have processes

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import Row, interleave, options, ratio, report
-from src.training.lamb_8bit import CPULAMB8Bit
+from src.optim.lamb import CPULAMB8Bit
 
 MILLION = 10**6
 SETTINGS = {"betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import RESULTS, Row, number, write_atomically
-from src.training.supervisor import adopt_orphans, kill_descendants
+from src.process.supervisor import adopt_orphans, kill_descendants
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent

@@ -20,8 +20,8 @@ import psutil
 import torch
 
 from benchmarks.fault_swarm import parts_of
-from src.training.journal import read_journal
-from src.training.local_swarm import LocalPeer, LocalSwarm
+from src.metrics.journal import read_journal
+from src.process.local_swarm import LocalPeer, LocalSwarm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MAX_GROWTH = 5.0  # MB an hour

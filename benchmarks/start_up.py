@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 
 from benchmarks.measure import Row, interleave, options, ratio, report
-from src.training.journal import read_journal
-from src.training.local_swarm import LocalSwarm
+from src.metrics.journal import read_journal
+from src.process.local_swarm import LocalSwarm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HELP, BARE = "python run_trainer.py --help", "import TrainingArguments"

@@ -36,9 +36,9 @@ from benchmarks.fault_report import (
     write_report,
 )
 from benchmarks.fault_swarm import FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
-from src.training.backup import read_backup
-from src.training.console import quiet_libraries
-from src.training.optimizer import make_lamb, make_learning_rate, parameter_groups
+from src.metrics.console import quiet_libraries
+from src.swarm.optimizer import make_lamb, make_learning_rate, parameter_groups
+from src.trainer.backup import read_backup
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.evaluate import evaluate, held_out_batches
 from tasks.mlm.task import build_model

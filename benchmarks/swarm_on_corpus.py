@@ -19,12 +19,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from arguments import HFTrainerArguments, PeerArguments
+from src.metrics.journal import read_journal
 from src.models import LeanAlbertForPreTraining
-from src.training.journal import read_journal
-from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.local_swarm import LocalSwarm
-from src.training.optimizer import make_learning_rate, parameter_groups
-from src.training.swarm_report import compare_parameters
+from src.optim.lamb import CPULAMB8Bit
+from src.process.local_swarm import LocalSwarm
+from src.swarm.optimizer import make_learning_rate, parameter_groups
+from src.trainer.run_summary import compare_parameters
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.evaluate import evaluate, held_out_batches
 from tasks.mlm.task import build_model

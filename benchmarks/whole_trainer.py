@@ -46,8 +46,8 @@ from benchmarks.reference.instances import make_instances
 from benchmarks.reference.lean_layers import original_encoder
 from benchmarks.reference.whole_tensor_lamb import WholeTensorLAMB8Bit
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
-from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.optimizer import parameter_groups
+from src.optim.lamb import CPULAMB8Bit
+from src.swarm.optimizer import parameter_groups
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.sources import iterate_documents
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask

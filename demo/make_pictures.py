@@ -72,8 +72,8 @@ class TerminalPeer:
 
 def train(directory: Path, epochs: int) -> str:
     """Run a swarm until the auxiliary peer has seen so many epochs; returns what stood in its terminal."""
-    from src.training.history import read_history
-    from src.training.local_swarm import LocalSwarm
+    from src.metrics.history import read_history
+    from src.process.local_swarm import LocalSwarm
 
     shared = ["--output_dir", str(directory)]
     held_out = ["--eval_sources", str(REPOSITORY / "demo" / "heldout.txt"), "--eval_batches", "2"]
@@ -126,9 +126,9 @@ def screenshot(page: Path, picture: Path, width: int, height: int) -> None:
 
 
 def view_of(metrics: Path):
-    """What `python -m src.training.terminal` showed when the last record was written."""
-    from src.training.history import read_history
-    from src.training.terminal import TerminalView
+    """What `python -m src.metrics.terminal` showed when the last record was written."""
+    from src.metrics.history import read_history
+    from src.metrics.terminal import TerminalView
 
     view = TerminalView()
     view.history = read_history(metrics)
@@ -159,7 +159,7 @@ def main() -> int:
     options = parser.parse_args()
     from rich.text import Text
 
-    from src.training.report import write_report
+    from src.metrics.report import write_report
 
     options.output_dir.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +168,7 @@ def main() -> int:
             view = Text.from_ansi(last_view(train(Path(folder), options.epochs)))
             draw_terminal(view, options.output_dir / "terminal.png", "python run_aux_peer.py @demo/aux.args")
         else:
-            view, title = view_of(options.metrics), "python -m src.training.terminal metrics.jsonl"
+            view, title = view_of(options.metrics), "python -m src.metrics.terminal metrics.jsonl"
             draw_terminal(view, options.output_dir / "terminal.png", title)
         write_report(options.metrics or Path(folder) / "demo" / "aux" / "metrics.jsonl", report)
         screenshot(report, options.output_dir / "report.png", 1100, 1010)

@@ -45,7 +45,7 @@ def run_arguments(options: argparse.Namespace, directory: Path) -> list[str]:
 
 def main() -> int:
     options = parse_arguments()
-    from src.training.local_swarm import LocalSwarm
+    from src.process.local_swarm import LocalSwarm
 
     directory = options.output_dir or REPOSITORY / "outputs" / time.strftime("demo-%Y%m%d-%H%M%S")
     shared = run_arguments(options, directory)
@@ -87,7 +87,7 @@ def wait_or_stop(trainers: list, *, deadline: float) -> tuple[list[int], bool]:
 
 def what_is_missing(run: Path) -> str:
     """Why there is nothing to show of a run that was stopped early; nothing if all is there."""
-    from src.training.swarm_report import summarise_run
+    from src.trainer.run_summary import summarise_run
 
     backups = [run / name / "backup.pth" for name in ("trainer", "trainer-2")]
     try:
@@ -101,7 +101,7 @@ def what_is_missing(run: Path) -> str:
 
 def report(run: Path, *, seconds: float) -> None:
     """Print what the run's metrics files say, and draw the learning curve beside them."""
-    from src.training.swarm_report import compare_parameters, draw_learning_curve, summarise_run
+    from src.trainer.run_summary import compare_parameters, draw_learning_curve, summarise_run
 
     summary = summarise_run(run / "trainer" / "metrics.jsonl")
     difference = compare_parameters(run / "trainer" / "backup.pth", run / "trainer-2" / "backup.pth")
@@ -120,9 +120,9 @@ def newest_model(run: Path) -> tuple[Path, int]:
 
     When time was up before the last epoch, a trainer has a newer one in its backup, which is exported.
     """
-    from src.models.export import main as export
-    from src.training.auxiliary import stored_epoch
-    from src.training.backup import read_backup
+    from src.auxiliary.auxiliary import stored_epoch
+    from src.export.export import main as export
+    from src.trainer.backup import read_backup
 
     checkpoint, backup = run / "aux" / "checkpoint", run / "trainer" / "backup.pth"
     stored, epoch = stored_epoch(checkpoint, "demo"), read_backup(backup)["epoch"]
@@ -140,7 +140,7 @@ def fill_masks(checkpoint: Path, epoch: int) -> None:
     from transformers import pipeline
 
     from src import LeanAlbertForMaskedLM, load_tokenizer
-    from src.training.console import quiet_libraries
+    from src.metrics.console import quiet_libraries
 
     quiet_libraries()
     fill = pipeline(

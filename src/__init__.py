@@ -1,6 +1,6 @@
 """LeanALBERT: weight-sharing masked language models and their collaborative pretraining.
 
-The models are loaded when one of their names is first asked for: programs that only need ``src.training`` start sooner.
+The models are loaded when one of their names is first asked for: programs that need no model start sooner.
 """
 
 __all__ = [

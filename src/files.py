@@ -5,12 +5,15 @@ import ctypes
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+logger = logging.getLogger(__name__)
 
 RENAME_EXCHANGE, AT_FDCWD = 2, -100  # <linux/fs.h>, <fcntl.h>
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -145,6 +148,20 @@ def _try_lock(directory: Path) -> int | None:
         return None
 
 
+def try_lock(descriptor: int, what: Path) -> bool:
+    """Lock an open file for this process and its children; False if another process has locked it.
+
+    True, with a notice, on a file system that has no locks (Lustre, some NFS and FUSE mounts): work matters more.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logger.warning("%s cannot be locked (%s): make sure that no other process uses it", what, error.strerror)
+    return True
+
+
 def flush_to_disk(path: Path) -> None:
     """A file's content, or a directory's list of names."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -159,8 +176,10 @@ def append_line(path: Path, record: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
-        with contextlib.suppress(OSError):  # another program may be adding to it; some file systems have no locks
+        try:  # another program may be adding to it
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks
+            logger.info("%s cannot be locked (%s): write to it with one program at a time", path, error.strerror)
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -169,7 +188,7 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def open_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark. Raises ValueError with the line that is not UTF-8."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises ValueError with the line if it is not."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -191,5 +210,5 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
             yield where, json.loads(line)
         except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and deep nesting
             is_cut_off = number == len(lines)  # a whole last line ends in a line break
-            reason = "the file is cut off here" if is_cut_off else getattr(error, "msg", error)
+            reason = "the file is cut off here, take a whole copy" if is_cut_off else getattr(error, "msg", error)
             raise ValueError(f"{where}: not valid JSON ({reason})") from error

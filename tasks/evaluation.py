@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from tasks.benchmarks import TASKS, get_task, tasks_with_data
 from tasks.finetuning import report
 from tasks.finetuning.backbone import Pretrained, max_positions
 from tasks.finetuning.base import FinetuningTask
@@ -19,6 +18,7 @@ from tasks.finetuning.console import InputError
 from tasks.finetuning.experiment import Experiment, Run, describe_row, open_run
 from tasks.finetuning.ledger import Ledger, best_row
 from tasks.finetuning.training import Settings, encode_data
+from tasks.registry import TASKS, get_task, tasks_with_data
 from tasks.submission import ARCHIVE, check_directory, write_archive
 
 RUSSIAN_SUPERGLUE_SITE = "https://russiansuperglue.com"

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import ArgumentParser
-from tasks.benchmarks import TASKS
 from tasks.finetuning.console import fail
+from tasks.registry import TASKS
 
 PROGRAM = "python -m tasks.submission"
 ARCHIVE = "submission.zip"

@@ -1,8 +1,10 @@
 """Fixtures shared by all tests: where the optional reference data lies, how many threads a test may use, and that no
 peer leaves a file behind."""
 
+import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from src.training.sockets import is_abandoned
+from src.process.sockets import is_abandoned
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
@@ -52,7 +54,7 @@ def temporary_directory():
             from hivemind import DHT
             from hivemind.p2p import P2P
 
-            from src.training import sockets
+            from src.process import sockets
 
             patch.setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{directory}/")
             patch.setattr(sockets, "_own", directory)
@@ -97,3 +99,24 @@ def left_behind(directory: Path) -> set[Path]:
     listening = [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()]
     in_use = {path for path in entries if any(f"{name}/".startswith(f"{path}/") for name in listening)}
     return {path for path in entries - in_use if not path.is_dir() or is_abandoned(path)}
+
+
+@pytest.fixture(autouse=True)
+def interrupts_still_work():
+    """hivemind makes the process that starts its averagers deaf to Ctrl+C; a test run must not stay so."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def shut_down_at_end():
+    """Call it with anything that has ``shutdown()``; the last one started is shut down first."""
+    with contextlib.ExitStack() as stack:
+
+        def register(started):
+            stack.callback(started.shutdown)
+            return started
+
+        yield register

@@ -14,7 +14,7 @@ from arguments import (
     TrainerPeerArguments,
     run_settings,
 )
-from src.training.schedules import learning_rate, sequence_length
+from src.optim.schedules import learning_rate, sequence_length
 
 PEER = {
     "run_id": None,

@@ -7,8 +7,8 @@ import pytest
 
 from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
 from demo.run_demo import newest_model, parse_arguments, run_arguments, what_is_missing
-from src.models import export
-from src.training import backup
+from src.export import export
+from src.trainer import backup
 
 
 @pytest.mark.parametrize(("total_steps", "warmup_steps"), [(1, 0), (6, 1), (16, 2), (20, 3), (100, 15), (400, 60)])

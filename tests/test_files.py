@@ -72,7 +72,9 @@ def test_directory_is_old_or_new_whenever_its_writer_is_killed(tmp_path, can_exc
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name], last
         if code == 0:
             break
-    assert code == 0 and outcomes[0] == "old" and outcomes.count("old") > 3 and outcomes == sorted(outcomes, reverse=True)
+    assert (
+        code == 0 and outcomes[0] == "old" and outcomes.count("old") > 3 and outcomes == sorted(outcomes, reverse=True)
+    )
 
 
 def test_file_is_old_or_new_whenever_its_writer_is_killed(tmp_path):
@@ -162,10 +164,12 @@ def test_line_that_is_no_json_is_named_with_its_place(tmp_path, line, reason):
 def test_cut_off_and_foreign_files_are_named_with_their_place(tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": ')
-    with pytest.raises(ValueError, match=r"lines.jsonl:2: not valid JSON \(the file is cut off here\)"):
+    with pytest.raises(
+        ValueError, match=r"lines.jsonl:2: not valid JSON \(the file is cut off here, take a whole copy\)"
+    ):
         list(files.read_json_lines(path))
-    path.write_bytes('{"a": 1}\n'.encode() + "ё".encode("cp1251"))
-    with pytest.raises(ValueError, match="lines.jsonl:2: not UTF-8 text"):
+    path.write_bytes(b'{"a": 1}\n' + "ё".encode("cp1251"))
+    with pytest.raises(ValueError, match=r"lines\.jsonl:2: not UTF-8 text"):
         list(files.read_json_lines(path))
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     assert list(files.read_json_lines(path)) == [(f"{path}:1", {"a": 1})]

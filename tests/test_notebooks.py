@@ -9,8 +9,8 @@ import nbformat
 import pytest
 
 from src import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
-from src.training.journal import read_journal
-from src.training.local_swarm import LocalSwarm
+from src.metrics.journal import read_journal
+from src.process.local_swarm import LocalSwarm
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))

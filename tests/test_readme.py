@@ -31,7 +31,7 @@ from arguments import (
     TrainerPeerArguments,
 )
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
-from src.training.auth import load_key, public_key_of
+from src.access.auth import load_key, public_key_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # In the order in which their commands are run; later ones build on what earlier ones made.
@@ -39,12 +39,12 @@ PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/*.md")), REPOSI
 SHELL_LANGUAGES, OUTPUT_LANGUAGES = ("bash", "sh", "shell"), ("", "text", "json")
 PEERS = {"run_trainer.py": TrainerPeerArguments, "run_aux_peer.py": AuxiliaryPeerArguments}
 # Run, in the pages' order, in a folder that holds `stand_ins`; --push is only tried.
-RUN = {"tasks.mlm.train_tokenizer", "tasks.mlm.inspect_data", "src.models.export", "src.models.memory",
-       "src.training.access", "src.training.report", "src.training.terminal"}  # fmt: skip
+RUN = {"tasks.mlm.train_tokenizer", "tasks.mlm.inspect_data", "src.export", "src.models.memory",
+       "src.access", "src.metrics.report", "src.metrics.terminal"}  # fmt: skip
 # Commands whose program reads its command line and goes no further here, and why.
 PARSED = {
-    "run_trainer.py": "works until it is stopped; tests/training/test_swarm.py",
-    "run_aux_peer.py": "works until it is stopped; tests/training/test_swarm.py",
+    "run_trainer.py": "works until it is stopped; tests/swarm/test_join.py",
+    "run_aux_peer.py": "works until it is stopped; tests/swarm/test_join.py",
     "finetune_mlm.py": "needs the benchmarks' data; tests/tasks/test_finetune_scripts.py",
     "predict_on_lidirus.py": "needs the benchmarks' data; tests/tasks/test_finetune_scripts.py",
     "tasks.submission": "needs predictions of all tasks; tests/tasks/test_submission.py",
@@ -60,7 +60,7 @@ ELSEWHERE = {
     "python -m venv": "installs", "python -m pytest": "this is it", "ruff": "CI runs it", "mkdir": "of the shell",
     "cd": "of the shell", "export": "of the shell, see STAND_INS", "for": "of the shell", "do": "of the shell",
     "done": "of the shell", "hf": "talks to the hub", "nvidia-smi": "needs a GPU", "jupyter": "tests/test_notebooks.py",
-    "xdg-open": "opens a browser", "torchrun": "needs several devices, see tests/training/test_sync.py",
+    "xdg-open": "opens a browser", "torchrun": "needs several devices, see tests/trainer/test_local_workers.py",
 }  # fmt: skip
 # Variables that a reader sets; a value for each, with which commands must parse.
 STAND_INS = {
@@ -304,7 +304,7 @@ def test_commands_leave_what_they_promise(stand_ins, ran):
     for made in made_files:
         assert (stand_ins / made).stat().st_size > 0, made
     output = {words[2]: said for (_, *words), (_, said) in ran.items() if words[1] == "-m"}
-    assert "would send" in output["src.models.export"] and "largest batch for 4 GB" in output["src.models.memory"]
+    assert "would send" in output["src.export"] and "largest batch for 4 GB" in output["src.models.memory"]
 
 
 def expand(word: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from src.models.checkpoint import read_state_dict
-from src.training.backup import read_backup
+from src.trainer.backup import read_backup
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for folder in ("src", "tasks", "demo", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py"))

@@ -1,7 +1,7 @@
 """LAMB with 8-bit statistics as RuLeanALBERT computed it: each tensor at once, through ``bitsandbytes.functional``.
 
 The yardstick of `benchmarks/lamb_step.py`; written from a description of the algorithm and checked against recorded
-trajectories (tests/training/test_lamb_kernel.py). All arithmetic that can be in place is.
+trajectories (tests/optim/test_lamb_kernel.py). All arithmetic that can be in place is.
 """
 
 import math

@@ -14,12 +14,13 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
+from src.files import write_atomically
 from tasks.finetuning import metrics, sources
 from tasks.finetuning.collator import PaddingCollator
 from tasks.finetuning.console import InputError
 from tasks.finetuning.encoding import EncodedSplit
 from tasks.finetuning.models import sequence_classifier
-from tasks.finetuning.submission_format import check_ids, check_label_entries, write_checked
+from tasks.finetuning.submission_format import check_ids, check_label_entries
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class FinetuningTask:
         """Writes the submission file into a directory: afterwards it is there, whole and checked, or not at all."""
         text = self.submission_text(records, predictions)
         path = Path(directory) / self.submission_file
-        write_checked(path, text, check=lambda temporary: self.check_submission(temporary, records))
+        write_atomically(path, text, check=lambda aside: self.check_submission(aside, records))
         return path
 
     def check_submission(self, path: Path, records: Sequence[Mapping] | None = None) -> None:

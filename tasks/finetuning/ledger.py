@@ -1,13 +1,10 @@
 """The ledger of fine-tuning runs: one JSON line for each finished seed, so that nothing is ever run twice."""
 
-import fcntl
 import hashlib
 import json
-import logging
-import os
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
+from src.files import append_line
 
 LEDGER = "runs.jsonl"
 
@@ -40,21 +37,7 @@ class Ledger:
         return rows
 
     def append(self, row: dict) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            self._lock(file)
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _lock(self, file) -> None:
-        """Another task may be running with the same ledger. Some network file systems have no locks."""
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            logger.info("%s cannot be locked (%s): write to it with one program at a time", self.path, error.strerror)
+        append_line(self.path, row)
 
     def finished(self, key: str) -> dict[int, dict]:
         """The rows of all finished seeds of these settings, by seed."""

@@ -11,7 +11,9 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from tasks.surrogates import replace_lone_surrogates
+from src.files import open_text
+from src.files import read_json_lines as json_lines_of
+from tasks.surrogates import SURROGATE, replace_lone_surrogates
 
 RUSSIAN_SUPERGLUE_HUB = "RussianNLP/russian_super_glue"
 RUSSIAN_SUPERGLUE_REVISION = "refs/convert/parquet"
@@ -37,31 +39,12 @@ def require_file(path: Path, *, expected: str, download: str) -> Path:
     return path
 
 
-def open_text(path: Path) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text (byte {error.start}); download the file again") from error
-
-
 def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     """(place for error messages, object) of each line; blank lines are skipped, an empty file is an error."""
-    lines = open_text(path).split("\n")
     entries = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            entry = json.loads(line)
-            if "\\ud" in line.lower():  # half of a character, perhaps
-                entry = json.loads(replace_lone_surrogates(json.dumps(entry, ensure_ascii=False)))
-        except (ValueError, RecursionError) as error:  # also a number of more than 4300 digits, and deep nesting
-            cut_off = number == len(lines)  # a whole last line ends in a line break
-            hint = "the file is cut off here, download it again" if cut_off else getattr(error, "msg", error)
-            raise ValueError(f"{where}: not valid JSON ({hint})") from error
+    for where, value in json_lines_of(path):
+        text = json.dumps(value, ensure_ascii=False)
+        entry = json.loads(replace_lone_surrogates(text)) if SURROGATE.search(text) else value
         if not isinstance(entry, dict):
             raise ValueError(
                 f"{where}: expected a JSON object, found {KIND_NAMES.get(type(entry), 'a number or null')}"

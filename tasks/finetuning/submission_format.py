@@ -1,23 +1,10 @@
 """Writes and checks the files that the leaderboards take."""
 
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tasks.finetuning import sources
-
-
-def write_checked(path: Path, text: str, *, check: Callable[[Path], None]) -> None:
-    """Writes beside the target, checks, and only then renames: nobody ever sees a part of a file or a wrong one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="")
-        check(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_fields(entry: Mapping, names: set[str], where: str) -> None:

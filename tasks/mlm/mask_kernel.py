@@ -9,7 +9,7 @@ elements, because assignments of slices make the compilation several times longe
 import numba
 import numpy as np
 
-from src.training.compiled import compiled
+from src.compiled import compiled
 
 INSIDE, START, BORDER, UNKNOWN = range(4)  # kinds of tokens: in a word, at its start, between words, of no known text
 MASKED_SHARE, CHANGED_SHARE = 0.8, 0.1  # of the chosen tokens: become the mask token, a random one; the rest stays

@@ -8,9 +8,7 @@ import argparse
 import io
 import itertools
 import json
-import os
 import re
-import shutil
 import string
 import sys
 from collections import Counter
@@ -20,6 +18,7 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from src.files import replaced_directory
 from tasks.mlm.sources import iterate_documents
 
 PAD, UNK, CLS, SEP, MASK = SPECIAL_TOKENS = ("<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
@@ -127,25 +126,16 @@ def check_output(output: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
-    """Write the directory aside and rename it, so that `output` is never half a tokenizer."""
+    """Write the whole directory, so that `output` is never half a tokenizer."""
     mask = {"content": MASK, "lstrip": True, "normalized": False, "rstrip": False, "single_word": False}
     roles = {"bos_token": CLS, "cls_token": CLS, "eos_token": SEP, "sep_token": SEP, "pad_token": PAD, "unk_token": UNK}
     config = {"model_type": "lean_albert", "vocab_size": tokenizer.get_vocab_size()}
     config |= {"pad_token_id": SPECIAL_TOKENS.index(PAD), "bos_token_id": CLS_ID, "eos_token_id": SEP_ID}
 
-    output = output.resolve()
-    aside, replaced = (output.with_name(f".{output.name}.{kind}.{os.getpid()}") for kind in ("new", "old"))
-    aside.mkdir(parents=True)
-    try:
+    with replaced_directory(output.resolve()) as folder:
         for name, content in (("config.json", config), ("special_tokens_map.json", roles | {"mask_token": mask})):
-            (aside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(str(aside / "tokenizer.json"))
-        if output.exists():
-            output.rename(replaced)
-        aside.rename(output)
-        shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def measure(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, float]:

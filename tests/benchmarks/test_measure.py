@@ -14,7 +14,7 @@ from benchmarks.measure import Row, Timing, interleave, ratio, report
 END_A_TREE = """
 import subprocess, sys
 from benchmarks.run_all import end
-from src.training.supervisor import adopt_orphans, children_of
+from src.process.supervisor import adopt_orphans, children_of
 import os
 adopt_orphans()
 process = subprocess.Popen(["bash", "-c", "trap '' TERM; sleep 100 & sleep 100"], start_new_session=True)

@@ -11,14 +11,13 @@ from transformers import PrinterCallback
 
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
-from src.training.callback import CollaborativeCallback
-from src.training.console import Progress
-from src.training.hf_trainer import CollaborativeTrainer, LossMeter
-from src.training.journal import Journal
-from src.training.lamb_8bit import CPULAMB8Bit
-from src.training.optimizer import StateDownload
-from src.training.rounds import Round
-from src.training.swarm import Swarm
+from src.metrics.console import Progress
+from src.metrics.journal import Journal
+from src.metrics.records import Round, StateDownload
+from src.optim.lamb import CPULAMB8Bit
+from src.swarm.join import Swarm
+from src.trainer.callback import CollaborativeCallback
+from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter
 
 VOCAB_SIZE = 300
 LENGTH = 12

@@ -4,8 +4,8 @@ import hivemind
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
-from src.training.auth import Identity
-from src.training.dht import start_dht
+from src.access.auth import Identity
+from src.swarm.dht import start_dht
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 

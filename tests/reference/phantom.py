@@ -5,8 +5,8 @@ import threading
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.utils import get_dht_time
 
-from src.training.auth import Identity
-from src.training.dht import fetch_progress
+from src.access.auth import Identity
+from src.swarm.dht import fetch_progress
 
 
 class PhantomTrainer(threading.Thread):

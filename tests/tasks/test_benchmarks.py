@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.benchmarks import TASKS, get_task, tasks_with_data
+from tasks.registry import TASKS, get_task, tasks_with_data
 
 
 def test_table_holds_every_task_under_its_lower_case_name():

@@ -17,8 +17,8 @@ import finetune_mlm
 import predict_on_lidirus
 from src.models import LeanAlbertForMaskedLM, load_tokenizer
 from tasks import evaluation
-from tasks.benchmarks import TASKS
 from tasks.finetuning.ledger import Ledger
+from tasks.registry import TASKS
 from tasks.submission import check_directory
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from src.models import LeanAlbertConfig, LeanAlbertModel
-from tasks.benchmarks import TASKS
 from tasks.finetuning.inference import predict_logits
+from tasks.registry import TASKS
 
 NUM_RECORDS, BATCH_SIZE, MAX_STEPS, WARMUP = 32, 16, 800, 30
 LEARNT_TASKS = [task for task in TASKS.values() if task.trained_on is None]

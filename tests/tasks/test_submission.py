@@ -4,7 +4,7 @@ import zipfile
 
 import pytest
 
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 from tasks.submission import ARCHIVE, ARCHIVE_TIME, check_directory, main, write_archive
 
 RSG_FILES = sorted(task.submission_file for task in TASKS.values() if task.in_russian_superglue)

@@ -1,7 +1,7 @@
 import pytest
 
-from tasks.benchmarks import TASKS
 from tasks.finetuning.baselines import tfidf_predictions
+from tasks.registry import TASKS
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "lidirus"])

@@ -1,7 +1,7 @@
 import pytest
 
-from tasks.benchmarks import TASKS
 from tasks.finetuning import report
+from tasks.registry import TASKS
 
 
 def rows(*scores):

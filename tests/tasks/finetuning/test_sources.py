@@ -34,7 +34,7 @@ def test_json_lines_may_begin_with_a_byte_order_mark_and_hold_blank_lines(tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"idx": 0}\n{"idx": 1, "te', r"a\.jsonl:2: not valid JSON \(the file is cut off here, download it again\)"),
+        ('{"idx": 0}\n{"idx": 1, "te', r"a\.jsonl:2: not valid JSON \(the file is cut off here, take a whole copy\)"),
         ('{"idx": 0}\n{"idx": 1,}\n', r"a\.jsonl:2: not valid JSON \((?!the file is cut)"),
         ('{"idx": 0}\n[1]\n', r"a\.jsonl:2: expected a JSON object, found a list"),
         ("", r"a\.jsonl: the file holds no records"),

@@ -1,18 +1,19 @@
 import pytest
 
-from tasks.finetuning.submission_format import check_ids, check_label_entries, write_checked
+from src.files import write_atomically
+from tasks.finetuning.submission_format import check_ids, check_label_entries
 
 
-def test_write_checked_leaves_the_old_file_when_the_check_fails(tmp_path):
+def test_submission_leaves_the_old_file_when_the_check_fails(tmp_path):
     path = tmp_path / "new" / "RCB.jsonl"
-    write_checked(path, "first\n", check=lambda temporary: None)
+    write_atomically(path, "first\n", check=lambda temporary: None)
 
     def refuse(temporary):
         assert temporary.read_text() == "second\n"
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
-        write_checked(path, "second\n", check=refuse)
+        write_atomically(path, "second\n", check=refuse)
     assert path.read_text() == "first\n"
     assert list(path.parent.iterdir()) == [path]
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.benchmarks import TASKS
 from tasks.finetuning import training
 from tasks.finetuning.backbone import find_pretrained
 from tasks.finetuning.experiment import Experiment, open_run
@@ -13,6 +12,7 @@ from tasks.finetuning.inference import is_out_of_memory, predict_logits
 from tasks.finetuning.ledger import Ledger
 from tasks.finetuning.progress import EpochLines, dev_history, out_of_patience
 from tasks.finetuning.training import Settings, choose_precision, encode_data, last_complete_checkpoint
+from tasks.registry import TASKS
 
 TASK = TASKS["rucola"]
 SETTINGS = Settings(batch_size=4, num_epochs=3, learning_rate=3e-3, max_length=32, dropout=0.2)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 
 
 def decode(tokenizer, ids):

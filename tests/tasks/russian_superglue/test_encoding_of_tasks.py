@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from src.models import LeanAlbertConfig, LeanAlbertModel
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 
 tasks = pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
 

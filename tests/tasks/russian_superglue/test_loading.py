@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from tasks.benchmarks import TASKS
 from tasks.finetuning import sources
+from tasks.registry import TASKS
 
 RSG = [task for task in TASKS.values() if task.in_russian_superglue]
 names = pytest.mark.parametrize("task", RSG, ids=[task.name for task in RSG])

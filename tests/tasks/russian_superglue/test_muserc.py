@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 
 TASK = TASKS["muserc"]
 

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 from tasks.russian_superglue.rucos import answer_text, shorten_query
 
 TASK = TASKS["rucos"]

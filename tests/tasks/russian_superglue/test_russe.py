@@ -2,8 +2,8 @@ from collections import Counter
 
 import pytest
 
-from tasks.benchmarks import TASKS
 from tasks.finetuning.spans import is_form_of
+from tasks.registry import TASKS
 
 TASK = TASKS["russe"]
 

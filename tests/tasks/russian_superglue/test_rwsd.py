@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.benchmarks import TASKS
+from tasks.registry import TASKS
 from tasks.russian_superglue.rwsd import words_span
 
 TASK = TASKS["rwsd"]

@@ -1,0 +1,118 @@
+"""What the person at the terminal sees: progress lines, quiet libraries, the line with which others join."""
+
+import logging
+import os
+import sys
+import time
+import warnings
+
+import transformers
+from hivemind.utils import get_dht_time
+
+from src.metrics.records import Round, TrainerEpoch
+
+
+def quiet_libraries() -> None:
+    """Only errors from the libraries: what matters in their warnings is reported by this project in its own words."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive hivemind's forks
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    for name in ("transformers", "accelerate", "bitsandbytes", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, variable in (("datasets", "DATASETS_VERBOSITY"), ("huggingface_hub", "HF_HUB_VERBOSITY")):
+        logging.getLogger(name).propagate = False  # it prints by itself; the root logger would print the line again
+        if variable not in os.environ:  # the library's own switch, for whoever wants to see it try again
+            os.environ[variable] = "error"  # read when it is imported, which may be still to come
+            logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
+        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
+    """The arguments with which another machine joins: those of this peer, less what concerns its own machine."""
+    own = {"--initial_peers", "--host_maddrs", "--announce_maddrs", "--identity_path", "--bandwidth", "--client_mode",
+           "--output_dir", "--local_path", "--state_path", "--init_checkpoint", "--cache_dir", "--check",
+           "--tensorboard_dir", "--restart", "--no_restart"}  # fmt: skip
+    kept, skipping = [], False
+    for word in argv:
+        if word.startswith("--") or word.startswith("@"):
+            skipping = word.split("=")[0].replace("-", "_").replace("__", "--", 1) in own
+        if not skipping:
+            kept.append(word)
+    return [*kept, "--initial_peers", *addresses]
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration as people write it: 45 s, 12 min, 3.5 h, 2.1 d."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}" if divisor < 3600 else f"{seconds / divisor:.1f} {unit}"
+    return f"{seconds / 86_400:.1f} d"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 peer``, ``2 peers``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def rate(per_second: float) -> str:
+    """Figures a second; a slow machine's, too, has digits that say something."""
+    return f"{per_second:.1f}/s" if per_second >= 1 or per_second == 0 else f"{per_second:.2g}/s"
+
+
+class Progress:
+    """Prints to ``stream``; what changes within an epoch only on a terminal, where it can be overwritten."""
+
+    def __init__(self, stream=None, refresh_seconds: float = 0.5):
+        self.stream = stream if stream is not None else sys.stdout
+        self.live = self.stream.isatty()
+        self.refresh_seconds, self.last_update = refresh_seconds, 0.0
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        clear = "\r\033[K" if self.live else ""
+        print(f"{clear}{message}\n", end="", file=self.stream, flush=True)  # in one write: several threads speak
+
+    def routine(self, message: str) -> None:
+        """A line of which there is one an epoch; a view that shows its figures otherwise leaves it out."""
+        self.say(message)
+
+    def peers_seen(self, progress: dict) -> None:
+        """News on single trainers, which lines have no room for."""
+
+    def close(self) -> None:
+        """End what is drawn in place; lines go on."""
+
+    def update(self, epoch: int, progress) -> None:
+        """On a terminal, show samples of the target, peers and the time left in the epoch after ``epoch``, in place.
+
+        ``progress``: hivemind's ``GlobalTrainingProgress``.
+        """
+        if not self.live or time.monotonic() - self.last_update < self.refresh_seconds:
+            return
+        self.last_update = time.monotonic()
+        eta = max(0.0, progress.eta_next_epoch - get_dht_time())
+        remaining = format_seconds(eta) if eta < 1e9 else "?"
+        print(
+            f"\r\033[Kepoch {epoch + 1}: {progress.samples_accumulated} of "
+            f"{progress.target_batch_size} samples, {counted(max(1, progress.num_peers), 'peer')}, {remaining} left",
+            end="",
+            file=self.stream,
+            flush=True,
+        )
+
+    def epoch_finished(self, record: TrainerEpoch, total_epochs: int, rounds: list[Round]) -> None:
+        """One line for an epoch."""
+        gradients = [r for r in rounds if r.kind == "gradients" and r.complete]
+        alone = any(r.kind == "gradients" and r.error for r in rounds)
+        averaged = f"averaged with {counted(gradients[-1].num_peers, 'peer')}" if gradients else "not averaged yet"
+        averaged = "own gradients alone" if alone else averaged
+        remaining = (total_epochs - record.epoch) * record.seconds
+        self.say(
+            f"epoch {record.epoch}/{total_epochs}  loss {record.loss:.3f} (words {record.mlm_loss:.3f}, "
+            f"order {record.sop_loss:.3f})  {record.samples} samples here, {rate(record.samples_per_second)}  "
+            f"{counted(max(1, record.num_peers), 'peer')}, {averaged}  {record.seconds:.1f} s, "
+            f"{format_seconds(remaining)} left"
+        )

@@ -1,0 +1,361 @@
+"""hivemind's averagers, made to say how each round went, to take only good states, and not to lose step.
+
+Names of these classes are part of the protocol (they name the remote calls): all peers of a run must use the same ones.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import multiprocessing
+import random
+import secrets
+from concurrent.futures import InvalidStateError
+from statistics import median_low
+
+import torch
+from hivemind.averaging.allreduce import AveragingMode
+from hivemind.averaging.control import StepControl
+from hivemind.averaging.group_info import GroupInfo
+from hivemind.averaging.key_manager import GroupKeyManager
+from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
+from hivemind.optim.grad_averager import GradientAverager
+from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_state
+from hivemind.p2p import P2PContext, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import DHTExpiration, MPFuture
+from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
+from hivemind.utils.streaming import combine_from_streaming
+
+from src.swarm.contributions import Judge, check_wire_tensor
+from src.swarm.rounds import POLL_SECONDS, RoundReporting
+from src.swarm.state_check import check_state, far_apart, sample_parameters
+from src.swarm.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
+
+logger = logging.getLogger(__name__)
+
+MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
+ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
+NUM_WITNESSES = 3
+
+
+class ClosesConnection:
+    """Mixin: an averager closes its connection to p2pd when it is shut down, and so removes its socket."""
+
+    async def _shutdown(self, timeout: float | None) -> None:
+        try:
+            await super()._shutdown(timeout)
+        finally:
+            await self._p2p.shutdown()
+
+
+class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
+    """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
+
+    Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
+    """
+
+    round_kind = "gradients"
+
+    def __init__(self, *args, target_batch_size: int = 2**20, **kwargs):
+        self.judge = Judge(max_weight=target_batch_size)
+        super().__init__(*args, **{"allow_state_sharing": False, **kwargs})
+
+    @staticmethod
+    def local_epoch() -> int:
+        return 0
+
+    def accumulate_grads_(self, batch_size: int) -> None:
+        """As hivemind's, which divides by the number of local steps, as if all had as many samples as the first."""
+        super().accumulate_grads_(batch_size)
+        if not self.reuse_grad_buffers:
+            self.local_times_accumulated += batch_size / self._anchor_batch_size - 1
+
+    def schedule_step(self, scheduled_time: DHTExpiration | None = None, **kwargs) -> StepControl:
+        """As hivemind's, with this peer's epoch for the others of the group."""
+        return super().schedule_step(scheduled_time, gather=self.local_epoch(), **kwargs)
+
+    def load_state_from_peers(self, **kwargs) -> None:
+        """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
+
+
+class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager):
+    """Averages parameters now and then, and hands the state to peers that join.
+
+    A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
+    else the next donor is asked. ``swarm_epoch()`` is where the swarm is believed to be.
+    """
+
+    round_kind = "parameters"
+    has_taken_state = False  # by the last `load_state_from_peers`
+    averages_parameters = True
+
+    def __init__(self, *args, **kwargs):
+        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2)
+        self._expected_epoch = multiprocessing.Value("d", 0.0)
+        super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def swarm_epoch() -> int:
+        return 0
+
+    final_epoch = math.inf  # of the run
+
+    def get_current_state(self):
+        """As hivemind's, but the last epoch is named only when its step is done: that state is kept as the result."""
+        updates = tuple(self.pending_updates)
+        metadata, tensors, infos = super().get_current_state()
+        is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
+        if is_under_way and metadata["epoch"] >= self.final_epoch:
+            metadata["epoch"] -= 1
+        return metadata, tensors, infos
+
+    def load_state_from_peers(self, **kwargs):
+        """As hivemind's, but the options of the optimizer stay this peer's own, and the schedule sets the rate."""
+        self._expected_epoch.value, self.has_taken_state = self.swarm_epoch(), False
+        groups = self.optimizer.param_groups
+        some_parameter = groups[0]["params"][0]
+        version = some_parameter._version  # hivemind does not say whether it has loaded anything
+        own = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        try:
+            super().load_state_from_peers(**kwargs)
+            self.has_taken_state = some_parameter._version != version
+        except ValueError as error:  # not reached as long as the check of the averager's process is as strict
+            self._report_refusal("?", f"its state does not fit: {error}")
+        finally:
+            for group, options in zip(groups, own, strict=True):
+                group.update(options)
+            if self.scheduler is not None:
+                rates = zip(groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+                for group, base, factor in rates:
+                    group["lr"] = base * factor(self.scheduler.last_epoch)
+
+    # -- in the averager's process
+
+    async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
+        # Peers of different epochs would wait for each other, one here, the other in a round of gradients. Nor may an
+        # epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
+        group_info = self._usable_members(group_info)
+        members = [self.serializer.loads(gathered) for gathered in group_info.gathered]
+        epochs = [data for _, mode, data in members if mode != AveragingMode.AUX.value]  # serialized
+        own = self.serializer.loads(members[group_info.peer_ids.index(self.peer_id)][2])
+        if len(set(epochs)) > 1:
+            raise MatchmakingException("the group's trainers are in different epochs")
+        result = await super()._aggregate_with_group(group_info, **kwargs)
+        result.update(dict.fromkeys(result, own))
+        return result
+
+    async def rpc_sample_state(
+        self, request: averaging_pb2.AveragingData, context: P2PContext
+    ) -> averaging_pb2.AveragingData:
+        """A few parameters, by which a joining peer compares donors; ``weight`` is this peer's epoch."""
+        if not self.allow_state_sharing or not await self._admits(context.remote_id):
+            return averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
+        self.attendance.came(context.remote_id.to_bytes())
+        tensors = self._averaged_tensors
+        if not self.reuse_tensors:  # then those of the averager are as old as the last round
+            _, tensors, _ = await self._get_current_state_from_host_process()
+            tensors = tensors[: len(self._averaged_tensors)]
+        samples = sample_parameters(tensors, request.group_id[:64])
+        return averaging_pb2.AveragingData(
+            code=averaging_pb2.AVERAGED_PART,
+            tensor_part=serialize_torch_tensor(samples),
+            weight=self.state_sharing_priority,
+        )
+
+    async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
+        """Hand over a good state, or ``None`` if no donor has one or this peer is about to leave."""
+        search = asyncio.create_task(self._find_good_state())
+        try:
+            while not search.done() and not self.patience.is_over:
+                await asyncio.wait([search], timeout=POLL_SECONDS)
+            future.set_result(search.result() if search.done() else None)
+        finally:
+            search.cancel()
+            if not future.done():
+                future.set_result(None)
+
+    async def _find_good_state(self) -> tuple[dict, list[torch.Tensor]] | None:
+        """Download from donors until one's state is good."""
+        try:
+            donors = await self._find_donors()
+        except TimeoutError as error:
+            self._report_refusal("?", f"no state was asked for: {error}")
+            return None
+        to_ask, slow = list(donors), set()
+        while to_ask:
+            donor = to_ask.pop(0)
+            try:
+                # who stands still or trickles must not keep this peer from asking the next one
+                metadata, tensors = await self._download(donor, is_only_one=not to_ask)
+                check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
+                await self._compare_donors(donor, metadata["epoch"], tensors, donors)
+                return metadata, tensors
+            except Exception as error:
+                rest = "asking the next donor" if to_ask else "there is no other donor"
+                reason = str(error) or type(error).__name__
+                if isinstance(error, TooSlowError) and to_ask and donor not in slow:
+                    slow.add(donor)
+                    to_ask.append(donor)  # a slow state is better than none
+                self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
+        return None
+
+    async def _find_donors(self) -> list[PeerID]:
+        """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""
+        key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
+        found = await self._in_time(self.dht.get(key, latest=True, return_future=True), "the swarm's records")
+        offers = found.value.items() if found is not None and isinstance(found.value, dict) else ()
+        priorities = {
+            PeerID(peer): float(entry.value)
+            for peer, entry in offers
+            if isinstance(peer, bytes) and type(entry.value) in (int, float) and 0 <= entry.value < math.inf
+        }
+        priorities.pop(self.peer_id, None)
+        if not priorities:
+            return []
+        highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
+        return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
+
+    async def _in_time(self, answer, who: str, *, at_most: float = math.inf):
+        """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""
+        seconds = min(at_most, self.next_chunk_timeout or self.request_timeout)
+        try:
+            return await asyncio.wait_for(answer, seconds)
+        except TimeoutError as error:
+            raise TimeoutError(f"{who} did not answer within {seconds:.0f} s") from error
+
+    def _answer_seconds(self) -> float:
+        return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
+
+    async def _download(self, donor: PeerID, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
+        stub, stream = self.get_stub(self._p2p, donor, namespace=self.prefix), None
+
+        async def begin():
+            nonlocal stream
+            stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
+            first = await anext(stream, None)
+            if first is None:
+                raise ValueError("it hands out no state at present")
+            return first
+
+        try:
+            first = await self._in_time(begin(), "it", at_most=math.inf if is_only_one else self._answer_seconds())
+            return await self._read_state(first, stream, is_only_one=is_only_one)
+        finally:
+            if stream is not None:
+                await stream.aclose()  # whatever else it would send is read by nobody
+
+    async def _read_state(self, first, stream, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
+        _, own_tensors = dump_optimizer_state(self.optimizer)
+        intake = Intake(
+            [*self._averaged_tensors, *own_tensors],
+            window=self._answer_seconds(),
+            least_rate=LEAST_RATE_OF_ONLY_DONOR if is_only_one else LEAST_RATE,
+        )
+        silence = self.next_chunk_timeout or self.request_timeout
+        metadata, parts, tensors = None, [], []
+
+        def finish_tensor():
+            tensor = combine_from_streaming(parts)
+            check_wire_tensor(tensor)
+            tensors.append(deserialize_torch_tensor(tensor).detach())
+            parts.clear()
+
+        rest = aiter_with_timeout(stream, silence if is_only_one else min(silence, self._answer_seconds()))
+        async for message in achain(as_aiter(first), rest):
+            intake.take(message)
+            if message.metadata:
+                metadata = self.serializer.loads(message.metadata)
+            if message.tensor_part.dtype and parts:  # the first part of the next tensor
+                finish_tensor()
+            parts.append(message.tensor_part)
+        if parts:
+            finish_tensor()
+        if metadata is None:
+            raise ValueError("it sent none")
+        return metadata, tensors
+
+    async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
+        """Raises ValueError if more of the other donors contradict a state than confirm it."""
+        expected, seed = self._expected_epoch.value, secrets.token_bytes(16)
+        if epoch > expected + MAX_LEAD:
+            raise ValueError(f"it claims epoch {epoch}, the swarm is at {expected:.0f}")
+        samples = sample_parameters(tensors[: len(self._averaged_tensors)], seed)
+        confirmed, contradictions = 0, []
+        witnesses = [peer for peer in donors if peer != donor][:NUM_WITNESSES]
+        answers = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
+        for witness, answer in zip(witnesses, answers, strict=True):
+            if answer is None or not expected - 3 <= answer[0] < math.inf:
+                continue  # it is silent, or has just joined and has no state of its own yet
+            difference = far_apart(samples, answer[1])
+            if difference:
+                contradictions.append(f"{witness} has another one, {difference}")
+            else:
+                confirmed += 1
+        if len(contradictions) > confirmed:
+            raise ValueError("; ".join(contradictions))
+
+    async def _samples_of(self, witness: PeerID, seed: bytes) -> tuple[float, torch.Tensor] | None:
+        """Another donor's epoch and samples of its parameters, if it sends them in time."""
+        try:
+            stub = self.get_stub(self._p2p, witness, namespace=self.prefix)
+            request = stub.rpc_sample_state(averaging_pb2.AveragingData(group_id=seed))
+            answer = await self._in_time(request, "it", at_most=self._answer_seconds())
+            check_wire_tensor(answer.tensor_part)
+            return answer.weight, deserialize_torch_tensor(answer.tensor_part)
+        except Exception as error:
+            logger.debug("no samples from %s: %r", witness, error)
+            return None
+
+
+def correct_step_cancellation() -> None:
+    """Let `StepControl.cancel` mark a step as cancelled before it wakes the averager.
+
+    hivemind 1.1.12 wakes the averager's process first. If that looks at the step before it is marked, the round runs
+    although its owner no longer takes part, and that peer stays one averaging round off its partners.
+    """
+
+    def cancel(self: StepControl) -> bool:
+        was_cancelled = MPFuture.cancel(self)
+        if self._trigger is not None:
+            self._trigger.cancel()
+        if self._cancel is not None and not self._cancel.done():
+            with contextlib.suppress(InvalidStateError):  # the averager gave up at the same moment
+                self._cancel.set_result(None)
+        return was_cancelled
+
+    StepControl.cancel = cancel
+
+
+def end_searches_without_waiting() -> None:
+    """Let an averager begin its round at once when it has a group.
+
+    hivemind 1.1.12 first tells the DHT that the search is over and waits for the answers. When a node has died lately
+    that takes seconds, in which the other members of the group wait, and give up.
+    """
+    if hasattr(GroupKeyManager.declare_averager, "waiting"):
+        return  # done already
+    declare, in_the_background = GroupKeyManager.declare_averager, set()
+
+    async def declare_averager(
+        self: GroupKeyManager, group_key, peer_id, expiration_time, looking_for_group: bool = True
+    ) -> bool:
+        task = asyncio.ensure_future(declare(self, group_key, peer_id, expiration_time, looking_for_group))
+        if looking_for_group:
+            return await task
+        in_the_background.add(task)  # asyncio itself keeps no reference
+        task.add_done_callback(in_the_background.discard)
+        return True
+
+    declare_averager.waiting = declare
+    GroupKeyManager.declare_averager = declare_averager
+
+
+__all__ = [
+    "ClosesConnection",
+    "LeanGradientAverager",
+    "LeanStateAverager",
+    "correct_step_cancellation",
+    "end_searches_without_waiting",
+]

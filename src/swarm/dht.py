@@ -1,0 +1,279 @@
+"""The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
+
+import contextlib
+import hashlib
+import ipaddress
+import logging
+import math
+import re
+import resource
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hivemind
+import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
+from hivemind.dht.protocol import ValidationError
+from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
+from hivemind.optim.progress_tracker import LocalTrainingProgress
+from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.utils import get_dht_time
+from hivemind.utils.multiaddr import Multiaddr
+
+from arguments import PeerArguments
+from src.access.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
+from src.metrics.records import printable
+from src.process.sockets import socket_directory
+from src.swarm.probe import offer_probe
+from src.swarm.progress import REPORT_SECONDS
+
+logger = logging.getLogger(__name__)
+
+MAX_REASON_LENGTH = 200
+# Leaving takes tenths of a second. What does not answer, of progress, parameters, gradients and the node itself, is
+# waited for so long each: with the supervisor's CLEANER_SECONDS, a peer is gone within the 10 seconds of a promise.
+LEAVE_SECONDS = 1.5
+
+
+class TrainerMetrics(pydantic.BaseModel):
+    """What a trainer reports when it finishes an epoch; before its first one, zeros that say that it is there.
+
+    Losses are sums over ``mini_steps`` forward passes. ``total_samples`` counts from the trainer's start, so that the
+    shares of the work are right although nobody sees every report; so does ``lone_epochs``: those that it stepped with
+    its own gradients alone although others trained. ``failure`` is why its last failed round failed.
+    """
+
+    epoch: pydantic.conint(ge=0, strict=True)
+    samples_per_second: pydantic.confloat(ge=0.0, strict=True) = 0.0
+    samples: pydantic.conint(ge=0, strict=True) = 0
+    loss: pydantic.confloat(strict=True) = 0.0
+    mlm_loss: pydantic.confloat(strict=True) = 0.0
+    sop_loss: pydantic.confloat(strict=True) = 0.0
+    mini_steps: pydantic.conint(ge=0, strict=True) = 0
+    failed_rounds: pydantic.conint(ge=0, strict=True) = 0
+    total_samples: pydantic.conint(ge=0, strict=True) = 0
+    lone_epochs: pydantic.conint(ge=0, strict=True) = 0
+    failure: pydantic.constr(max_length=MAX_REASON_LENGTH, strict=True) = ""
+
+    @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")
+    def _finite(cls, value):
+        if not math.isfinite(value):
+            raise ValueError("must be finite")
+        return value
+
+
+class MetricsSchema(pydantic.BaseModel):
+    """One record a trainer, stored under its public key, so that nobody can write for another."""
+
+    metrics: dict[BytesWithPublicKey, TrainerMetrics]
+
+
+class StoredCheckpoint(pydantic.BaseModel):
+    """What an auxiliary peer that stores checkpoints says as long as it lives: the epoch of its newest one, or 0."""
+
+    epoch: pydantic.conint(ge=0, strict=True)
+
+
+class CheckpointSchema(pydantic.BaseModel):
+    """One record for each such peer, stored under its public key, as with metrics."""
+
+    checkpoints: dict[BytesWithPublicKey, StoredCheckpoint]
+
+
+def short_peer_name(public_key: bytes) -> str:
+    """The eight hexadecimal digits by which people tell a trainer from others; nobody can take another one's."""
+    return hashlib.sha256(public_key).hexdigest()[:8]
+
+
+def raise_open_file_limit(wanted: int = 16_384) -> None:
+    """Each connection and shared tensor is an open file; the usual limit of 1024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hivemind.DHT, bytes]:
+    """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and the subkey of its records.
+
+    That names the key that signs them. It is the node's identity, too: nobody can have the one without the other.
+    In a private run, only members get an answer from the node, and it publishes this peer's token from now on.
+    Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
+    """
+    for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
+        for address in getattr(peer, flag):
+            _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
+    raise_open_file_limit()
+    sift_dictionaries()  # before the node's process is forked
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
+    identity = identity if identity is not None else read_identity(peer)
+    records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
+    try:
+        with _identity_file(peer, identity) as options:
+            dht = hivemind.DHT(
+                start=True,
+                initial_peers=peer.initial_peers,
+                client_mode=peer.client_mode,
+                host_maddrs=peer.host_maddrs,
+                announce_maddrs=peer.announce_maddrs or None,
+                use_ipfs=peer.use_ipfs,
+                use_relay=True,
+                shutdown_timeout=LEAVE_SECONDS,
+                record_validators=[
+                    SchemaValidator(MetricsSchema, prefix=peer.run_id),
+                    SchemaValidator(CheckpointSchema, prefix=peer.run_id),
+                    records,
+                ],
+                authorizer=None if membership is None else MemberAuthorizer(membership),
+                **options,
+            )
+    except (P2PDaemonError, ValidationError, RuntimeError) as error:
+        raise ValueError(_explain(str(error), peer)) from error
+    if membership is not None:
+        keeper = MembershipKeeper(membership, dht, records.local_public_key)
+        keeper.update()  # before anybody is asked to average with this peer
+        keeper.start()
+    dht.run_coroutine(offer_probe)
+    return dht, records.local_public_key
+
+
+@contextlib.contextmanager
+def _identity_file(peer: PeerArguments, identity: Identity) -> Iterator[dict]:
+    """Options that name a file with this peer's key: p2pd reads it when it starts, and has no other way to get it."""
+    if peer.identity_path is not None:
+        yield {"identity_path": str(Path(peer.identity_path).expanduser())}
+        return
+    with tempfile.TemporaryDirectory(dir=socket_directory()) as folder:  # nobody else may enter it
+        path = Path(folder) / "identity.key"
+        write_key(path, identity.private_key)
+        # hivemind would first start another daemon, to see whether somebody else has this key
+        yield {"identity_path": str(path), "check_if_identity_free": False}
+
+
+def _check_address(flag: str, address: str, *, needs_peer_id: bool) -> None:
+    try:
+        protocols = [protocol.name for protocol in Multiaddr(address).protocols()]
+    except Exception as error:
+        example = "/ip4/203.0.113.5/tcp/31337/p2p/Qm..." if needs_peer_id else "/ip4/0.0.0.0/tcp/31337"
+        raise ValueError(f"--{flag}: {address!r} is not a multiaddress; one looks like {example}") from error
+    if needs_peer_id and "p2p" not in protocols:
+        raise ValueError(
+            f"--{flag}: {address!r} lacks the peer's id; it must end in /p2p/Qm..., as that peer prints it"
+        )
+
+
+def _explain(error: str, peer: PeerArguments) -> str:
+    if "address already in use" in error:
+        return f"--host_maddrs: {' '.join(peer.host_maddrs)} is taken by another program; choose another port"
+    if "cannot assign requested address" in error:
+        return (
+            f"--host_maddrs: {' '.join(peer.host_maddrs)} is not one of this machine; listen on /ip4/0.0.0.0/... "
+            "and name the address that others see in --announce_maddrs"
+        )
+    if peer.identity_path is not None and "cannot parse invalid wire-format" in error:
+        return (
+            f"--identity_path: {peer.identity_path} does not hold a private key; restore it from a copy, or move "
+            "it away: a new one is made, and this peer's address changes"
+        )
+    if "failed to connect to bootstrap peers" in error:
+        return (
+            f"--initial_peers: cannot reach {' '.join(peer.initial_peers)}; check that this peer runs, that the "
+            "address is the one it prints, and that its port is open"
+        )
+    if "local time must be within" in error:
+        own, other = map(float, re.findall(r"\d{9,}\.\d+", error)[:2])
+        return (
+            f"this machine's clock is {abs(other - own):.0f} s {'behind' if other > own else 'ahead of'} that of "
+            f"{' '.join(peer.initial_peers)}; set it (`timedatectl set-ntp true`), or have the other side set its own"
+        )
+    if "can't access this node" in error:
+        return (
+            f"{' '.join(peer.initial_peers)} cannot connect back to this peer; open the port of --host_maddrs in the "
+            "firewall and forward it in the router, or pass --client_mode"
+        )
+    if "none of the initial_peers responded" in error:
+        return (
+            f"--initial_peers: {' '.join(peer.initial_peers)} can be reached, but does not answer; check its id, that "
+            "it belongs to this run, and that it lets this peer in"
+        )
+    if "is already taken by another peer" in error:
+        return f"--identity_path {peer.identity_path}: a running peer of this run has this identity; each needs its own"
+    return f"cannot start the peer-to-peer daemon: {printable(error.strip().splitlines()[-1])}"
+
+
+def visible_addresses(dht: hivemind.DHT) -> list[str]:
+    """Addresses others can use as ``--initial_peers``: public ones first, loopback ones last."""
+
+    def rank(address: str) -> int:
+        try:
+            host = ipaddress.ip_address(address.split("/")[2])
+        except ValueError:  # a name
+            return 0
+        return 2 if host.is_loopback else 1 if host.is_private else 0
+
+    return sorted((str(address) for address in dht.get_visible_maddrs(latest=True)), key=rank)
+
+
+def store_metrics(
+    dht: hivemind.DHT, run_id: str, public_key: bytes, metrics: TrainerMetrics, expiration: float
+) -> None:
+    """Publish a trainer's metrics for ``expiration`` seconds, in the background."""
+    _store(dht, f"{run_id}_metrics", public_key, metrics, expiration)
+
+
+def fetch_metrics(dht: hivemind.DHT, run_id: str) -> dict[bytes, TrainerMetrics]:
+    """The newest metrics of all trainers by public key; records that are not valid are left out."""
+    return _fetch(dht, f"{run_id}_metrics", TrainerMetrics)
+
+
+def store_checkpoint_epoch(dht: hivemind.DHT, run_id: str, public_key: bytes, epoch: int, expiration: float) -> None:
+    """Publish, for ``expiration`` seconds and in the background, that this peer stores checkpoints: up to ``epoch``."""
+    _store(dht, f"{run_id}_checkpoints", public_key, StoredCheckpoint(epoch=epoch), expiration)
+
+
+def fetch_checkpoint_epochs(dht: hivemind.DHT, run_id: str) -> dict[bytes, int]:
+    """The newest stored epoch of each peer that stores checkpoints and lives, by public key."""
+    return {key: stored.epoch for key, stored in _fetch(dht, f"{run_id}_checkpoints", StoredCheckpoint).items()}
+
+
+def _store(dht: hivemind.DHT, key: str, public_key: bytes, record: pydantic.BaseModel, expiration: float) -> None:
+    dht.store(
+        key=key,
+        subkey=public_key,
+        value=record.dict(),
+        expiration_time=get_dht_time() + min(expiration, MAX_LIFETIME),
+        return_future=True,
+    )
+
+
+def _fetch(dht: hivemind.DHT, key: str, kind: type[pydantic.BaseModel]) -> dict[bytes, pydantic.BaseModel]:
+    found = dht.get(key, latest=True)
+    records = {}
+    if found is None or not isinstance(found.value, dict):
+        return records
+    for public_key, entry in found.value.items():
+        try:
+            records[public_key] = kind.parse_obj(entry.value)
+        except pydantic.ValidationError as error:
+            logger.debug("ignored a malformed record of %s in %s: %s", name_of(public_key), key, error)
+    return records
+
+
+def fetch_progress(dht: hivemind.DHT, run_id: str) -> dict[str, LocalTrainingProgress]:
+    """What the trainers report within an epoch, several times in it, by short name; ``time``: of the last report."""
+    record = dht.get(f"{run_id}_progress", latest=True)
+    progress = {}
+    if record is None or not isinstance(record.value, dict):
+        return progress
+    for public_key, entry in record.value.items():
+        try:
+            record = LocalTrainingProgress.parse_obj(entry.value)
+            # its time is that of the last batch, which may take minutes; a report is renewed meanwhile
+            record.time = max(record.time, entry.expiration_time - REPORT_SECONDS)
+            if not math.isfinite(record.time) or not math.isfinite(record.samples_per_second):
+                continue
+            progress[short_peer_name(public_key)] = record
+        except pydantic.ValidationError as error:
+            logger.debug("ignored a malformed progress record: %s", error.errors()[0]["msg"])
+    return progress

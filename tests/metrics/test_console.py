@@ -1,0 +1,169 @@
+"""What the person at the terminal sees: how others join, progress in place on a terminal, lines in a file."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from hivemind.utils import get_dht_time
+
+from src.metrics.console import Progress, format_seconds, joining_arguments, quiet_libraries
+from src.metrics.records import Round, TrainerEpoch
+from tests.reference.fake_swarm import FakeOptimizer, tiny_model
+
+ADDRESSES = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ("@demo/trainer.args", "@demo/trainer.args"),
+        ("--run_id a --bandwidth 100 --learning_rate 1e-3", "--run_id a --learning_rate 1e-3"),
+        ("--host_maddrs /ip4/0.0.0.0/tcp/1 /ip6/::/tcp/1 --run_id a", "--run_id a"),
+        ("--run_id a --announce_maddrs /ip4/203.0.113.5/tcp/1", "--run_id a"),
+        ("--initial_peers x y @demo/trainer.args --seed 3", "@demo/trainer.args --seed 3"),
+        ("--client_mode --run_id a", "--run_id a"),
+        ("--check --run_id a --tensorboard_dir x", "--run_id a"),
+        ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
+        ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
+        ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),
+        ("--init_checkpoint state.pth --run_id a", "--run_id a"),
+        ("--dataset_sources a.txt b.txt --dataset_weights 1 2", "--dataset_sources a.txt b.txt --dataset_weights 1 2"),
+    ],
+)
+def test_console_joining_arguments_leave_out_what_concerns_this_machine(own, kept):
+    assert joining_arguments(own.split(), ADDRESSES) == [*kept.split(), "--initial_peers", *ADDRESSES]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"), (119, "119 s"), (120, "2 min"), (3600, "60 min"), (7199, "120 min"), (7200, "2.0 h"),
+        (9000, "2.5 h"), (172_799, "48.0 h"), (172_800, "2.0 d"), (864_000, "10.0 d"),
+    ],
+)  # fmt: skip
+def test_console_durations_are_written_as_people_do(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def optimizer_in_epoch_3():
+    optimizer = FakeOptimizer(tiny_model(), samples_per_epoch=64, epoch=3)
+    optimizer.tracker.global_progress.samples_accumulated = 40
+    optimizer.tracker.global_progress.num_peers = 2
+    optimizer.tracker.global_progress.eta_next_epoch = get_dht_time() + 30
+    return optimizer
+
+
+def update(progress: Progress, optimizer) -> None:
+    progress.update(optimizer.local_epoch, optimizer.tracker.global_progress)
+
+
+def test_console_progress_is_overwritten_in_place_on_a_terminal():
+    progress = Progress(Terminal(), refresh_seconds=0.0)
+    update(progress, optimizer_in_epoch_3())
+    progress.say("a line")
+    written = progress.stream.getvalue()
+    assert written.startswith("\r\033[Kepoch 4: 40 of 64 samples, 2 peers, ")
+    assert written.endswith(" s left\r\033[Ka line\n")
+
+
+def test_console_progress_is_not_redrawn_too_often():
+    progress = Progress(Terminal(), refresh_seconds=60.0)
+    for _ in range(3):
+        update(progress, optimizer_in_epoch_3())
+    assert progress.stream.getvalue().count("epoch 4") == 1
+
+
+@pytest.mark.parametrize(("num_peers", "eta", "expected"), [(0, float("inf"), "1 peer, ? left"),
+                                                            (1, 0.0, "1 peer, 0 s left")])  # fmt: skip
+def test_console_progress_knows_what_it_does_not_know(num_peers, eta, expected):
+    optimizer, progress = optimizer_in_epoch_3(), Progress(Terminal(), refresh_seconds=0.0)
+    optimizer.tracker.global_progress.num_peers = num_peers
+    optimizer.tracker.global_progress.eta_next_epoch = eta
+    update(progress, optimizer)
+    assert progress.stream.getvalue().endswith(expected)
+
+
+def test_console_progress_in_a_file_is_lines_only():
+    progress = Progress(io.StringIO(), refresh_seconds=0.0)
+    update(progress, optimizer_in_epoch_3())
+    progress.say("a line")
+    assert progress.stream.getvalue() == "a line\n"
+
+
+RECORD = TrainerEpoch(
+    epoch=5, loss=3.5, mlm_loss=3.0, sop_loss=0.5, samples=32, samples_per_second=8.25, num_peers=2, seconds=4.0
+)
+
+
+def test_console_epoch_line_has_all_figures():
+    progress = Progress(io.StringIO())
+    progress.epoch_finished(RECORD, 80, [Round("gradients", 1.0, num_peers=2, received=1.0)])
+    line = progress.stream.getvalue()
+    for figure in ("epoch 5/80", "loss 3.500", "words 3.000", "order 0.500", "32 samples here", "8.2/s", "2 peers",
+                   "averaged with 2 peers", "4.0 s", "5 min left"):  # fmt: skip
+        assert figure in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "rounds",
+    [[], [Round("parameters", 1.0, 2, 1.0)], [Round("gradients", 1.0, 2, 0.5)], [Round("gradients", 1.0, error="x")]],
+    ids=["none", "parameters only", "partial", "failed"],
+)
+def test_console_epoch_line_claims_no_averaging_that_was_not_complete(rounds):
+    progress = Progress(io.StringIO())
+    progress.epoch_finished(RECORD, 80, rounds)
+    assert "averaged with" not in progress.stream.getvalue()
+
+
+def test_console_silences_libraries_but_not_this_project(monkeypatch):
+    monkeypatch.delenv("HIVEMIND_LOGLEVEL", raising=False)
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    names = ("transformers", "accelerate", "datasets", "bitsandbytes", "torch", "hivemind", "asyncio")
+    levels = {name: logging.getLogger(name).level for name in names}
+    try:
+        with warnings.catch_warnings(record=True) as shown:
+            quiet_libraries()
+            warnings.warn("not shown")
+        enabled = [name for name in names if logging.getLogger(name).isEnabledFor(logging.WARNING)]
+        assert (shown, enabled) == ([], [])
+        assert logging.getLogger("src.trainer.callback").isEnabledFor(logging.WARNING)
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false", "its threads do not survive forks"
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def test_console_leaves_hivemind_to_its_own_switch(monkeypatch):
+    monkeypatch.setenv("HIVEMIND_LOGLEVEL", "DEBUG")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    level = logging.getLogger("hivemind").level
+    with warnings.catch_warnings():
+        quiet_libraries()
+    assert logging.getLogger("hivemind").level == level
+
+
+@pytest.mark.parametrize(("verbosity", "times"), [(None, 0), ("warning", 1)])
+def test_console_shows_what_the_hub_libraries_retry_at_most_once(verbosity, times):
+    code = (
+        "from src.metrics.console import quiet_libraries; import logging; quiet_libraries()\n"
+        "import datasets, huggingface_hub\n"
+        "logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s [Retry 1/5].')\n"
+        "logging.getLogger('datasets.utils.file_utils').warning('Retrying in 5sec [1/20]')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("VERBOSITY")}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    if verbosity is not None:
+        environment |= {"DATASETS_VERBOSITY": verbosity, "HF_HUB_VERBOSITY": verbosity}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert [done.stderr.count(f"[{kind}") for kind in ("Retry 1/5", "1/20")] == [times] * 2

@@ -1,0 +1,45 @@
+"""Memory that is free goes back to the system, in a process and in those that it forks."""
+
+import subprocess
+import sys
+
+import pytest
+
+from src.process.local_swarm import REPOSITORY
+
+PROGRAM = """
+import os, sys, threading, time
+from src.process import memory
+
+def anonymous_megabytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon:")).split()[1]) / 1024
+
+def leave_holes():
+    "100 MB of which the tenth part stays in use, all over the place."
+    pieces = [bytes(5000) for _ in range(20_000)]
+    kept = pieces[::10]
+    before = anonymous_megabytes()
+    del pieces
+    time.sleep(2)
+    print(before, anonymous_megabytes(), flush=True)
+    return kept
+
+memory.TRIM_SECONDS = 0.2
+memory.limit_memory()
+if sys.argv[1] == "forked" and os.fork() != 0:
+    os.wait()
+    sys.exit()
+thread = threading.Thread(target=leave_holes)  # in an arena of its own
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.parametrize("where", ["here", "forked"])
+def test_free_memory_goes_back_in_every_process(where):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, where], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    before, after = map(float, done.stdout.split())
+    assert before > 100 and after < 0.5 * before, "glibc keeps pages between pieces that are in use, unless asked"
