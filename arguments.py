@@ -18,12 +18,33 @@ from command_line import OneLineErrors
 
 DEMO = Path(__file__).resolve().parent / "demo"
 
+# Topics of --help, in this order.
+WHO = "who takes part, and how they reach each other"
+TEXT = "model, tokenizer and text"
+MACHINE = "batches, memory and speed of this machine"
+OPTIMIZER = "optimizer and its schedule (equal for all peers)"
+AVERAGING = "averaging (equal for all peers)"
+FILES = "files, metrics and backups"
+SERVICE = "what an auxiliary peer does for the others"
+TOPICS = (WHO, TEXT, MACHINE, OPTIMIZER, AVERAGING, FILES, SERVICE)
+# Whom the value of a flag concerns. An auxiliary peer, which reads no data, need not have what trainers share.
+PEERS, TRAINERS = "the same for all peers", "the same for all trainers"
+RUN, LINE = "of the run, but peers may differ", "needed to join"
+MINE, PRIVATE = "how this peer computes", "this machine, or the person who runs it"
+SHARED, HANDED_ON, DESCRIPTION = (PEERS, TRAINERS), (PEERS, TRAINERS, RUN, LINE), (PEERS, TRAINERS, RUN, MINE)
 
-def option(default, help: str, **kwargs):
-    """A dataclass field with a sentence for ``--help``; a list default is copied for each instance."""
+
+def option(default, help: str, *, topic: str = "", scope: str = PRIVATE, **kwargs):
+    """A dataclass field that is a flag; all about the flag is said here. A list default is copied for each instance.
+
+    ``topic``: where --help lists it; a flag without one is of Trainer, and fixed here. ``scope``: SHARED flags are in
+    the run card, which peers compare; HANDED_ON ones in the line with which others join; those of the DESCRIPTION in
+    metrics and model cards.
+    """
+    metadata = {"help": help, "topic": topic, "scope": scope, **kwargs}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, **kwargs})
-    return field(default=default, metadata={"help": help, **kwargs})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_positive(arguments, *names: str) -> None:
@@ -45,50 +66,78 @@ def check_range(arguments, low: float, high: float, *names: str) -> None:
 class PeerArguments:
     """Who this peer is, whom it talks to, and which model the swarm trains."""
 
-    run_id: str | None = option(None, "Name of the run: peers with the same name train together.")
+    run_id: str | None = option(None, "Name of the run: peers with the same name train together.", topic=WHO, scope=RUN)
     initial_peers: list[str] = option(
-        [], "Addresses of one or more peers of the run (as they print them); without any, a new swarm is started."
+        [],
+        "Addresses of one or more peers of the run (as they print them); without any, a new swarm is started.",
+        topic=WHO,
     )
     host_maddrs: list[str] = option(
-        ["/ip4/0.0.0.0/tcp/0"], "Where to listen for other peers, e.g. /ip4/0.0.0.0/tcp/31337 (port 0: any free port)."
+        ["/ip4/0.0.0.0/tcp/0"],
+        "Where to listen for other peers, e.g. /ip4/0.0.0.0/tcp/31337 (port 0: any free port).",
+        topic=WHO,
     )
     announce_maddrs: list[str] = option(
-        [], "Addresses to tell others, if they differ from host_maddrs (behind a router: its public address)."
+        [],
+        "Addresses to tell others, if they differ from host_maddrs (behind a router: its public address).",
+        topic=WHO,
     )
     client_mode: bool = option(
-        False, "Never accept incoming connections: for peers behind a firewall or gone within the hour."
+        False,
+        "Never accept incoming connections: for peers behind a firewall or gone within the hour.",
+        topic=WHO,
     )
     bandwidth: str | None = option(
         None,
         "The lower of download and upload speed, Mbit/s; used to share out the work. auto: measure it against an "
         "initial peer.",
+        topic=WHO,
     )
     min_vector_size: int = option(
-        4_000_000, "A peer that averages takes at least this many values (equal for all peers)."
+        4_000_000,
+        "A peer that averages takes at least this many values (equal for all peers).",
+        topic=AVERAGING,
+        scope=PEERS,
     )
     identity_path: str | None = option(
-        None, "File with this peer's private key, made if absent: keeps its address the same after a restart."
+        None,
+        "File with this peer's private key, made if absent: keeps its address the same after a restart.",
+        topic=WHO,
     )
-    use_ipfs: bool = option(False, "Find initial_peers (then peer ids only) through the public IPFS network.")
+    use_ipfs: bool = option(
+        False, "Find initial_peers (then peer ids only) through the public IPFS network.", topic=WHO, scope=LINE
+    )
     authorize: str | None = option(
         "False",
         "Token file for a private run, which its organiser has issued; the key it is for is read from identity_path, "
         "by default the file NAME.key beside NAME.token. False: an open run, anybody may join.",
+        topic=WHO,
     )
-    model_config_path: str = option(str(DEMO / "config.json"), "Model configuration (.json file).")
-    tokenizer_path: str = option(str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.")
-    cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.")
+    model_config_path: str = option(
+        str(DEMO / "config.json"), "Model configuration (.json file).", topic=TEXT, scope=LINE
+    )
+    tokenizer_path: str = option(
+        str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.", topic=TEXT, scope=LINE
+    )
+    cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.", topic=TEXT)
     wandb_project: str | None = option(
-        None, "Send metrics to this Weights & Biases project (WANDB_MODE=offline works)."
+        None,
+        "Send metrics to this Weights & Biases project (WANDB_MODE=offline works).",
+        topic=FILES,
     )
-    tensorboard_dir: str | None = option(None, "Write metrics for TensorBoard there, too (needs its package).")
+    tensorboard_dir: str | None = option(
+        None, "Write metrics for TensorBoard there, too (needs its package).", topic=FILES
+    )
     restart: bool = option(
         True,
         "Start again, at most five times an hour, when a process of this peer has died; False: end with code 75, for "
         "those who have systemd or the like.",
+        topic=WHO,
     )
     check: bool = option(
-        False, "Test this set-up (ports, peers, speed, clock, disk, memory, model, data), say what to do, and end."
+        False,
+        "Test this set-up (ports, peers, speed, clock, disk, memory, model, data), say what to do, and end.",
+        topic=WHO,
     )
 
     def __post_init__(self):
@@ -124,24 +173,33 @@ class TrainerPeerArguments(PeerArguments):
     dataset_sources: list[str] = option(
         [str(DEMO / "corpus" / "*.txt")],
         "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets (name[:config])",
+        topic=TEXT,
+        scope=RUN,
     )
-    dataset_weights: list[float] | None = field(
-        default=None, metadata={"help": "How often each source is drawn from, in the same order; equal by default."}
+    dataset_weights: list[float] | None = option(
+        None, "How often each source is drawn from, in the same order; equal by default.", topic=TEXT, scope=RUN
     )
     pack_sequences: bool = option(
         False,
         "Fill each row with several texts that do not see each other: next to no padding, at any --pad_to_multiple_of. "
         "per_device_train_batch_size then counts rows; samples are counted as before.",
+        topic=TEXT,
+        scope=MINE,
     )
     init_checkpoint: str | None = option(
         None,
         "Begin a run with the weights of a published state.pth, a backup or a stored checkpoint; for the first "
         "trainer, whoever joins gets them from the swarm.",
+        topic=TEXT,
     )
-    statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.")
-    backup_every_epochs: int = option(10, "Write a backup of model and optimizer every so many epochs (and at exit).")
-    state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.")
-    wait_for_peers: int = option(1, "Start training when this many trainers, this one included, are present.")
+    statistics_expiration: float = option(600.0, "Seconds for which reported metrics stay in the DHT.", topic=FILES)
+    backup_every_epochs: int = option(
+        10, "Write a backup of model and optimizer every so many epochs (and at exit).", topic=FILES
+    )
+    state_path: str | None = option(None, "The backup's file; by default OUTPUT_DIR/RUN_ID/backup.pth.", topic=FILES)
+    wait_for_peers: int = option(
+        1, "Start training when this many trainers, this one included, are present.", topic=WHO
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,21 +210,37 @@ class TrainerPeerArguments(PeerArguments):
 class AuxiliaryPeerArguments(PeerArguments):
     """What only an auxiliary peer needs: checkpoints, uploads, help with averaging."""
 
-    refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.")
-    assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.")
+    refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.", topic=FILES)
+    assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.", topic=SERVICE)
     assist_refresh: float = option(
-        1.0, "Seconds between two looks whether an averaging round is over and the next can be waited for."
+        1.0,
+        "Seconds between two looks whether an averaging round is over and the next can be waited for.",
+        topic=SERVICE,
     )
-    store_checkpoints: bool = option(False, "Download the state from trainers and store it as checkpoint directories.")
-    save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.")
-    local_path: str | None = option(None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.")
-    upload_interval: float | None = option(None, "Seconds between two uploads of the newest checkpoint to repo_url.")
-    repo_url: str | None = option(None, "Repository on the Hugging Face hub (ORGANISATION/NAME) for uploads.")
+    store_checkpoints: bool = option(
+        False, "Download the state from trainers and store it as checkpoint directories.", topic=SERVICE
+    )
+    save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.", topic=SERVICE)
+    local_path: str | None = option(
+        None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.", topic=SERVICE
+    )
+    upload_interval: float | None = option(
+        None, "Seconds between two uploads of the newest checkpoint to repo_url.", topic=SERVICE
+    )
+    repo_url: str | None = option(
+        None, "Repository on the Hugging Face hub (ORGANISATION/NAME) for uploads.", topic=SERVICE
+    )
     eval_sources: list[str] = option(
-        [], "Held-out text, written as --dataset_sources: each stored checkpoint is scored on it, beside the averaging."
+        [],
+        "Held-out text, written as --dataset_sources: each stored checkpoint is scored on it, beside the averaging.",
+        topic=SERVICE,
     )
-    report_interval: float = option(120.0, "Seconds between two writes of report.html, beside metrics.jsonl.")
-    eval_batches: int = option(16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.")
+    report_interval: float = option(
+        120.0, "Seconds between two writes of report.html, beside metrics.jsonl.", topic=FILES
+    )
+    eval_batches: int = option(
+        16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.", topic=SERVICE
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -189,18 +263,35 @@ class AuxiliaryPeerArguments(PeerArguments):
 class CollaborationArguments:
     """How the swarm steps together; the first group must be equal on all peers."""
 
-    target_batch_size: int = option(16384, "Samples of all peers together that make one epoch (one global step).")
+    target_batch_size: int = option(
+        16384, "Samples of all peers together that make one epoch (one global step).", topic=OPTIMIZER, scope=PEERS
+    )
     matchmaking_time: float = option(
         60.0,
         "Seconds that peers wait for each other at most; a round of averaging begins when all are there.",
+        topic=AVERAGING,
+        scope=PEERS,
     )
-    next_chunk_timeout: float = option(60.0, "A peer that sends nothing for so many seconds is left out of the round.")
-    averaging_timeout: float = option(600.0, "Give up an averaging round after so many seconds.")
-    average_state_every: int = option(5, "Average parameters every so many epochs (gradients: every epoch).")
-    offload_optimizer: bool = option(True, "Keep the optimizer's state and step on the CPU.")
-    delay_optimizer_step: bool = option(True, "Run the optimizer in the background of the next epoch's first batches.")
-    delay_grad_averaging: bool = option(True, "Average gradients in the background, too.")
-    reuse_grad_buffers: bool = option(True, "Accumulate in the model's own gradient buffers: saves one copy of them.")
+    next_chunk_timeout: float = option(
+        60.0, "A peer that sends nothing for so many seconds is left out of the round.", topic=AVERAGING, scope=RUN
+    )
+    averaging_timeout: float = option(
+        600.0, "Give up an averaging round after so many seconds.", topic=AVERAGING, scope=RUN
+    )
+    average_state_every: int = option(
+        5, "Average parameters every so many epochs (gradients: every epoch).", topic=AVERAGING, scope=PEERS
+    )
+    offload_optimizer: bool = option(True, "Keep the optimizer's state and step on the CPU.", topic=MACHINE, scope=MINE)
+    delay_optimizer_step: bool = option(
+        True, "Run the optimizer in the background of the next epoch's first batches.", topic=AVERAGING, scope=RUN
+    )
+    delay_grad_averaging: bool = option(True, "Average gradients in the background, too.", topic=AVERAGING, scope=RUN)
+    reuse_grad_buffers: bool = option(
+        True,
+        "Accumulate in the model's own gradient buffers: saves one copy of them.",
+        topic=MACHINE,
+        scope=MINE,
+    )
 
     def __post_init__(self):
         check_positive(self, "target_batch_size", "matchmaking_time", "next_chunk_timeout", "average_state_every")
@@ -224,37 +315,69 @@ class CollaborationArguments:
 class HFTrainerArguments(TrainingArguments):
     """Batch, optimizer and schedule. Inherited flags of transformers.TrainingArguments work too, but are not listed."""
 
-    output_dir: str = option("outputs", "Metrics and backups go to OUTPUT_DIR/RUN_ID.")
-    per_device_train_batch_size: int = option(1, "Sequences in one forward pass on one device.")
+    output_dir: str = option("outputs", "Metrics and backups go to OUTPUT_DIR/RUN_ID.", topic=FILES)
+    per_device_train_batch_size: int = option(
+        1, "Sequences in one forward pass on one device.", topic=MACHINE, scope=MINE
+    )
     gradient_accumulation_steps: int = option(
-        1, "Forward passes between two reports to the swarm; aim at 1 to 10 seconds."
+        1,
+        "Forward passes between two reports to the swarm; aim at 1 to 10 seconds.",
+        topic=MACHINE,
+        scope=MINE,
     )
     activation_memory: str | None = option(
-        None, 'What each layer keeps for the backward pass: "default" (fastest), "lean" or "checkpoint" (least); '
-        "without it, the model configuration decides.", choices=["default", "lean", "checkpoint"],
-    )  # fmt: skip
-    gradient_checkpointing: bool = option(False, "The same as --activation_memory checkpoint.")
-    fp16: bool = option(False, "Mixed precision with float16 (older GPUs).")
-    bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).")
-    learning_rate: float = option(2.5e-3, "Peak learning rate.")
-    min_learning_rate: float | None = option(None, "Floor of the learning rate; by default 2 %% of its peak.")
-    num_zero_lr_steps: int = option(50, "First epochs with a learning rate of zero, in which statistics warm up.")
-    total_steps: int = option(15_625, "Stop at this epoch; the learning rate falls linearly until then.")
-    warmup_steps: int = option(3_125, "Epochs in which the learning rate rises.")
-    adam_beta1: float = option(0.9, "Decay of LAMB's first moment.")
-    adam_beta2: float = option(0.95, "Decay of LAMB's second moment.")
-    adam_epsilon: float = option(1e-6, "Added to the root of the second moment.")
-    weight_decay: float = option(0.01, "Weight decay, not applied to biases and norms.")
-    max_grad_norm: float = option(1.0, "Averaged gradients are clipped to this norm in the optimizer.")
-    clamp_value: float = option(1e9, "Upper limit of the parameter norm in LAMB's trust ratio.")
-    min_8bit_size: int = option(2**20, "Parameters with fewer values keep 32-bit statistics.")
-    max_sequence_length: int = option(2048, "Longest training sequence, in tokens.")
-    initial_sequence_length: int | None = option(256, "Longest sequence at the start.")
-    sequence_length_warmup_steps: int = option(7_000, "Epochs in which the sequence length grows to its maximum.")
-    pad_to_multiple_of: int = option(128, "Sequence lengths are rounded up to a multiple of this.")
-    seed: int = option(0, "Seed of the initial parameters: must be equal on all peers that start a run together.")
-    max_steps: int = option(10**18, "Stop this trainer after so many local steps.")
-    dataloader_num_workers: int = option(0, "Processes that prepare data beside the trainer.")
+        None,
+        'What each layer keeps for the backward pass: "default" (fastest), "lean" or "checkpoint" (least); without it, '
+        "the model configuration decides.",
+        topic=MACHINE,
+        scope=MINE,
+        choices=["default", "lean", "checkpoint"],
+    )
+    gradient_checkpointing: bool = option(
+        False, "The same as --activation_memory checkpoint.", topic=MACHINE, scope=MINE
+    )
+    fp16: bool = option(False, "Mixed precision with float16 (older GPUs).", topic=MACHINE, scope=MINE)
+    bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).", topic=MACHINE, scope=MINE)
+    learning_rate: float = option(2.5e-3, "Peak learning rate.", topic=OPTIMIZER, scope=PEERS)
+    min_learning_rate: float | None = option(
+        None, "Floor of the learning rate; by default 2 %% of its peak.", topic=OPTIMIZER, scope=PEERS
+    )
+    num_zero_lr_steps: int = option(
+        50, "First epochs with a learning rate of zero, in which statistics warm up.", topic=OPTIMIZER, scope=PEERS
+    )
+    total_steps: int = option(
+        15_625, "Stop at this epoch; the learning rate falls linearly until then.", topic=OPTIMIZER, scope=PEERS
+    )
+    warmup_steps: int = option(3_125, "Epochs in which the learning rate rises.", topic=OPTIMIZER, scope=PEERS)
+    adam_beta1: float = option(0.9, "Decay of LAMB's first moment.", topic=OPTIMIZER, scope=PEERS)
+    adam_beta2: float = option(0.95, "Decay of LAMB's second moment.", topic=OPTIMIZER, scope=PEERS)
+    adam_epsilon: float = option(1e-6, "Added to the root of the second moment.", topic=OPTIMIZER, scope=PEERS)
+    weight_decay: float = option(0.01, "Weight decay, not applied to biases and norms.", topic=OPTIMIZER, scope=PEERS)
+    max_grad_norm: float = option(
+        1.0, "Averaged gradients are clipped to this norm in the optimizer.", topic=OPTIMIZER, scope=PEERS
+    )
+    clamp_value: float = option(
+        1e9, "Upper limit of the parameter norm in LAMB's trust ratio.", topic=OPTIMIZER, scope=PEERS
+    )
+    min_8bit_size: int = option(
+        2**20, "Parameters with fewer values keep 32-bit statistics.", topic=OPTIMIZER, scope=PEERS
+    )
+    max_sequence_length: int = option(2048, "Longest training sequence, in tokens.", topic=TEXT, scope=TRAINERS)
+    initial_sequence_length: int | None = option(256, "Longest sequence at the start.", topic=TEXT, scope=TRAINERS)
+    sequence_length_warmup_steps: int = option(
+        7_000, "Epochs in which the sequence length grows to its maximum.", topic=TEXT, scope=TRAINERS
+    )
+    pad_to_multiple_of: int = option(
+        128, "Sequence lengths are rounded up to a multiple of this.", topic=TEXT, scope=TRAINERS
+    )
+    seed: int = option(
+        0,
+        "Seed of the initial parameters: must be equal on all peers that start a run together.",
+        topic=TEXT,
+        scope=RUN,
+    )
+    max_steps: int = option(10**18, "Stop this trainer after so many local steps.", topic=MACHINE)
+    dataloader_num_workers: int = option(0, "Processes that prepare data beside the trainer.", topic=MACHINE)
     ddp_timeout: int = option(10**7, argparse.SUPPRESS)  # other ranks wait while rank 0 waits for the swarm
     logging_steps: float = option(10**9, argparse.SUPPRESS)
     logging_nan_inf_filter: bool = option(False, argparse.SUPPRESS)
@@ -297,54 +420,37 @@ class HFTrainerArguments(TrainingArguments):
             )
 
 
-# Of a peer's flags, those that say something about the run and not about this machine.
-RUN_FLAGS = {"run_id", "min_vector_size", "dataset_sources", "dataset_weights"}
-OWN_FLAGS = {"output_dir", "dataloader_num_workers", "max_steps", "disable_tqdm", "logging_steps", "save_strategy",
-             "logging_nan_inf_filter", "remove_unused_columns", "optim"}  # fmt: skip
+KINDS = (PeerArguments, TrainerPeerArguments, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments)
+FLAGS = {name: kind.__dataclass_fields__[name] for kind in KINDS for name in kind.__annotations__}
+
+
+def shared_flags(*, trainer: bool) -> tuple[str, ...]:
+    """The flags whose values a peer of a run must have in common with the others."""
+    scopes = SHARED if trainer else (PEERS,)
+    return tuple(name for name, flag in FLAGS.items() if flag.metadata["scope"] in scopes)
 
 
 def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, training: HFTrainerArguments) -> dict:
     """{flag: value} of what a run was made with, for its metrics file and model card; no addresses, no keys."""
-    settings = {name: getattr(peer, name) for name in sorted(RUN_FLAGS) if hasattr(peer, name)}
-    for arguments in (collaboration, training):
-        settings |= {
-            name: getattr(arguments, name) for name in type(arguments).__annotations__ if name not in OWN_FLAGS
-        }
-    return settings
+    described = [name for name, flag in FLAGS.items() if flag.metadata["scope"] in DESCRIPTION]
+    groups = (peer, collaboration, training)
+    return {name: getattr(group, name) for name in described for group in groups if hasattr(group, name)}
 
 
-# The order in which --help lists flags: what people look for together stands together.
-TOPICS = {
-    "who takes part, and how they reach each other": (
-        "run_id", "initial_peers", "host_maddrs", "announce_maddrs", "client_mode", "bandwidth", "identity_path",
-        "authorize", "use_ipfs", "wait_for_peers", "restart", "check",
-    ),
-    "model, tokenizer and text": (
-        "model_config_path", "init_checkpoint", "tokenizer_path", "dataset_sources", "dataset_weights", "cache_dir",
-        "seed", "max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of",
-        "pack_sequences",
-    ),
-    "batches, memory and speed of this machine": (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "fp16", "bf16", "gradient_checkpointing",
-        "activation_memory", "offload_optimizer", "reuse_grad_buffers", "dataloader_num_workers", "max_steps",
-    ),
-    "optimizer and its schedule (equal for all peers)": (
-        "target_batch_size", "total_steps", "learning_rate", "min_learning_rate", "warmup_steps", "num_zero_lr_steps",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "clamp_value", "min_8bit_size",
-    ),
-    "averaging (equal for all peers)": (
-        "matchmaking_time", "averaging_timeout", "next_chunk_timeout", "average_state_every", "min_vector_size",
-        "delay_optimizer_step", "delay_grad_averaging",
-    ),
-    "files, metrics and backups": (
-        "output_dir", "state_path", "backup_every_epochs", "wandb_project", "tensorboard_dir", "statistics_expiration",
-        "refresh_period", "report_interval",
-    ),
-    "what an auxiliary peer does for the others": (
-        "assist_in_averaging", "assist_refresh", "store_checkpoints", "save_checkpoint_epoch_interval", "local_path",
-        "eval_sources", "eval_batches", "repo_url", "upload_interval",
-    ),
-}  # fmt: skip
+def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
+    """The arguments with which another machine joins: those of this peer that are handed on, and its addresses.
+
+    ``argv``: as the program was called, files of flags replaced by what they hold, except this repository's own.
+    """
+    kept, keeping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+            flag = FLAGS.get(name) or FLAGS.get(name.removeprefix("no_"))
+            keeping = flag is not None and flag.metadata["scope"] in HANDED_ON
+        if keeping or word.startswith("@"):
+            kept.append(word)
+    return [*kept, "--initial_peers", *addresses]
 
 
 class ArgumentParser(OneLineErrors, HfArgumentParser):
@@ -359,9 +465,13 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
                 action.help = argparse.SUPPRESS
         self._list_by_topic()
 
+    def add_argument(self, *names, topic: str = "", scope: str = "", **kwargs):
+        """HfArgumentParser passes on all that `option` says of a flag; argparse knows only its own words."""
+        return super().add_argument(*names, **kwargs)
+
     def _list_by_topic(self) -> None:
         """Move the flags of each topic from the one long list of argparse to a group of their own."""
-        topic_of = {name: topic for topic, names in TOPICS.items() for name in names}
+        topic_of = {name: flag.metadata["topic"] for name, flag in FLAGS.items()}
         groups = {topic: self.add_argument_group(topic) for topic in [*TOPICS, "more"]}
         for action in list(self._optionals._group_actions):
             if action.help != argparse.SUPPRESS and action.dest != "help":
@@ -369,8 +479,9 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
                 group = groups[topic_of.get(action.dest.removeprefix("no_"), "more")]
                 self._optionals._group_actions.remove(action)
                 group._group_actions.append(action)
-        for topic, names in TOPICS.items():
-            groups[topic]._group_actions.sort(key=lambda action, names=names: names.index(action.dest))
+        places = {name: place for place, name in enumerate(FLAGS)}
+        for group in groups.values():
+            group._group_actions.sort(key=lambda action: places.get(action.dest.removeprefix("no_"), len(places)))
 
     def parse(self, argv: list[str]) -> tuple:
         """Dataclass instances in the order of the types; wrong flags and values end the program with code 2."""
@@ -385,11 +496,11 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             self.refuse_unknown(unknown)
         return tuple(instances)
 
-    def read_files(self, words: list[str], within: tuple[Path, ...] = ()) -> list[str]:
-        """The words with each ``@FILE`` replaced by what it holds."""
+    def read_files(self, words: list[str], within: tuple[Path, ...] = (), *, keep_own: bool = False) -> list[str]:
+        """The words with each ``@FILE`` replaced by what it holds; ``keep_own``: not for this repository's files."""
         found = []
         for word in words:
-            if not word.startswith("@"):
+            if not word.startswith("@") or (keep_own and word.startswith("@demo/")):
                 found.append(word)
                 continue
             # @demo/... names a file of this repository, wherever the program is started
@@ -409,5 +520,5 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
                     inner = shlex.split(line, comments=True)
                 except ValueError as error:
                     self.error(f"{word}, line {number}: {error}")
-                found += self.read_files(inner, (*within, path))
+                found += self.read_files(inner, (*within, path), keep_own=keep_own)
         return found

@@ -21,7 +21,13 @@ def main() -> int:
     import shlex
     import threading
 
-    from arguments import ArgumentParser, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+    from arguments import (
+        ArgumentParser,
+        CollaborationArguments,
+        HFTrainerArguments,
+        TrainerPeerArguments,
+        joining_arguments,
+    )
 
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -50,7 +56,8 @@ def main() -> int:
         leave_at_once(2)
     # now, because hivemind has replaced the handlers
     install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    joining = shlex.join(["python", "run_trainer.py", *console.joining_arguments(argv, visible_addresses(swarm.dht))])
+    handed_on = joining_arguments(parser.read_files(argv, keep_own=True), visible_addresses(swarm.dht))
+    joining = shlex.join(["python", "run_trainer.py", *handed_on])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
     if not peer.use_ipfs:

@@ -12,6 +12,7 @@ from arguments import (
     CollaborationArguments,
     HFTrainerArguments,
     TrainerPeerArguments,
+    joining_arguments,
     run_settings,
 )
 from src.optim.schedules import learning_rate, sequence_length
@@ -352,3 +353,41 @@ def test_arguments_of_a_run_are_kept_without_addresses_and_paths_of_the_machine(
     assert settings["dataset_sources"] == [str(DEMO / "corpus" / "*.txt")]
     assert not {"initial_peers", "identity_path", "cache_dir", "output_dir", "host_maddrs"} & settings.keys()
     assert "dataset_sources" not in run_settings(*parse("--run_id a", AuxiliaryPeerArguments))
+
+
+JOIN_AT = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ("@demo/trainer.args", "@demo/trainer.args"),
+        ("--run_id a --bandwidth 100 --learning_rate 1e-3", "--run_id a --learning_rate 1e-3"),
+        ("--host_maddrs /ip4/0.0.0.0/tcp/1 /ip6/::/tcp/1 --run_id a", "--run_id a"),
+        ("--run_id a --announce_maddrs /ip4/203.0.113.5/tcp/1", "--run_id a"),
+        ("--initial_peers x y @demo/trainer.args --seed 3", "@demo/trainer.args --seed 3"),
+        ("--client_mode --run_id a", "--run_id a"),
+        ("--check --run_id a --tensorboard_dir x", "--run_id a"),
+        ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
+        ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
+        ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),
+        ("--init_checkpoint state.pth --run_id a", "--run_id a"),
+        ("--dataset_sources a.txt b.txt --dataset_weights 1 2", "--dataset_sources a.txt b.txt --dataset_weights 1 2"),
+        ("--run_id a --authorize ivan.token --wandb_project mine --backup_every_epochs 3", "--run_id a"),
+        ("--run_id a --per_device_train_batch_size 8 --no_restart --wait_for_peers 2", "--run_id a"),
+        ("--no_delay_grad_averaging --save_steps 5 --run_id a", "--no_delay_grad_averaging --run_id a"),
+    ],
+)
+def test_line_for_others_has_what_they_need_and_nothing_of_this_person(own, kept):
+    assert joining_arguments(own.split(), JOIN_AT) == [*kept.split(), "--initial_peers", *JOIN_AT]
+
+
+def test_line_for_others_says_what_stands_in_a_file_of_flags(tmp_path):
+    file = tmp_path / "my.args"
+    file.write_text("@demo/swarm.args\n--run_id mine --wandb_project secret --learning_rate 1e-3\n")
+    words = ArgumentParser(TrainerPeerArguments, prog="script.py").read_files(
+        [f"@{file}", "--seed", "3"], keep_own=True
+    )
+    assert joining_arguments(words, []) == [
+        "@demo/swarm.args", "--run_id", "mine", "--learning_rate", "1e-3", "--seed", "3", "--initial_peers",
+    ]  # fmt: skip

@@ -84,7 +84,7 @@ def test_scripts_help_has_topics_and_for_each_flag_a_sentence_and_its_default(sc
     assert len(flags) >= 4
     assert len({heading for heading, _ in flags.values()}) >= (6 if script.startswith("run_") else 2)
     for flag, (heading, text) in flags.items():
-        assert heading not in ("", "options", "more"), f"{flag}: add it to a topic (arguments.TOPICS)"
+        assert heading not in ("", "options", "more"), f"{flag}: give it a topic in arguments.py"
         assert "(default: " in text or "(required" in text, f"{flag}: its default is not said"
         words = re.sub(r"\(default: .*?\)|--[\w-]+|[A-Z_]{2,}", "", text).split()
         assert len(words) >= 2, f"{flag}: no sentence"

@@ -1,4 +1,4 @@
-"""What the person at the terminal sees: progress lines, quiet libraries, the line with which others join."""
+"""What the person at the terminal sees: progress lines, quiet libraries."""
 
 import logging
 import os
@@ -28,20 +28,6 @@ def quiet_libraries() -> None:
     if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
-    """The arguments with which another machine joins: those of this peer, less what concerns its own machine."""
-    own = {"--initial_peers", "--host_maddrs", "--announce_maddrs", "--identity_path", "--bandwidth", "--client_mode",
-           "--output_dir", "--local_path", "--state_path", "--init_checkpoint", "--cache_dir", "--check",
-           "--tensorboard_dir", "--restart", "--no_restart"}  # fmt: skip
-    kept, skipping = [], False
-    for word in argv:
-        if word.startswith("--") or word.startswith("@"):
-            skipping = word.split("=")[0].replace("-", "_").replace("__", "--", 1) in own
-        if not skipping:
-            kept.append(word)
-    return [*kept, "--initial_peers", *addresses]
 
 
 def format_seconds(seconds: float) -> str:

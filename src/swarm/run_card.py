@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import hivemind
 from hivemind.utils import get_dht_time
 
+from arguments import shared_flags
 from src.access.ownership import MAX_BYTES, name_of
 from src.metrics.records import printable
 from src.models import LeanAlbertConfig
@@ -33,14 +34,6 @@ MAX_NAMED, MAX_VALUE_LENGTH = 4, 80
 # contradicts none: whoever joins without the flag gets the weights from the swarm, and names them from then on.
 INITIAL_WEIGHTS = "--init_checkpoint"
 OWN_OPTIONS = {"activation_memory", "sparse_prediction", "classifier_dropout_prob"}  # of the model: a peer's own affair
-SCHEDULE = (
-    "target_batch_size", "average_state_every", "matchmaking_time", "min_vector_size", "learning_rate",
-    "min_learning_rate", "num_zero_lr_steps", "total_steps", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "weight_decay", "max_grad_norm", "clamp_value", "min_8bit_size",
-)  # fmt: skip
-# What an auxiliary peer, who reads no data, need not be told. Peers may differ in --pack_sequences, as in the batch of
-# a forward pass: that is how a peer lays out its instances, which are as long and count one sample each either way.
-TRAINERS_ONLY = ("max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of")
 
 
 def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, trainer: bool) -> dict[str, str]:
@@ -58,7 +51,7 @@ def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, traine
         pipeline.pop(switch, None)
     card["vocabulary"] = _fingerprint(sorted(tokenizer.get_vocab().items()))
     card["tokenizer"] = _fingerprint(pipeline)
-    for flag in (*SCHEDULE, *(TRAINERS_ONLY if trainer else ())):
+    for flag in shared_flags(trainer=trainer):
         card[f"--{flag}"] = str(settings[flag])
     if settings.get("init_checkpoint"):
         card[INITIAL_WEIGHTS] = settings["init_checkpoint"]

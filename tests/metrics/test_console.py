@@ -11,32 +11,9 @@ from pathlib import Path
 import pytest
 from hivemind.utils import get_dht_time
 
-from src.metrics.console import Progress, format_seconds, joining_arguments, quiet_libraries
+from src.metrics.console import Progress, format_seconds, quiet_libraries
 from src.metrics.records import Round, TrainerEpoch
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
-
-ADDRESSES = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
-
-
-@pytest.mark.parametrize(
-    ("own", "kept"),
-    [
-        ("@demo/trainer.args", "@demo/trainer.args"),
-        ("--run_id a --bandwidth 100 --learning_rate 1e-3", "--run_id a --learning_rate 1e-3"),
-        ("--host_maddrs /ip4/0.0.0.0/tcp/1 /ip6/::/tcp/1 --run_id a", "--run_id a"),
-        ("--run_id a --announce_maddrs /ip4/203.0.113.5/tcp/1", "--run_id a"),
-        ("--initial_peers x y @demo/trainer.args --seed 3", "@demo/trainer.args --seed 3"),
-        ("--client_mode --run_id a", "--run_id a"),
-        ("--check --run_id a --tensorboard_dir x", "--run_id a"),
-        ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
-        ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
-        ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),
-        ("--init_checkpoint state.pth --run_id a", "--run_id a"),
-        ("--dataset_sources a.txt b.txt --dataset_weights 1 2", "--dataset_sources a.txt b.txt --dataset_weights 1 2"),
-    ],
-)
-def test_console_joining_arguments_leave_out_what_concerns_this_machine(own, kept):
-    assert joining_arguments(own.split(), ADDRESSES) == [*kept.split(), "--initial_peers", *ADDRESSES]
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from hivemind.utils.crypto import RSAPrivateKey
 
-from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments, run_settings
+from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments, run_settings, shared_flags
 from src import LeanAlbertConfig, load_tokenizer
 from src.access.ownership import peer_id_of
-from src.swarm.run_card import SCHEDULE, TRAINERS_ONLY, RunCard, differences, make_run_card
+from src.swarm.run_card import RunCard, differences, make_run_card
 
 DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "demo" / "tokenizer"
 
@@ -35,7 +35,7 @@ def test_equal_peers_have_equal_cards(tmp_path):
     assert card(tmp_path, tokenizer=used) == own
 
 
-@pytest.mark.parametrize("flag", [*SCHEDULE, *TRAINERS_ONLY])
+@pytest.mark.parametrize("flag", shared_flags(trainer=True))
 def test_card_names_each_flag_that_differs_with_both_values(tmp_path, flag):
     (difference,) = differences(card(tmp_path, **{flag: 12345}), [card(tmp_path)])
     assert difference == f"--{flag} is 12345 here and {settings(tmp_path)[flag]} in the run"
