@@ -1,9 +1,11 @@
 """Save and restore a trainer's state: parameters, optimizer statistics, schedule and epoch, in one file."""
 
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,10 +13,12 @@ import torch
 from src.files import write_atomically
 from src.models.checkpoint import fingerprint, load_strictly, read_pytorch, read_state_dict
 from src.swarm.optimizer import LeanOptimizer
+from src.trainer.gradient_buffers import all_finite
 
 logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 30.0  # for a lock that is held for an optimizer's step
+LAST_SAVE_SECONDS = 10.0  # for a backup that is being written when another one is wanted at once
 LAST_LOCK_SECONDS = 10.0  # the same when the program is about to end
 WORD_EMBEDDINGS = "albert.embeddings.word_embeddings.weight"
 
@@ -193,3 +197,56 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
         averager.state_sharing_priority = state["epoch"]
         optimizer.grad_averager.state_sharing_priority = state["epoch"]
     return state["epoch"]
+
+
+class Backups:
+    """A trainer's one backup: read at the start, written every ``every`` epochs and at the end.
+
+    ``has_weights``: whether the model holds weights of the run; others are not worth a backup.
+    """
+
+    def __init__(self, path: Path, model: torch.nn.Module, optimizer: LeanOptimizer, *, every: int, say: Callable):
+        self.path, self.model, self.optimizer, self.every, self.say = path, model, optimizer, every, say
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.has_weights, self.last_epoch = True, -1
+        self._saving = threading.Lock()
+
+    def exists(self) -> bool:
+        return self.path.exists()
+
+    def restore(self) -> int:
+        """Load it; returns its epoch. Raises ValueError if it is damaged or of another model."""
+        return restore_backup(self.path, self.model, self.optimizer)
+
+    def save_if_due(self) -> None:
+        due = self.optimizer.local_epoch >= self.last_epoch + self.every
+        if due and not self.optimizer.state_averager.pending_updates:  # else parameters and epoch would not agree
+            self.save()
+
+    @torch.no_grad()
+    def save(self) -> None:
+        with self._saving:
+            self._write(save_backup)
+
+    @torch.no_grad()
+    def save_last(self, alone: bool) -> None:
+        """On another thread, when the main one may be stuck; see `save_last_backup`."""
+        try:
+            with held(self._saving, LAST_SAVE_SECONDS):
+                self._write(partial(save_last_backup, alone=alone))
+        except TimeoutError:
+            self.say("no further backup: one was just being written")
+
+    def _write(self, save: Callable) -> None:
+        if not self.has_weights:  # the next start would go on from it
+            return
+        if not all_finite(self.parameters):
+            logger.warning("no backup written: parameters are not finite")
+            return
+        try:
+            save(self.path, self.model, self.optimizer)
+            if save is not save_backup:
+                self.say(f"wrote the backup {self.path}")
+        except OSError as error:
+            self.say(f"backup failed, the previous one is kept: {error}")
+        self.last_epoch = self.optimizer.local_epoch

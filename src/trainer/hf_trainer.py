@@ -92,6 +92,11 @@ class LossMeter:
         self.loss = self.mlm_loss = self.sop_loss = 0.0
         self.mini_steps = self.samples = self.dropped = 0
 
+    def lose(self, samples: int) -> None:
+        """Samples that were counted, and come to nothing after all."""
+        self.samples = max(0, self.samples - samples)
+        self.dropped += samples
+
     def take_share(self) -> float:
         """The part of the local step's batches that took part in its gradient, a sum divided by the number of all."""
         batches, dropped = self.unreported_batches, self.unreported_dropped

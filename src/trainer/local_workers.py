@@ -12,7 +12,8 @@ import torch
 import torch.distributed
 from transformers import TrainerCallback, TrainingArguments
 
-from src.trainer.hf_trainer import LossMeter, LossScaler
+from src.trainer.gradient_buffers import GradientBuffers
+from src.trainer.hf_trainer import LossMeter
 
 METER_FIELDS = ("loss", "mlm_loss", "sop_loss", "mini_steps", "samples", "dropped", "unreported_samples")
 MAX_SEED_BYTES = 256
@@ -89,16 +90,14 @@ class FollowerCallback(TrainerCallback):
     def __init__(
         self,
         workers: LocalWorkers,
-        model: torch.nn.Module,
+        buffers: GradientBuffers,
         *,
         meter: LossMeter,
-        scaler: LossScaler | None,
         current_length: Synchronized,
         length_at,
         stop: threading.Event,
     ):
-        self.workers, self.parameters = workers, [p for p in model.parameters() if p.requires_grad]
-        self.meter, self.scaler, self.stop = meter, scaler, stop
+        self.workers, self.buffers, self.meter, self.stop = workers, buffers, meter, stop
         self.current_length, self.length_at = current_length, length_at
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
@@ -107,16 +106,15 @@ class FollowerCallback(TrainerCallback):
     @torch.no_grad()
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Adapt the loss scale as rank 0 does, which sees the same gradients, and report what was computed."""
-        if self.scaler is not None:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            self.scaler.update(not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()))
+        if self.buffers.scaler is not None:
+            self.buffers.are_finite()
         self.workers.collect(self.meter)
 
     def on_step_end(self, args, state, control, **kwargs):
         return self._follow(control)
 
     def _follow(self, control):
-        epoch, stop, _ = self.workers.agree(self.parameters, epoch=0, stop=self.stop.is_set())
+        epoch, stop, _ = self.workers.agree(self.buffers.parameters, epoch=0, stop=self.stop.is_set())
         self.current_length.value = self.length_at(epoch)
         control.should_training_stop = control.should_training_stop or stop
         return control

@@ -16,8 +16,9 @@ from src.metrics.journal import Journal
 from src.metrics.records import Round, StateDownload
 from src.optim.lamb import CPULAMB8Bit
 from src.swarm.join import Swarm
-from src.trainer.callback import CollaborativeCallback
+from src.trainer.build import make_callback
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter
+from src.trainer.local_workers import LocalWorkers
 
 VOCAB_SIZE = 300
 LENGTH = 12
@@ -193,18 +194,20 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
     }  # fmt: skip
     arguments = HFTrainerArguments(output_dir=str(folder), use_cpu=True, **{**options, **training})
     meter, stop = LossMeter(), threading.Event()
-    callback = CollaborativeCallback(
+    peer = TrainerPeerArguments(run_id="fake", backup_every_epochs=2, wait_for_peers=wait_for_peers)
+    callback = make_callback(
         Swarm(dht or FakeDHT(), b"key", optimizer),
         optimizer.model,
-        peer=TrainerPeerArguments(run_id="fake", backup_every_epochs=2, wait_for_peers=wait_for_peers),
+        Journal(folder / "metrics.jsonl"),
+        peer=peer,
         training=arguments,
         meter=meter,
         scaler=scaler,
         current_length=multiprocessing.Value("i", 16),
         state_path=folder / "backup.pth",
-        journal=Journal(folder / "metrics.jsonl"),
         progress=Progress(io.StringIO()),
         stop=stop,
+        workers=LocalWorkers(),
     )
     trainer = CollaborativeTrainer(
         collaborative=optimizer,

@@ -16,9 +16,10 @@ from src.metrics.journal import read_journal
 from src.metrics.records import Round, StateDownload
 from src.swarm import join as swarm
 from src.swarm.dht import fetch_metrics, store_checkpoint_epoch
+from src.trainer import backup, hand_over
 from src.trainer import callback as callback_module
 from src.trainer.backup import read_backup, save_backup
-from src.trainer.callback import describe_incomplete
+from src.trainer.epoch_report import describe_incomplete
 from src.trainer.hf_trainer import LossScaler
 from tests.reference.fake_swarm import FakeOptimizer, make_trainer, stack, tiny_items, tiny_model
 
@@ -30,7 +31,7 @@ def journal_of(folder, event: str) -> list[dict]:
 
 
 def said_by(callback) -> str:
-    return callback.progress.stream.getvalue()
+    return callback.report.progress.stream.getvalue()
 
 
 def make_callback(folder, optimizer=None, **options):
@@ -49,9 +50,9 @@ def run(event) -> TrainerControl:
 
 def local_step(callback, *, poison: float | None = None, samples: int = 4) -> TrainerControl:
     """What Trainer does in a step: backward, the events around its optimizer, and resetting gradients."""
-    model = callback.model
+    model = callback.backups.model
     loss = model(**stack(tiny_items(samples))).loss
-    (loss if callback.scaler is None else loss * callback.scaler.scale).backward()
+    (loss if callback.buffers.scaler is None else loss * callback.buffers.scaler.scale).backward()
     if poison is not None:
         callback.parameters[3].grad.view(-1)[0] = poison
     callback.meter.unreported_samples += samples
@@ -81,7 +82,7 @@ def test_callback_under_the_real_trainer_writes_one_record_an_epoch(tmp_path):
     assert [record["learning_rate"] for record in records] == pytest.approx([0.5 / 2, 0.5 / 3, 0.5 / 4])
     assert len(journal_of(tmp_path, "round")) == 3
     assert said_by(callback).count("averaged with 2 peers") == 3
-    assert fetch_metrics(callback.dht, "fake")[b"key"].epoch == 3
+    assert fetch_metrics(callback.swarm.dht, "fake")[b"key"].epoch == 3
 
 
 def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
@@ -90,9 +91,9 @@ def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
         callback.meter.loss += loss
         callback.meter.mlm_loss += loss - 0.5
         callback.meter.sop_loss += 0.5
-        callback.rounds.append(callback_round)
+        callback.report.rounds.append(callback_round)
         local_step(callback)
-    stored = callback.dht.records["fake_metrics"][b"key"].value
+    stored = callback.swarm.dht.records["fake_metrics"][b"key"].value
     assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
                       "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8, "lone_epochs": 0,
                       "failure": describe_incomplete(callback_round)}  # fmt: skip
@@ -100,16 +101,16 @@ def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
     assert callback.meter.loss == 0.0
     for _ in range(2):
         local_step(callback)
-    metrics = fetch_metrics(callback.dht, "fake")[b"key"]
+    metrics = fetch_metrics(callback.swarm.dht, "fake")[b"key"]
     assert (metrics.samples, metrics.total_samples, metrics.failure) == (8, 16, "")
 
 
 def test_callback_reports_a_long_reason_cut_to_what_the_swarm_accepts(tmp_path):
     callback = make_callback(tmp_path)
-    callback.rounds.append(Round("gradients", 1.0, error="x" * 1000))
+    callback.report.rounds.append(Round("gradients", 1.0, error="x" * 1000))
     for _ in range(2):
         local_step(callback)
-    assert len(fetch_metrics(callback.dht, "fake")[b"key"].failure) == 200
+    assert len(fetch_metrics(callback.swarm.dht, "fake")[b"key"].failure) == 200
 
 
 def test_callback_gives_gradient_buffers_back_as_they_were(tmp_path):
@@ -286,11 +287,11 @@ def test_callback_lets_a_delayed_update_finish_before_the_last_backup(tmp_path):
         assert kwargs == {"apply_delayed_updates": True}
         averager.pending_updates = set()
         with torch.no_grad():
-            callback.model.sop_classifier.classifier.bias.fill_(7.0)
+            callback.backups.model.sop_classifier.classifier.bias.fill_(7.0)
 
     averager.step = finish
     run(callback.on_train_end)
-    assert read_backup(callback.state_path)["model"]["sop_classifier.classifier.bias"].tolist() == [7.0, 7.0]
+    assert read_backup(callback.backups.path)["model"]["sop_classifier.classifier.bias"].tolist() == [7.0, 7.0]
     assert callback.optimizer.waits, "the last update of a whole run is averaged, too"
 
 
@@ -341,14 +342,14 @@ def test_callback_writes_the_last_backup_on_another_thread_while_a_batch_goes_on
     assert in_batch.wait(60)
     callback.stop.set()
     callback.save_last(alone=False)
-    assert read_backup(callback.state_path)["epoch"] == 4
-    assert "wrote the backup" in callback.progress.stream.getvalue()
-    callback._saving.acquire()  # the main thread, just now
+    assert read_backup(callback.backups.path)["epoch"] == 4
+    assert "wrote the backup" in callback.report.progress.stream.getvalue()
+    callback.backups._saving.acquire()  # the main thread, just now
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callback_module, "LAST_SAVE_SECONDS", 0.1)
+        patch.setattr(backup, "LAST_SAVE_SECONDS", 0.1)
         callback.save_last(alone=False)
-    assert "no further backup" in callback.progress.stream.getvalue()
-    callback._saving.release()
+    assert "no further backup" in callback.report.progress.stream.getvalue()
+    callback.backups._saving.release()
     go_on.set()
     training.join(60)
 
@@ -373,7 +374,7 @@ def test_callback_is_waited_for_longer_in_a_round_than_in_a_batch(tmp_path):
 def test_callback_writes_no_last_backup_of_a_state_that_is_not_the_runs_yet(tmp_path):
     callback = make_trainer(tmp_path, FakeOptimizer(tiny_model()))[1]
     callback.save_last(alone=True)
-    assert not callback.state_path.exists()
+    assert not callback.backups.path.exists()
 
 
 # -- the end of a run -------------------------------------------------------------------------------------------------
@@ -385,7 +386,7 @@ def at_the_end(folder, *, stored=(), client_mode=False, **options):
     optimizer.client_mode = client_mode
     callback = make_callback(folder, optimizer, total_steps=3, **options)
     for number, epoch in enumerate(stored):
-        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, epoch, expiration=60.0)
+        store_checkpoint_epoch(callback.swarm.dht, "fake", b"aux %d" % number, epoch, expiration=60.0)
     return callback
 
 
@@ -401,11 +402,11 @@ def test_callback_waits_at_the_end_until_every_auxiliary_peer_has_stored_the_sta
     for number in (0, 1):
         thread.join(0.7)
         assert thread.is_alive(), number
-        store_checkpoint_epoch(callback.dht, "fake", b"aux %d" % number, 3, expiration=60.0)
+        store_checkpoint_epoch(callback.swarm.dht, "fake", b"aux %d" % number, 3, expiration=60.0)
     thread.join(5.0)
     assert not thread.is_alive()
     assert callback.optimizer.tracker.announced >= 1, "also if it has computed nothing since it was started"
-    assert read_backup(callback.state_path)["epoch"] == 3
+    assert read_backup(callback.backups.path)["epoch"] == 3
     waiting, stored = said_by(callback).splitlines()
     assert waiting.startswith("the run is over: waiting until its state is stored, at most 60 s (Ctrl+C")
     assert stored == "the state of epoch 3 is stored"
@@ -437,17 +438,17 @@ def test_callback_that_is_stopped_waits_for_no_checkpoint(tmp_path):
 
 def test_callback_waits_for_no_checkpoint_before_the_last_epoch(tmp_path):
     callback = make_callback(tmp_path)
-    store_checkpoint_epoch(callback.dht, "fake", b"aux", 0, expiration=60.0)
+    store_checkpoint_epoch(callback.swarm.dht, "fake", b"aux", 0, expiration=60.0)
     started = time.monotonic()
     run(callback.on_train_end)
     assert time.monotonic() - started < 0.4 and said_by(callback) == ""
 
 
 def test_callback_gives_up_waiting_for_a_checkpoint_and_says_where_the_state_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(callback_module, "HAND_OVER_SECONDS", 0.2)
+    monkeypatch.setattr(hand_over, "HAND_OVER_SECONDS", 0.2)
     callback = at_the_end(tmp_path, stored=(0,))
     run(callback.on_train_end)
-    assert f"nobody has stored the state of the last epoch within 0 s; it is in {callback.state_path}" in said_by(
+    assert f"nobody has stored the state of the last epoch within 0 s; it is in {callback.backups.path}" in said_by(
         callback
     )
 
@@ -456,7 +457,7 @@ def test_callback_does_not_wait_for_an_auxiliary_peer_that_has_gone(tmp_path):
     callback = at_the_end(tmp_path, stored=(0,))
     thread = leaving(callback)
     thread.join(0.7)
-    callback.dht.records.clear()
+    callback.swarm.dht.records.clear()
     thread.join(5.0)
     assert not thread.is_alive()
     assert "nobody is left to store the state of the last epoch" in said_by(callback)
@@ -465,10 +466,9 @@ def test_callback_does_not_wait_for_an_auxiliary_peer_that_has_gone(tmp_path):
 def test_callback_waits_longer_for_a_larger_state_and_a_slower_connection(tmp_path):
     callback = at_the_end(tmp_path)
     millions = sum(parameter.numel() for parameter in callback.parameters) / 1e6
-    callback.peer.bandwidth = 0.001  # Mbit/s
-    assert callback._hand_over_seconds() >= 60 + 3 * millions * 4 * 8 / 0.001
-    callback.peer.bandwidth = None
-    assert 60 < callback._hand_over_seconds() < 61
+    swarm, parameters = callback.swarm, callback.parameters
+    assert hand_over.hand_over_seconds(swarm, parameters, 0.001) >= 60 + 3 * millions * 4 * 8 / 0.001  # Mbit/s
+    assert 60 < hand_over.hand_over_seconds(swarm, parameters, None) < 61
 
 
 def test_callback_at_the_end_of_a_run_begins_no_round_and_waits_for_no_partner(tmp_path):
@@ -487,7 +487,7 @@ def test_callback_backs_up_every_so_many_epochs_but_never_between_the_halves_of_
     for number in range(12):
         callback.optimizer.state_averager.pending_updates = {"update"} if number == 3 else set()
         local_step(callback)
-        epochs.append(read_backup(callback.state_path)["epoch"] if callback.state_path.exists() else None)
+        epochs.append(read_backup(callback.backups.path)["epoch"] if callback.backups.path.exists() else None)
     assert epochs == [None, None, None, None, 2, 2, 2, 4, 4, 4, 4, 6]
 
 
@@ -497,35 +497,35 @@ def test_callback_backs_up_before_an_epoch_ends_when_updates_were_under_way_all_
     averager.pending_updates = {"update"}
     for _ in range(6):  # epochs of 2 local steps, a backup is due every 2 epochs
         local_step(callback)
-    assert not callback.state_path.exists() and callback.optimizer.local_epoch == 3
+    assert not callback.backups.path.exists() and callback.optimizer.local_epoch == 3
     averager.pending_updates = set()
     callback.optimizer.before_epoch_ends()
-    assert read_backup(callback.state_path)["epoch"] == 3
+    assert read_backup(callback.backups.path)["epoch"] == 3
 
 
 def test_callback_keeps_training_and_the_previous_backup_when_the_disk_is_full(tmp_path, monkeypatch):
     callback = make_callback(tmp_path)
-    callback.state_path.write_bytes(b"previous")
+    callback.backups.path.write_bytes(b"previous")
 
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("src.trainer.callback.save_backup", fail)
+    monkeypatch.setattr(backup, "save_backup", fail)
     for _ in range(4):
         local_step(callback)
-    assert callback.state_path.read_bytes() == b"previous"
+    assert callback.backups.path.read_bytes() == b"previous"
     assert said_by(callback).count("backup failed, the previous one is kept: No space left on device") == 1
 
 
 def test_callback_rolls_parameters_that_are_not_finite_back_to_the_backup(tmp_path):
     optimizer = FakeOptimizer(tiny_model())
     callback = make_callback(tmp_path, optimizer)
-    save_backup(callback.state_path, callback.model, optimizer)
-    before = {name: tensor.clone() for name, tensor in callback.model.state_dict().items()}
+    save_backup(callback.backups.path, callback.backups.model, optimizer)
+    before = {name: tensor.clone() for name, tensor in callback.backups.model.state_dict().items()}
     local_step(callback)
     spoil_at_next_step(optimizer)
     local_step(callback)
-    for name, tensor in callback.model.state_dict().items():
+    for name, tensor in callback.backups.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert optimizer.local_epoch == 0
     assert optimizer.num_downloads == 0
@@ -549,12 +549,12 @@ def test_callback_takes_the_state_of_a_peer_when_there_is_no_backup(tmp_path):
 
 def test_callback_never_backs_up_parameters_that_are_not_finite(tmp_path, caplog):
     callback = make_callback(tmp_path)
-    save_backup(callback.state_path, callback.model, callback.optimizer)
-    good = callback.state_path.read_bytes()
+    save_backup(callback.backups.path, callback.backups.model, callback.optimizer)
+    good = callback.backups.path.read_bytes()
     with torch.no_grad():
         callback.parameters[0].view(-1)[5] = math.inf
     run(callback.on_train_end)
-    assert callback.state_path.read_bytes() == good
+    assert callback.backups.path.read_bytes() == good
     assert "no backup written" in caplog.text
 
 
@@ -577,11 +577,11 @@ def test_callback_resumes_from_the_backup(tmp_path):
     saved = tiny_model(seed=1)
     optimizer = FakeOptimizer(tiny_model(seed=2), epoch=0)
     callback = make_trainer(tmp_path, optimizer)[1]
-    save_backup(callback.state_path, saved, FakeOptimizer(saved, epoch=9))
+    save_backup(callback.backups.path, saved, FakeOptimizer(saved, epoch=9))
     callback.resume()
     run(callback.on_train_begin)
     assert optimizer.local_epoch == 9
-    assert f"resumed from {callback.state_path} at epoch 9" in said_by(callback)
+    assert f"resumed from {callback.backups.path} at epoch 9" in said_by(callback)
     for one, other in zip(optimizer.model.state_dict().values(), saved.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     assert optimizer.num_downloads == 0
@@ -647,14 +647,14 @@ def test_trainer_that_gets_no_weights_stops_and_leaves_no_backup_of_random_ones(
     run(callback.on_train_end)
     assert control.should_training_stop and not optimizer.shares_state
     assert "no peer has handed over the weights with which this run began (0123456789abcdef)" in said_by(callback)
-    assert not callback.state_path.exists()
+    assert not callback.backups.path.exists()
 
 
 @pytest.mark.parametrize("peer", [{}, {"init_checkpoint": "state.pth"}, "backup"])
 def test_trainer_that_has_the_weights_of_the_run_waits_for_nobody(tmp_path, peer):
     optimizer, callback = make_joining(tmp_path, Card("0123456789abcdef" if peer else None))
     if peer == "backup":
-        save_backup(callback.state_path, optimizer.model, optimizer)
+        save_backup(callback.backups.path, optimizer.model, optimizer)
     else:
         vars(callback.peer).update(peer)
     assert not run(callback.on_train_begin).should_training_stop
@@ -752,7 +752,7 @@ def test_callback_says_and_counts_epochs_that_were_stepped_alone_although_others
     lines = [line for line in said_by(callback).splitlines() if line.startswith("epoch 1/")]
     assert len(lines) == 1 and "own gradients alone" in lines[0]
     assert [epoch["lone_epochs"] for epoch in journal_of(tmp_path, "epoch")] == [1, 1], "since the start"
-    assert callback.dht.records["fake_metrics"][b"key"].value["lone_epochs"] == 1
+    assert callback.swarm.dht.records["fake_metrics"][b"key"].value["lone_epochs"] == 1
     assert RunHistory(read_journal(tmp_path / "metrics.jsonl")).peers[THIS_PEER].lone_epochs == 1
 
 
@@ -792,6 +792,6 @@ def test_callback_explains_a_partial_round_once_in_words(tmp_path, reason, expec
 
 def test_callback_writes_nothing_to_the_terminal_between_epochs_when_output_is_a_file(tmp_path):
     callback = make_callback(tmp_path)
-    callback.progress.stream = io.StringIO()
+    callback.report.progress.stream = io.StringIO()
     local_step(callback)
     assert said_by(callback) == ""

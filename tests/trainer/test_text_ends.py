@@ -101,10 +101,10 @@ def test_trainer_without_text_writes_a_backup_and_ends(tmp_path, monkeypatch, ca
     assert callback.stop is trainer.stop
     if end is hang:
         threading.Timer(3.0, trainer.stop.set).start()
-    assert run_trainer.train(trainer, callback.progress) == code
+    assert run_trainer.train(trainer, callback.report.progress) == code
     assert len(optimizer.steps) == 3, "what was read before is used"
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "data workers are killed when the trainer leaves"
     assert (tmp_path / "backup.pth").exists() and trainer.stop.is_set() and len(deadlines) == 1
     assert capfd.readouterr().err == said
     what = "a process that prepares data has ended: stopping"
-    assert (what in callback.progress.stream.getvalue()) == (end is end_process)
+    assert (what in callback.report.progress.stream.getvalue()) == (end is end_process)

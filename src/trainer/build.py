@@ -1,0 +1,237 @@
+"""Put a trainer together: the model and the data come from its task, all else from here.
+
+``peer``, ``collaboration`` and ``training`` are the parsed arguments of `run_trainer.py`; ``task`` is `tasks.mlm.task`,
+or a module with the same three functions.
+"""
+
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import torch
+from transformers import PrinterCallback
+
+from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
+from src.metrics.console import Progress
+from src.metrics.journal import Journal, claim_run_directory, num_starts
+from src.preflight.preflight import Workload, run_checks
+from src.process.same_peer import keep_ports, take_up_identity
+from src.process.supervisor import start_deadline
+from src.swarm.join import Swarm, join_run, record_start, start_averaging
+from src.swarm.run_card import make_run_card
+from src.trainer.backup import Backups, load_initial_weights
+from src.trainer.callback import CollaborativeCallback, sequence_length_at
+from src.trainer.epoch_report import EpochReport
+from src.trainer.gradient_buffers import GradientBuffers
+from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, StoppedWaiting
+from src.trainer.local_workers import FollowerCallback, LocalWorkers, worker_was_lost
+
+STOP_SECONDS = 25.0  # to leave the swarm in order after a stop
+
+
+@dataclass
+class TrainerProgram:
+    """All that a running trainer consists of."""
+
+    trainer: CollaborativeTrainer
+    callback: CollaborativeCallback
+    swarm: Swarm
+    journal: Journal
+
+
+def check(
+    peer: TrainerPeerArguments, collaboration: CollaborationArguments, training: HFTrainerArguments, *, task, say
+) -> int:
+    """Test this machine's set-up without joining in training; returns the exit code."""
+
+    def make_model():
+        model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+        task.check_sequence_length(model, training.max_sequence_length)
+        if peer.init_checkpoint is not None:
+            settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
+        return model, tokenizer
+
+    settings = run_settings(peer, collaboration, training)
+    return run_checks(
+        peer,
+        output_dir=training.output_dir,
+        device=training.device,
+        workload=Workload(
+            training.min_8bit_size,
+            batch_size=training.per_device_train_batch_size,
+            length=training.max_sequence_length,
+            half_precision=training.fp16 or training.bf16,
+        ),
+        build_model=make_model,
+        make_card=partial(make_run_card, settings=settings, trainer=True),
+        read_data=lambda tokenizer: task.build_data(tokenizer, peer, training, peer_seed=b"check"),
+        say=say,
+    )
+
+
+def build(
+    peer: TrainerPeerArguments,
+    collaboration: CollaborationArguments,
+    training: HFTrainerArguments,
+    *,
+    task,
+    progress: Progress,
+    stop: threading.Event,
+) -> TrainerProgram:
+    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError."""
+    model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+    task.check_sequence_length(model, training.max_sequence_length)
+    model.to(training.device)
+    directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
+    state_path = Path(peer.state_path) if peer.state_path else directory / "backup.pth"
+    settings = run_settings(peer, collaboration, training)
+    if peer.init_checkpoint is not None and state_path.exists():
+        progress.say(f"there is a backup, {state_path}: --init_checkpoint is not read")
+    elif peer.init_checkpoint is not None:
+        settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
+        progress.say(f"begins with the weights of {peer.init_checkpoint} ({settings['init_checkpoint']})")
+    if peer.restart:
+        take_up_identity(peer)
+    node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
+    if peer.restart:
+        keep_ports(peer, node.dht)
+    workers = LocalWorkers(size=training.world_size, device=training.device)
+    # A peer that is started again under the same identity goes on with other data than it began with last time.
+    start = num_starts(directory / "metrics.jsonl").to_bytes(8, "big")
+    peer_seed = workers.share_bytes(node.dht.peer_id.to_bytes() + start)
+    dataset, collator, current_length = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    if workers.size > 1:
+        # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.
+        collaboration.reuse_grad_buffers = False
+    swarm, journal = start_averaging(
+        node, model, directory / "metrics.jsonl", peer=peer, collaboration=collaboration, training=training
+    )
+    meter, scaler = LossMeter(), LossScaler() if training.fp16 else None
+    callback = make_callback(
+        swarm,
+        model,
+        journal,
+        peer=peer,
+        training=training,
+        meter=meter,
+        scaler=scaler,
+        current_length=current_length,
+        state_path=state_path,
+        progress=progress,
+        stop=stop,
+        workers=workers,
+    )
+    callback.resume()
+    record_start(journal, node.settings, role="trainer")
+    trainer = make_trainer(model, dataset, collator, callback, training=training, optimizer=swarm.optimizer)
+    return TrainerProgram(trainer, callback, swarm, journal)
+
+
+def make_callback(
+    swarm: Swarm,
+    model: torch.nn.Module,
+    journal: Journal,
+    *,
+    peer: TrainerPeerArguments,
+    training: HFTrainerArguments,
+    meter: LossMeter,
+    scaler: LossScaler | None,
+    current_length: Synchronized,
+    state_path: Path,
+    progress: Progress,
+    stop: threading.Event,
+    workers: LocalWorkers,
+) -> CollaborativeCallback:
+    """The callback with its parts."""
+    backups = Backups(state_path, model, swarm.optimizer, every=peer.backup_every_epochs, say=progress.say)
+    reused = swarm.optimizer.grad_averager.reuse_grad_buffers
+    report = EpochReport(
+        swarm,
+        meter,
+        run_id=peer.run_id,
+        total_steps=training.total_steps,
+        expiration=peer.statistics_expiration,
+        journal=journal,
+        progress=progress,
+    )
+    return CollaborativeCallback(
+        swarm,
+        GradientBuffers(backups.parameters, scaler=scaler, reused=reused),
+        report,
+        backups,
+        peer=peer,
+        training=training,
+        current_length=current_length,
+        stop=stop,
+        workers=workers,
+    )
+
+
+def make_trainer(model, dataset, collator, callback, *, training, optimizer) -> CollaborativeTrainer:
+    """``callback``: of a peer, or of a process that follows it, whose ``optimizer`` is None."""
+    trainer = CollaborativeTrainer(
+        collaborative=optimizer,
+        meter=callback.meter,
+        scaler=callback.buffers.scaler,
+        stop=callback.stop,
+        model=model,
+        args=training,
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:
+    """A process that computes gradients for rank 0 of the same peer, when torchrun has started several."""
+    workers = LocalWorkers(rank=training.process_index, size=training.world_size, device=training.device)
+    model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+    model.to(training.device)
+    peer_seed = workers.share_bytes() + bytes([workers.rank])  # each rank reads data of its own
+    dataset, collator, current_length = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    callback = FollowerCallback(
+        workers,
+        GradientBuffers(parameters, scaler=LossScaler() if training.fp16 else None),
+        meter=LossMeter(),
+        current_length=current_length,
+        length_at=partial(sequence_length_at, training=training),
+        stop=stop,
+    )
+    return make_trainer(model, dataset, collator, callback, training=training, optimizer=None)
+
+
+def train(trainer: CollaborativeTrainer, *, text_error: type[Exception], say=None) -> int:
+    """Train until the end or a stop. Returns an exit code: 1 if another process was lost, 2 if text cannot be read.
+
+    However it ends, what was learned is in the backup, and the caller can leave the swarm in order.
+    """
+    try:
+        trainer.train()
+        return 0
+    except StoppedWaiting:
+        code = 0
+    except text_error as error:
+        print(f"run_trainer.py: error: {error}", file=sys.stderr)
+        code = 2
+    except RuntimeError as error:
+        if not worker_was_lost(error) and "DataLoader worker" not in str(error):
+            raise
+        if say is not None:
+            what = "another process of this peer" if worker_was_lost(error) else "a process that prepares data"
+            say(f"{what} has ended: stopping; start the peer again to go on")
+        code = 1
+    finally:
+        # torch's handler raises wherever this process is when a data worker dies; from now on they may
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    start_deadline(STOP_SECONDS)
+    trainer.stop.set()
+    if say is not None:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)  # writes the backup
+    return code

@@ -1,0 +1,169 @@
+"""What a trainer tells of its epochs and rounds: to its metrics file, to its person, and to the swarm."""
+
+import re
+import time
+from dataclasses import replace
+
+from src.metrics.console import Progress
+from src.metrics.journal import Journal, report_refusals
+from src.metrics.records import LoneEpoch, Round, TrainerEpoch
+from src.swarm.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
+from src.swarm.join import Swarm
+from src.trainer.hf_trainer import LossMeter
+
+
+class EpochReport:
+    """Counts between one epoch and the next; `finish` reports them.
+
+    ``expiration``: seconds for which what is published stays. ``total_steps``: epochs of the run.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        meter: LossMeter,
+        *,
+        run_id: str,
+        total_steps: int,
+        expiration: float,
+        journal: Journal,
+        progress: Progress,
+    ):
+        self.swarm, self.optimizer, self.meter = swarm, swarm.optimizer, meter
+        self.run_id, self.total_steps, self.expiration = run_id, total_steps, expiration
+        self.journal, self.progress = journal, progress
+        self.rounds: list[Round] = []
+        self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
+        self.total_samples = self.lone_epochs = 0  # since the start
+        self.num_downloads, self.epoch_started = 0, time.monotonic()
+
+    def start_clock(self) -> None:
+        self.epoch_started = time.monotonic()
+
+    def record_downloads(self, *, batch: int) -> None:
+        """States that were taken from others; with each, the samples of this epoch and of this ``batch`` are lost."""
+        for download in self.optimizer.finished_downloads():
+            lost = download.lost_samples + batch
+            self.meter.lose(lost)
+            self.num_downloads += 1
+            self.journal.record(replace(download, lost_samples=lost))
+            if lost:
+                self.progress.say(
+                    f"fell behind the swarm: took its state of epoch {download.to_epoch} in {download.seconds:.0f} s "
+                    f"and gave up {lost} samples of epoch {download.from_epoch + 1}; if this happens often, shorten "
+                    "local steps (--gradient_accumulation_steps) or look at the network"
+                )
+
+    def record_rounds(self) -> None:
+        """Rounds that have ended, and what was not believed."""
+        for averaging_round in self.optimizer.finished_rounds():
+            self.rounds.append(averaging_round)
+            self.journal.record(replace(averaging_round, epoch=self.optimizer.local_epoch))
+            if averaging_round.kind == "gradients" and averaging_round.error:
+                self._stepped_alone(averaging_round)
+            elif not averaging_round.complete:
+                self.progress.say(describe_incomplete(averaging_round))
+            elif averaging_round.num_refused:
+                self.progress.say(f"averaging {averaging_round.kind}: {'; '.join(averaging_round.reasons)}")
+        report_refusals(self.optimizer.take_refusals(), self.journal, self.progress.say)
+
+    def _stepped_alone(self, failed: Round) -> None:
+        """hivemind begins a round only when another trainer is there, and steps without one when it fails."""
+        self.lone_epochs += 1
+        epoch = self.optimizer.local_epoch
+        self.journal.record(LoneEpoch(epoch, failed.error))
+        self.progress.say(f"epoch {epoch} was stepped with this trainer's own gradients alone: {failed.error}")
+
+    def finish(self, *, sequence_length: int) -> None:
+        """Report the epoch that has just ended, and begin to count for the next one."""
+        self.total_samples += self.meter.samples
+        self._publish()
+        record = self._record(sequence_length)
+        self.journal.record(record)
+        self.progress.epoch_finished(record, self.total_steps, self.rounds)
+        self.rounds.clear()
+        self.waits.clear()
+        self.num_downloads = 0
+        self.meter.start_epoch()
+        self.start_clock()
+
+    def _publish(self) -> None:
+        meter, failed = self.meter, [one for one in self.rounds if not one.complete]
+        metrics = TrainerMetrics(
+            epoch=self.optimizer.local_epoch,
+            samples_per_second=self._samples_per_second(),
+            samples=meter.samples,
+            loss=float(meter.loss),
+            mlm_loss=float(meter.mlm_loss),
+            sop_loss=float(meter.sop_loss),
+            mini_steps=meter.mini_steps,
+            failed_rounds=len(failed),
+            total_samples=self.total_samples,
+            lone_epochs=self.lone_epochs,
+            failure=describe_incomplete(failed[-1])[:MAX_REASON_LENGTH] if failed else "",
+        )
+        store_metrics(self.swarm.dht, self.run_id, self.swarm.public_key, metrics, expiration=self.expiration)
+
+    def _record(self, sequence_length: int) -> TrainerEpoch:
+        meter, mini_steps = self.meter, max(1, self.meter.mini_steps)
+        return TrainerEpoch(
+            epoch=self.optimizer.local_epoch,
+            loss=meter.loss / mini_steps,
+            mlm_loss=meter.mlm_loss / mini_steps,
+            sop_loss=meter.sop_loss / mini_steps,
+            samples=meter.samples,
+            dropped_samples=meter.dropped,
+            samples_per_second=float(f"{self._samples_per_second():.4g}"),
+            num_peers=self.optimizer.tracker.global_progress.num_peers,
+            seconds=round(time.monotonic() - self.epoch_started, 3),
+            local_steps=len(self.waits),
+            waited_seconds=round(sum(self.waits), 3),
+            longest_wait=round(max(self.waits, default=0.0), 3),
+            failed_rounds=sum(bool(one.error) for one in self.rounds),
+            partial_rounds=sum(not one.complete and not one.error for one in self.rounds),
+            lone_epochs=self.lone_epochs,
+            state_downloads=self.num_downloads,
+            learning_rate=self.optimizer.state_averager.optimizer.param_groups[0]["lr"],
+            sequence_length=sequence_length,
+        )
+
+    def _samples_per_second(self) -> float:
+        return float(self.optimizer.tracker.performance_ema.samples_per_second)
+
+
+def describe_incomplete(averaging_round) -> str:
+    """One line on what went wrong in a round of averaging."""
+    if averaging_round.error:
+        return f"averaging {averaging_round.kind} failed after {averaging_round.seconds:.0f} s: {averaging_round.error}"
+    reasons = dict.fromkeys(map(explain, averaging_round.reasons))  # several parts may fail for the same reason
+    return (
+        f"averaging {averaging_round.kind} was partial: {averaging_round.received:.1%} of the values came back from "
+        f"{averaging_round.num_peers} peers, {averaging_round.num_lost} failed while sending"
+        + "".join(f"; {reason}" for reason in list(reasons)[:3])
+    )
+
+
+def explain(reason: str) -> str:
+    """What an error between this peer and another one means, and what its owner can do; unknown ones stay as they are.
+
+    ``reason`` is what `hivemind.averaging.allreduce` logs: "Caught ERROR when communicating to (or: with) PEER".
+    """
+    match = re.fullmatch(r"Caught (.*) when communicating (to|with) (\S+)", reason, flags=re.DOTALL)
+    if match is None:
+        return reason
+    error, direction, peer = match.groups()
+    name = f"peer ...{peer[-6:]}"
+    if "TimeoutError" in error:
+        what = "returned no averages" if direction == "to" else "sent nothing"
+        return f"{name} {what} in time: it is overloaded or stopped, or the network is slow (--next_chunk_timeout)"
+    if "BAD_GROUP_ID" in error:
+        return f"{name} had left the round: this peer came too late; if this happens often, shorten local steps"
+    if "CANCELLED" in error or "INTERNAL_ERROR" in error:
+        return f"{name} gave the round up"
+    if "parts, but we expected" in error:
+        return f"{name} ended in the middle of the round"
+    if any(
+        known in error for known in ("ControlFailure", "P2PHandlerError", "P2PDaemonError", "Connection", "Incomplete")
+    ):
+        return f"lost the connection to {name}; it ended, or the network failed"
+    return reason
