@@ -20,7 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from src.models.tokenizer import raw_tokenizer
 from tasks.mlm.encoding import SentenceEncoder
 from tasks.mlm.sentences import split_sentences
-from tasks.mlm.sources import DEFAULT_SOURCE, DocumentStream, derive_seed, open_source
+from tasks.mlm.sources import DEFAULT_SOURCE, DocumentStream, HubDataset, LocalFiles, derive_seed, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -309,28 +309,36 @@ class InstanceStream:
 
 
 class TrainingDataset(IterableDataset):
-    """Endless stream of instances, see `make_training_dataset`."""
+    """Endless stream of instances; for the arguments see `make_training_dataset`."""
 
-    def __init__(self, tokenizer, *, sources, weights, shuffle_buffer_size, shuffle_seed, preprocessing_batch_size):
+    def __init__(
+        self,
+        tokenizer,
+        sources: list[LocalFiles | HubDataset],
+        weights: list[float],
+        *,
+        shuffle_seed: int,
+        shuffle_buffer_size: int = 10_000,
+        preprocessing_batch_size: int = 256,
+        max_sequence_length=512,
+        batch_size: int | None = None,
+        pack_sequences: bool = False,
+    ):
         super().__init__()
-        self.sources = sources
-        self.weights = weights
-        self.shuffle_buffer_size = shuffle_buffer_size
-        self.shuffle_seed = shuffle_seed
-        self.preprocessing_batch_size = preprocessing_batch_size
+        self.sources, self.weights, self.shuffle_seed = sources, weights, shuffle_seed
+        self.shuffle_buffer_size, self.preprocessing_batch_size = shuffle_buffer_size, preprocessing_batch_size
+        self.max_sequence_length, self.batch_size, self.pack_sequences = max_sequence_length, batch_size, pack_sequences
         self.tokenizer = raw_tokenizer(tokenizer)
         self.starts_word = [
             token.startswith("▁") for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
         ]
         self.cls_token_id, self.sep_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.max_sequence_length = 512
-        self.batch_size, self.pack_sequences = None, False
         self._stream: InstanceStream | None = None
         self._state: dict | None = None
 
     def current_length(self) -> int:
         """The maximum length now: a multiprocessing.Value may have grown since the last instance."""
-        return getattr(self.max_sequence_length, "value", self.max_sequence_length)
+        return read_length(self.max_sequence_length)
 
     def assemble(self, instance: Instance) -> dict:
         """[CLS] A [SEP] B [SEP], or [CLS] A [SEP] without a second segment."""
@@ -422,6 +430,11 @@ class TrainingDataset(IterableDataset):
         self._state, self._stream = state, None
 
 
+def read_length(length) -> int:
+    """An int, or what a multiprocessing.Value holds now."""
+    return getattr(length, "value", length)
+
+
 def check_weights(weights: Sequence[float] | None, sources: Sequence[str]) -> list[float]:
     if weights is None:
         return [1.0] * len(sources)
@@ -481,6 +494,8 @@ def make_training_dataset(
         raise ValueError("no dataset sources given")
     check_tokenizer(tokenizer)
     weights = check_weights(weights, sources)
+    if read_length(max_sequence_length) < MIN_SEQUENCE_LENGTH:
+        raise ValueError(f"max_sequence_length {read_length(max_sequence_length)} is below {MIN_SEQUENCE_LENGTH}")
     counts = {
         "shuffle_buffer_size": shuffle_buffer_size,
         "preprocessing_batch_size": preprocessing_batch_size,
@@ -489,16 +504,14 @@ def make_training_dataset(
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, should be at least 1")
-    dataset = TrainingDataset(
+    return TrainingDataset(
         tokenizer,
-        sources=[open_source(source) for source in sources],
-        weights=weights,
-        shuffle_buffer_size=shuffle_buffer_size,
+        [open_source(source) for source in sources],
+        weights,
         shuffle_seed=int.from_bytes(os.urandom(7), "big") if shuffle_seed is None else shuffle_seed,
+        shuffle_buffer_size=shuffle_buffer_size,
         preprocessing_batch_size=preprocessing_batch_size,
+        max_sequence_length=max_sequence_length,
+        batch_size=batch_size,
+        pack_sequences=pack_sequences,
     )
-    dataset.max_sequence_length, dataset.batch_size = max_sequence_length, batch_size
-    dataset.pack_sequences = pack_sequences
-    if dataset.current_length() < MIN_SEQUENCE_LENGTH:
-        raise ValueError(f"max_sequence_length {dataset.current_length()} is below {MIN_SEQUENCE_LENGTH}")
-    return dataset
