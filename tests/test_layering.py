@@ -11,19 +11,40 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments", "command_line"}
 ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
-    *(f"src/training/{name}.py" for name in ("auth", "optimizer", "dht", "hf_trainer", "callback")),
+    "src/access/auth.py",
+    "src/auxiliary/build.py",
+    "src/swarm/build.py",
+    "src/swarm/dht.py",
+    "src/swarm/optimizer.py",
+    "src/swarm/run_card.py",
+    "src/trainer/build.py",
+    "src/trainer/callback.py",
+    "src/trainer/hf_trainer.py",
+}
+# room of src -> rooms that its files may import from, beside src/files.py and src/compiled.py, which import no other
+ROOMS = {
+    "models": (),
+    "process": (),
+    "metrics": (),
+    "optim": (),
+    "access": ("metrics",),
+    "export": ("metrics", "models"),
+    "swarm": ("access", "metrics", "models", "optim", "process"),
+    "preflight": ("access", "metrics", "models", "swarm"),
+    "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "swarm"),
+    "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "swarm"),
 }
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
+PRETRAINING = {f"src.{room}" for room in ROOMS if room != "models"}
 # path prefix -> modules (and all below them) that files there must not import
 FORBIDDEN = {
     "command_line.py": {"torch", "transformers", "arguments", "src", "tasks"},
     "arguments.py": {"src", "tasks", "hivemind", "bitsandbytes", "datasets"},
     "src/": {"tasks", "command_line"},
-    "src/training/": set(),
-    "src/models/": {"src.training", "arguments", "hivemind", "bitsandbytes", "datasets"},
-    "tasks/finetuning/": {"src.training", "tasks.mlm"},
-    "tasks/russian_superglue/": {"src.training", "tasks.mlm"},
-    "tasks/rucola.py": {"src.training", "tasks.mlm"},
+    "src/models/": {"arguments", "hivemind", "bitsandbytes", "datasets"},
+    "tasks/finetuning/": {*PRETRAINING, "tasks.mlm"},
+    "tasks/russian_superglue/": {*PRETRAINING, "tasks.mlm"},
+    "tasks/rucola.py": {*PRETRAINING, "tasks.mlm"},
 }
 # The last two (google is protobuf) are imported by the functions that read a sentencepiece model, and only there.
 MODEL_DEPENDENCIES = {
@@ -55,6 +76,27 @@ def imported_modules(name):
             module = ".".join([*base, node.module] if node.module else base)
             modules |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return modules, levels
+
+
+@pytest.mark.parametrize("name", [name for name in source_files() if name.count("/") == 2 and name.startswith("src/")])
+def test_rooms_import_only_from_those_they_may(name):
+    room = name.split("/")[1]
+    modules = {module.split(".")[1] for module in imported_modules(name)[0] if module.startswith("src.")}
+    allowed = {room, "files", "compiled", *ROOMS[room]}
+    assert modules <= allowed | ({"models"} if room == "models" else set())
+
+
+def test_rooms_form_no_circle():
+    done = set()
+    while len(done) < len(ROOMS):
+        ready = {room for room, others in ROOMS.items() if room not in done and done >= set(others)}
+        assert ready, f"a circle among {set(ROOMS) - done}"
+        done |= ready
+
+
+def test_what_all_rooms_use_uses_none():
+    for name in ("src/files.py", "src/compiled.py"):
+        assert not {module for module in imported_modules(name)[0] if is_below(module, "src")}
 
 
 def is_below(module, parent):
