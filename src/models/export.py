@@ -24,7 +24,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import logging as transformers_logging
 
 from .albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
-from .checkpoint import give_usual_mode, load_strictly, read_state_dict
+from .checkpoint import check_size, give_usual_mode, load_strictly, read_state_dict
 from .config import LeanAlbertConfig
 from .hub import explain_hub_error, give_up_on_silence
 from .model_card import (
@@ -145,7 +145,9 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     has_order_head = any(name.startswith("sop_classifier.") for name in state)
     if not has_order_head:  # nothing else uses the pooler
         state = {name: tensor for name, tensor in state.items() if not name.startswith("albert.pooler.")}
-    model = (LeanAlbertForPreTraining if has_order_head else LeanAlbertForMaskedLM)(config)
+    kind = LeanAlbertForPreTraining if has_order_head else LeanAlbertForMaskedLM
+    check_size(lambda: kind(config), state, source=path)
+    model = kind(config)
     load_strictly(model, state, source=path)
     return model.eval(), loaded
 
