@@ -69,9 +69,10 @@ def check(peer, collaboration, training, progress) -> int:
     from functools import partial
 
     import torch
+    from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.training.preflight import Workload, run_checks
+    from src.training.preflight import Workload, check_uploads, run_checks
     from src.training.run_card import make_run_card
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
@@ -86,6 +87,7 @@ def check(peer, collaboration, training, progress) -> int:
         read_data=(lambda tokenizer: checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=1))
         if peer.eval_sources
         else None,
+        check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         say=progress.say,
     )
 
@@ -93,10 +95,20 @@ def check(peer, collaboration, training, progress) -> int:
 def build(peer, collaboration, training, *, progress, stop):
     """All that an auxiliary peer consists of. hivemind forks its processes, so it comes before threads are started."""
 
+    from functools import partial
+
     from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.training.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
+    from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
+    from src.training.auxiliary import (
+        AveragingAssistant,
+        CheckpointNotice,
+        CheckpointStore,
+        Evaluator,
+        Uploader,
+        make_public,
+    )
     from src.training.journal import claim_run_directory
     from src.training.report import Reporter
     from src.training.run_end import RunEnd
@@ -106,6 +118,16 @@ def build(peer, collaboration, training, *, progress, stop):
     from tasks.mlm.task import build_model
 
     model, tokenizer = build_model(peer, seed=training.seed)
+    if peer.repo_url:
+        give_up_on_silence(ASK_SECONDS)
+        try:
+            check_token(HfApi(), peer.repo_url)
+        except ConnectionError as error:
+            progress.say(f"the hub cannot be asked now whether {peer.repo_url} may be uploaded to ({error}); the first "
+                         "upload will show it")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"--repo_url {peer.repo_url}: {error}") from error
+        give_up_on_silence()
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     settings = run_settings(peer, collaboration, training)
     if peer.restart:
@@ -146,7 +168,13 @@ def build(peer, collaboration, training, *, progress, stop):
             evaluator = Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop)
         if peer.repo_url:
             uploader = Uploader(
-                store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop
+                store,
+                peer.repo_url,
+                HfApi(),
+                prepare=partial(make_public, store=store, name=peer.repo_url, metrics=journal.path),
+                interval=peer.upload_interval,
+                progress=progress,
+                stop=stop,
             )
     end = RunEnd(
         peer.run_id,
