@@ -16,7 +16,7 @@ import pydantic.v1 as pydantic  # hivemind validates records with pydantic's fir
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
@@ -25,6 +25,7 @@ from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read
 from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
+from src.training.record_limits import Acquaintances, limit_records
 from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
 from src.training.sockets import socket_directory
 
@@ -108,7 +109,11 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     sift_dictionaries()  # before the node's process is forked
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
-    records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
+    initial_ids = [address.rsplit("/p2p/", 1)[1] for address in peer.initial_peers if "/p2p/" in address]
+    acquaintances = Acquaintances(PeerID.from_base58(peer_id).to_bytes() for peer_id in initial_ids)
+    records, membership = OwnedRecords(identity.private_key, peer.run_id, acquaintances), identity.membership
+    acquaintances.befriend([records.peer_id])
+    limit_records(acquaintances, peer.run_id)  # this, too
     try:
         with _identity_file(peer, identity) as options:
             dht = hivemind.DHT(

@@ -29,6 +29,8 @@ from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from src.training.record_limits import Acquaintances
+
 logger = logging.getLogger(__name__)
 
 MAX_BYTES, MAX_MEMBER_BYTES = 2**14, 2**19  # of a record; a member's holds the organiser's list of revoked keys
@@ -36,6 +38,7 @@ MAX_DEPTH = 8  # of lists and dictionaries in a record
 MAX_LIFETIME = 3600.0  # seconds from now to a record's expiration
 MAX_CLOCK_ERROR = 60.0  # seconds by which the clock of who stores may be ahead
 MAX_KEY_BITS, MAX_REMEMBERED = 4096, 4096
+MAX_BAD_ENTRIES = 100  # of a list, after which the rest of it is not looked at
 _OWNER = re.compile(rb"\[owner:(ssh-rsa [A-Za-z0-9+/=]{1,1000})\]")
 _SIGNATURE = re.compile(rb"[A-Za-z0-9+/=]{1,1000}")
 
@@ -85,8 +88,9 @@ class OwnedRecords(RSASignatureValidator):
     does not tell the key. The signature covers key, subkey, content and expiration.
     """
 
-    def __init__(self, private_key: RSAPrivateKey, run_id: str):
+    def __init__(self, private_key: RSAPrivateKey, run_id: str, acquaintances: Acquaintances | None = None):
         super().__init__(private_key)
+        self.acquaintances = Acquaintances() if acquaintances is None else acquaintances
         self.peer_id = peer_id_of(private_key.get_public_key().to_bytes()).to_bytes()
         self._members_key = DHTID.generate(source=f"{run_id}_members").to_bytes()
         self._verified: OrderedDict[bytes, None] = OrderedDict()  # digests: the same records are read again and again
@@ -114,7 +118,10 @@ class OwnedRecords(RSASignatureValidator):
             return "its owner is not who its subkey says"
         if not self._is_signed(known, dataclasses.replace(record, value=content), signature):
             return "its owner has not signed it"
-        return "" if _is_shallow(_loads(content), MAX_DEPTH) else "it is too deep"
+        if not _is_shallow(_loads(content), MAX_DEPTH):
+            return "it is too deep"
+        self.acquaintances.note(_loads(record.subkey), known[1])
+        return ""
 
     @staticmethod
     def _owner(subkey: bytes) -> tuple[bytes | None, bool]:
@@ -176,6 +183,8 @@ def _is_shallow(value: object, levels: int) -> bool:
 def sift_dictionaries() -> None:
     """Let a node keep the good entries of a dictionary that another one sends, and believe no expiration but theirs.
 
+    Of more than its own have room for it takes those of the peers that it knows longest, see `limit_records`.
+
     hivemind 1.1.12 throws the whole dictionary away for one bad entry (dht/protocol.py:416, `_validate_dictionary`), so
     that whoever holds one hides those of all others. And it takes the dictionary's own expiration unseen (:324, in
     `call_find`): the latest ends a search at once, and what was found is then kept as the newest for ever.
@@ -185,13 +194,19 @@ def sift_dictionaries() -> None:
     DHTProtocol.find_unsifted = DHTProtocol.call_find
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
-        good, now = DictionaryDHTValue(), get_dht_time()
-        for subkey, (value, expiration) in dictionary.data.items():
+        good, num_bad, now = DictionaryDHTValue(), 0, get_dht_time()
+        rank = DictionaryDHTValue.acquaintances.rank
+        for subkey, (value, expiration) in sorted(dictionary.data.items(), key=lambda item: rank(item[0])):
             subkey_bytes = MSGPackSerializer.dumps(subkey)
             if not isinstance(expiration, (int, float)) or not expiration >= now:
                 continue
-            if self._validate_record(key_bytes, subkey_bytes, value, expiration):
-                good.store(subkey, value, expiration)
+            if not self._validate_record(key_bytes, subkey_bytes, value, expiration):
+                num_bad += 1
+                is_enough = num_bad >= MAX_BAD_ENTRIES
+            else:
+                is_enough = not good.store(subkey, value, expiration)
+            if is_enough:
+                break
         vars(dictionary).update(vars(good), latest_expiration_time=good.latest_expiration_time)
         return bool(good.data)
 
