@@ -21,7 +21,14 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
-from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.training.auth import (
+    Identity,
+    MemberAuthorizer,
+    MembershipKeeper,
+    bind_requests_to_callers,
+    read_identity,
+    write_key,
+)
 from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
@@ -111,9 +118,12 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     identity = identity if identity is not None else read_identity(peer)
     initial_ids = [address.rsplit("/p2p/", 1)[1] for address in peer.initial_peers if "/p2p/" in address]
     acquaintances = Acquaintances(PeerID.from_base58(peer_id).to_bytes() for peer_id in initial_ids)
-    records, membership = OwnedRecords(identity.private_key, peer.run_id, acquaintances), identity.membership
+    membership = identity.membership
+    is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
+    records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)
     acquaintances.befriend([records.peer_id])
     limit_records(acquaintances, peer.run_id)  # this, too
+    bind_requests_to_callers()
     try:
         with _identity_file(peer, identity) as options:
             dht = hivemind.DHT(

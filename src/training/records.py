@@ -15,6 +15,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 
 import msgpack
 from cryptography.hazmat.primitives import serialization
@@ -68,11 +69,16 @@ def _read_key(public_key: bytes) -> tuple[RSAPublicKey, bytes] | None:
         return None
 
 
+def peer_of_key(public_key: bytes) -> bytes | None:
+    """The peer id of whoever holds the private key; None if that is no key that a peer may have."""
+    known = _read_key(public_key)
+    return None if known is None else known[1]
+
+
 def peer_of(owner: object) -> bytes | None:
     """The peer id of the owner of a record, from its subkey ``[owner:PUBLIC KEY]``; None if that is something else."""
     found = _OWNER.fullmatch(owner) if isinstance(owner, bytes) else None
-    known = _read_key(found.group(1)) if found is not None else None
-    return None if known is None else known[1]
+    return None if found is None else peer_of_key(found.group(1))
 
 
 def name_of(owner: object) -> str:
@@ -86,11 +92,21 @@ class OwnedRecords(RSASignatureValidator):
 
     A signed value is ``content[signature:...]``, or ``content[owner:...][signature:...]`` under a bare peer id, which
     does not tell the key. The signature covers key, subkey, content and expiration.
+
+    ``is_revoked(owner)``: in a private run, whether the records of the owner of ``[owner:PUBLIC KEY]`` are refused.
+    That of its token is not, so that everybody can say why it is not let in.
     """
 
-    def __init__(self, private_key: RSAPrivateKey, run_id: str, acquaintances: Acquaintances | None = None):
+    def __init__(
+        self,
+        private_key: RSAPrivateKey,
+        run_id: str,
+        acquaintances: Acquaintances | None = None,
+        is_revoked: Callable[[bytes], bool] = lambda owner: False,
+    ):
         super().__init__(private_key)
         self.acquaintances = Acquaintances() if acquaintances is None else acquaintances
+        self.is_revoked = is_revoked
         self.peer_id = peer_id_of(private_key.get_public_key().to_bytes()).to_bytes()
         self._members_key = DHTID.generate(source=f"{run_id}_members").to_bytes()
         self._verified: OrderedDict[bytes, None] = OrderedDict()  # digests: the same records are read again and again
@@ -113,9 +129,12 @@ class OwnedRecords(RSASignatureValidator):
         owner, under_peer_id = self._owner(record.subkey)
         if owner is None or (public_key is None) == under_peer_id:
             return "it has no owner"
-        known = _read_key(owner if public_key is None else public_key)
+        public_key = owner if public_key is None else public_key
+        known = _read_key(public_key)
         if known is None or (under_peer_id and known[1] != owner):
             return "its owner is not who its subkey says"
+        if record.key != self._members_key and self.is_revoked(b"[owner:" + public_key + b"]"):
+            return "its owner was shut out"
         if not self._is_signed(known, dataclasses.replace(record, value=content), signature):
             return "its owner has not signed it"
         if not _is_shallow(_loads(content), MAX_DEPTH):

@@ -50,6 +50,7 @@ SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 MAX_GATHERED_BYTES = 4096  # what a member of a group says of itself has some thirty
 MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-3, 1e6  # Mbit/s that can be meant
+ADMISSION_SECONDS = 10.0  # after which one that still takes the state must still be a member
 SHUN_SECONDS = 600.0  # for which a peer that has sent what no honest one sends is neither let in nor called
 MAX_SHUNNED = 1000  # a new name costs nothing
 
@@ -584,9 +585,16 @@ class RoundReporting(Gated):
             return
         self.attendance.came(peer)
         self._enter("serving", peer=str(context.remote_id))
+        admitted_at = time.monotonic()
         try:
-            async for message in self._handouts.hand_out(peer, super().rpc_download_state(request, context)):
-                yield message
+            handout = self._handouts.hand_out(peer, super().rpc_download_state(request, context))
+            async with contextlib.aclosing(handout) as messages:
+                async for message in messages:
+                    if time.monotonic() > admitted_at + ADMISSION_SECONDS:  # a slow one may be shut out meanwhile
+                        if not await self._admits(context.remote_id):
+                            return
+                        admitted_at = time.monotonic()
+                    yield message
             await asyncio.sleep(LINGER_SECONDS)
         finally:
             self._enter("served", peer=str(context.remote_id))

@@ -76,6 +76,11 @@ class Asked:
         return "a stub"
 
 
+    async def rpc_download_state(self, request, context):
+        for _ in range(5):
+            yield averaging_pb2.DownloadData()
+
+
 class AskedAverager(RoundReporting, Asked):
     peer_id = PeerID(b"own")
 
@@ -138,6 +143,25 @@ def test_group_of_another_leader_is_not_left_because_of_a_member(averager, kind)
 def test_member_that_a_leader_names_twice_counts_once(averager):
     group = GroupInfo(b"group", (averager.peer_id, PeerID(b"x"), PeerID(b"x")), (gathered(),) * 3)
     assert averager._usable_members(group).peer_ids == (averager.peer_id, PeerID(b"x"))
+
+
+@pytest.mark.parametrize("revoked", [False, True])
+def test_member_that_is_revoked_while_it_takes_the_state_gets_no_more_of_it(averager, monkeypatch, revoked):
+    monkeypatch.setattr(rounds, "ADMISSION_SECONDS", -1.0)
+    monkeypatch.setattr(rounds, "LINGER_SECONDS", 0.0)
+    answers = iter([True, True, not revoked])
+
+    async def admits(self, peer):
+        return next(answers, not revoked)
+
+    monkeypatch.setattr(RoundReporting, "_admits", admits)
+
+    async def download() -> int:
+        messages = averager.rpc_download_state(None, SimpleNamespace(remote_id=PeerID(b"member")))
+        return len([message async for message in messages])
+
+    assert asyncio.run(download()) == (1 if revoked else 5)
+    assert not averager._handouts.running, "another one may have it"
 
 
 # -- whole rounds -----------------------------------------------------------------------------------------------------
