@@ -75,7 +75,6 @@ class Asked:
     def get_stub(cls, p2p, peer, *, namespace=None):
         return "a stub"
 
-
     async def rpc_download_state(self, request, context):
         for _ in range(5):
             yield averaging_pb2.DownloadData()
