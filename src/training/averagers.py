@@ -29,6 +29,7 @@ from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 from hivemind.utils.streaming import combine_from_streaming
 
 from src.training.contributions import Judge, check_wire_tensor
+from src.training.records import names_in
 from src.training.rounds import POLL_SECONDS, RoundReporting
 from src.training.state_check import check_state, far_apart, sample_parameters
 from src.training.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
@@ -277,17 +278,30 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
         return metadata, tensors
 
     async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
-        """Raises ValueError if more of the other donors contradict a state than confirm it."""
+        """Raises ValueError if more of the other donors contradict a state than confirm it.
+
+        Of this peer's initial peers, as donors and as others, the word counts alone: nobody else can have their ids,
+        while anybody can have many.
+        """
         expected, seed = self._expected_epoch.value, secrets.token_bytes(16)
         if epoch > expected + MAX_LEAD:
             raise ValueError(f"it claims epoch {epoch}, the swarm is at {expected:.0f}")
         samples = sample_parameters(tensors[: len(self._averaged_tensors)], seed)
+        trusted = set(names_in(self.dht.initial_peers or ()))
+        others = [peer for peer in donors if peer != donor]
+        witnesses = sorted(others, key=lambda peer: str(peer) not in trusted)[:NUM_WITNESSES]
+        found = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
+        # who is silent, or has just joined and has no state of its own yet, says nothing
+        answers = {
+            peer: answer
+            for peer, answer in zip(witnesses, found, strict=True)
+            if answer is not None and expected - 3 <= answer[0] < math.inf
+        }
+        of_trusted = {peer: answer for peer, answer in answers.items() if str(peer) in trusted}
+        if of_trusted or str(donor) in trusted:
+            answers = of_trusted
         confirmed, contradictions = 0, []
-        witnesses = [peer for peer in donors if peer != donor][:NUM_WITNESSES]
-        answers = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
-        for witness, answer in zip(witnesses, answers, strict=True):
-            if answer is None or not expected - 3 <= answer[0] < math.inf:
-                continue  # it is silent, or has just joined and has no state of its own yet
+        for witness, answer in answers.items():
             difference = far_apart(samples, answer[1])
             if difference:
                 contradictions.append(f"{witness} has another one, {difference}")

@@ -33,7 +33,7 @@ from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
 from src.training.record_limits import Acquaintances, limit_records
-from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
+from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, names_in, sift_dictionaries
 from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
@@ -116,8 +116,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     sift_dictionaries()  # before the node's process is forked
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
-    initial_ids = [address.rsplit("/p2p/", 1)[1] for address in peer.initial_peers if "/p2p/" in address]
-    acquaintances = Acquaintances(PeerID.from_base58(peer_id).to_bytes() for peer_id in initial_ids)
+    acquaintances = Acquaintances(PeerID.from_base58(name).to_bytes() for name in names_in(peer.initial_peers))
     membership = identity.membership
     is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
     records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)

@@ -15,7 +15,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgpack
 from cryptography.hazmat.primitives import serialization
@@ -85,6 +85,11 @@ def name_of(owner: object) -> str:
     """The peer id as text, as others see this peer in the network; ``?`` for a subkey that names no key."""
     peer = peer_of(owner)
     return "?" if peer is None else PeerID(peer).to_base58()
+
+
+def names_in(addresses: Iterable[object]) -> list[str]:
+    """The peer ids, as text, that addresses of peers end in."""
+    return sorted({str(address).rsplit("/p2p/", 1)[1] for address in addresses if "/p2p/" in str(address)})
 
 
 class OwnedRecords(RSASignatureValidator):
