@@ -298,8 +298,11 @@ class RoundReporting(Gated):
         type(self)._shunned = {**others, peer: now + SHUN_SECONDS}
         self.attendance.leave_out(peer.to_bytes(), SHUN_SECONDS)
         self._report_refusal(str(peer), f"{reason}; it is left alone for {SHUN_SECONDS / 60:.0f} minutes")
+        self._remark(f"{peer} {reason}")
+
+    def _remark(self, text: str) -> None:
         if len(self._remarks) < MAX_REASONS:
-            self._remarks = (*self._remarks, printable(f"{peer} {reason}", MAX_REASON_LENGTH))
+            self._remarks = (*self._remarks, printable(text, MAX_REASON_LENGTH))
 
     @classmethod
     def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
