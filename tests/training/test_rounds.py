@@ -19,7 +19,7 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import MSGPackSerializer
 
 from src.training import rounds
-from src.training.averagers import LeanGradientAverager
+from src.training.averagers import LeanGradientAverager, LeanStateAverager
 from src.training.contributions import CheckedContainer, JudgingAllReduce
 from src.training.matchmaking import Attendance
 from src.training.rounds import Patience, RoundReporting, objection_to_member
@@ -260,3 +260,45 @@ def test_honest_peers_average_in_time_with_a_bad_member_and_name_it(shut_down_at
     assert any(named), reported
     # a search, 2 s and 2 x 48 Mbit over 50 Mbit/s; with 1.5 s for each of its parts it would be 6 s more
     assert max(one.seconds for one in reported) < 2.0 + 2.0 + 2.0 + 1.5, reported
+
+
+@pytest.mark.timeout(120)
+def test_member_that_claims_another_epoch_does_not_prevent_a_round_of_parameters(shut_down_at_end):
+    nodes, averagers = [], []
+    for number in range(3):
+        known = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+        nodes.append(shut_down_at_end(hivemind.DHT(start=True, initial_peers=known, host_maddrs=[LOOPBACK])))
+        averager = LeanStateAverager(
+            dht=nodes[-1],
+            params=[torch.nn.Parameter(torch.full((5000,), 1.0 + number / 1000))],
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            initialize_optimizer=False,
+            prefix="other_epoch",
+            min_matchmaking_time=2.0,
+            request_timeout=1.0,
+            allreduce_timeout=30.0,
+            next_chunk_timeout=4.0,
+            sender_timeout=3.0,
+            reducer_timeout=4.0,
+            min_vector_size=1000,
+            start=True,
+        )
+        averagers.append(shut_down_at_end(averager))
+    liar = str(averagers[2].peer_id)
+    for _ in range(4):  # on a busy machine they may miss each other
+        steps = [
+            hivemind.DecentralizedAverager.step(averager, gather=epoch, wait=False, timeout=15, allow_retries=False)
+            for averager, epoch in zip(averagers, (3, 3, 4), strict=True)
+        ]
+        for step in steps:
+            with contextlib.suppress(BaseException):  # also CancelledError
+                step.result(30)
+        time.sleep(0.5)
+        reports = [averager.finished_rounds()[-1] for averager in averagers]
+        if all(liar in " ".join(one.reasons) for one in reports[:2]):
+            break
+    assert all(one.complete and one.num_peers == 2 for one in reports[:2]), reports
+    assert "different epochs" in reports[2].error
+    for averager in averagers[:2]:
+        with averager.get_tensors() as (averaged,):
+            torch.testing.assert_close(averaged, torch.full((5000,), 1.0005))
