@@ -603,6 +603,7 @@ class JudgingAllReduce(AllReduceRunner):
         self._room = judge.room_for_whole(self._norm(tensors)) if self._has_values else math.inf
         self._averaged: dict[int, float] = {}  # sender -> norm of its parts that entered an average
         self._taken: dict[int, float] = {}  # place in the group -> norm of the averages taken from there
+        self.kept_waiting: set = set()  # senders that were left out because nothing came
         self._refusals: Counter = Counter()
         self._first_reasons: dict = {}
 
@@ -726,6 +727,7 @@ class JudgingAllReduce(AllReduceRunner):
                         self.sender_peer_ids[sender],
                         f"kept the round waiting for {late[sender]:.0f} s, more than its bandwidth explains",
                     )
+                    self.kept_waiting.add(self.sender_peer_ids[sender])
                     await self._ban_sender(self.sender_peer_ids[sender])
             await asyncio.sleep(TICK_SECONDS)
         for index, task in self._talks.items():
@@ -750,6 +752,8 @@ class JudgingAllReduce(AllReduceRunner):
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
         if not self.tensor_part_reducer.finished.is_set():
+            if peer_id not in self.active_senders | self.ignored:
+                self.kept_waiting.add(peer_id)
             await super()._ban_sender(peer_id)
         # hivemind 1.1.12 (allreduce.py, `run` awaits `_handle_missing_senders`) ends no round before all have begun to
         # send or sender_timeout is over; for one that is left out there is nothing to wait
