@@ -330,6 +330,22 @@ def test_two_colluders_of_three_are_bounded_in_the_first_round_as_well(way):
                 judge.check_average(0, own, lies - own, harmless=0.0, small=room)
 
 
+@pytest.mark.parametrize("num_liars", [1, 2])
+def test_what_an_auxiliary_peer_lets_pass_in_its_first_round_is_refused_by_those_who_get_it(num_liars):
+    """It has nothing to compare with, and lets nearly everything pass; trainers have values of their own."""
+    own, most_that_passes = like(1.0), 0.0
+    for factor in (1.0, 100.0, 400.0, 1400.0, 1e4, 1e5, 1e9):
+        auxiliary, trainer = Judge(max_weight=256.0), Judge(max_weight=256.0)
+        lies = {2 + liar: (-factor * own, 64.0) for liar in range(num_liars)}
+        contributions = {0: (own, 64.0), 1: (like(1.0, 1), 64.0), **lies}
+        average, _ = auxiliary.combine(0, contributions, shape=SHAPE, own=None, harmless=0.0, small=math.inf)
+        room = trainer.room_for_whole(float(own.norm()))
+        with contextlib.suppress(AllreduceException):
+            trainer.check_average(0, own, average - own, harmless=0.0, small=room)
+            most_that_passes = max(most_that_passes, float(average.norm() / own.norm()))
+    assert 100.0 < most_that_passes < 500.0
+
+
 # -- the reducer ------------------------------------------------------------------------------------------------------
 
 
