@@ -305,9 +305,9 @@ class RoundReporting(Gated):
         self._report_refusal(str(peer), f"{reason}; it is left alone for {seconds / 60:.0f} minutes")
         self._remark(f"{peer} {reason}")
 
-    def _note_waits(self, senders: Iterable[PeerID], kept_waiting: set[PeerID]) -> None:
+    def _note_waits(self, members: Iterable[PeerID], kept_waiting: set[PeerID]) -> None:
         """Of a round that is over. One key would else cost every round as long as a silent member is waited for."""
-        waits = {peer: count for peer, count in self._waits.items() if peer not in senders}
+        waits = {peer: count for peer, count in self._waits.items() if peer not in members}
         for peer in kept_waiting:
             waits[peer] = count = self._waits.get(peer, 0) + 1
             if count >= MAX_WAITS:
@@ -412,7 +412,7 @@ class RoundReporting(Gated):
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
-        self._note_waits(set(runner.sender_peer_ids) - runner.ignored, runner.kept_waiting)
+        self._note_waits(set(group_info.peer_ids) - runner.ignored, runner.kept_waiting)
         return result
 
     def _waited_for(self, group_info: GroupInfo) -> str:

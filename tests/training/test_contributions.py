@@ -592,6 +592,25 @@ def test_round_waits_for_a_slow_link_that_is_known_to_be_slow(monkeypatch, sends
     assert share == 1.0 and not banned
 
 
+@pytest.mark.parametrize(("reducer", "silent"), [("silent", True), ("refuses", False), ("answers", False)])
+def test_reducer_that_nothing_comes_from_is_told_from_one_that_refuses(monkeypatch, reducer, silent):
+    """Each of the round's members is asked; whoever says that it has much bandwidth is to average all of it."""
+
+    class Refusing:
+        async def rpc_aggregate_part(self, inputs):
+            return as_aiter(averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR))
+
+    async def scenario():
+        runner = Partners(size=50, ignored={Partners.other}, sender_timeout=0.5, reducer_timeout=0.8).runner
+        stub = Refusing() if reducer == "refuses" else SlowReducer(10, 60.0 if reducer == "silent" else 0.0)
+        monkeypatch.setattr(AllReduceRunner, "_get_peer_stub", lambda self, peer: stub)
+        async for _ in runner:
+            pass
+        return runner.kept_waiting
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == ({Partners.other} if silent else set())
+
+
 def test_members_that_are_ignored_are_not_waited_for(monkeypatch):
     async def scenario():
         runner = Partners(size=50, ignored={Partners.other}, sender_timeout=20.0, reducer_timeout=25.0).runner
