@@ -16,16 +16,24 @@ import pydantic.v1 as pydantic  # hivemind validates records with pydantic's fir
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import P2P, P2PDaemonError
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
 from hivemind.utils import get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
-from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.training.auth import (
+    Identity,
+    MemberAuthorizer,
+    MembershipKeeper,
+    bind_requests_to_callers,
+    read_identity,
+    write_key,
+)
 from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
-from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
+from src.training.record_limits import Acquaintances, limit_records
+from src.training.records import MAX_LIFETIME, OwnedRecords, name_of, names_in, sift_dictionaries
 from src.training.sockets import socket_directory
 
 logger = logging.getLogger(__name__)
@@ -108,7 +116,13 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     sift_dictionaries()  # before the node's process is forked
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
-    records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
+    acquaintances = Acquaintances(PeerID.from_base58(name).to_bytes() for name in names_in(peer.initial_peers))
+    membership = identity.membership
+    is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
+    records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)
+    acquaintances.befriend([records.peer_id])
+    limit_records(acquaintances, peer.run_id)  # this, too
+    bind_requests_to_callers()
     try:
         with _identity_file(peer, identity) as options:
             dht = hivemind.DHT(

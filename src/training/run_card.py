@@ -18,7 +18,7 @@ from hivemind.utils import get_dht_time
 
 from src.models import LeanAlbertConfig
 from src.training.journal import printable
-from src.training.records import MAX_BYTES, name_of
+from src.training.records import MAX_BYTES, name_of, names_in
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class RunCard(threading.Thread):
     ):
         super().__init__(name="run card", daemon=True)
         self.dht, self.key, self.owner, self.card = dht, f"{run_id}_card", owner, card
-        self.trusted = {address.rsplit("/p2p/", 1)[-1] for address in initial_peers}
+        self.trusted = set(names_in(initial_peers))
         self.of_initial_peers: list[dict[str, str]] = []
         self.stop = threading.Event()
 
