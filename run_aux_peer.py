@@ -18,6 +18,7 @@ def main() -> int:
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
     from src.training import console
+    from src.training.clock import ClockWatch
     from src.training.dht import visible_addresses
     from src.training.history import read_history
     from src.training.monitor import Watch
@@ -43,6 +44,7 @@ def main() -> int:
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     for thread in threads:

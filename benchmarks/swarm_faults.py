@@ -35,7 +35,7 @@ from benchmarks.fault_report import (
     summarise,
     write_report,
 )
-from benchmarks.fault_swarm import FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
+from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
 from src.training.backup import read_backup
 from src.training.console import quiet_libraries
 from src.training.optimizer import make_lamb, make_learning_rate, parameter_groups
@@ -67,7 +67,7 @@ EPOCH_SECONDS = 3.5
 MIN_EPOCHS = 20  # the loss of a model that has learnt next to nothing would say nothing
 FROZEN_SECONDS = CUT_SECONDS = 20.0
 SLOW_SECONDS = 20.0
-STOPPED_SECONDS = 30.0
+STOPPED_SECONDS = CLOCK_SECONDS = 30.0
 
 
 class Faults:
@@ -352,6 +352,34 @@ class Faults:
             raise NotSurvived(f"{victim.name} was started again, although its p2pd was only stopped")
         return f"its p2pd stopped for {STOPPED_SECONDS:.0f} s; it was not started again"
 
+    # -- clocks
+
+    def clock_an_hour_off(self) -> str:
+        """It is told so, nobody else is disturbed, and it goes on in step, with the wrong clock and the right one."""
+        (victim,) = self.choose()
+        others = [self.swarm.auxiliary, *self._others(victim)]
+        wrong = r"clock is 3600 s (ahead of|behind) that of the other peers"
+        lines = {peer.name: len(peer.running.lines) for peer in (victim, *others)}
+        error = self.random.choice([HOUR, -HOUR])
+        self.mark()  # no victim: it must not stand still, either
+        victim.set_clock(error)
+        try:
+            said = self.swarm.wait_until(
+                lambda: victim.said(wrong, after=lines[victim.name]), f"{victim.name} hears of it", seconds=30
+            )
+            heard = time.time() - self.marked
+            self.swarm.wait_until(lambda: time.time() > self.marked + CLOCK_SECONDS, "wrong", seconds=60)
+            self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
+        finally:
+            victim.set_clock(0.0)
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        for peer in others:
+            if refused := [line for line in peer.running.lines[lines[peer.name] :] if "ignored what peer" in line]:
+                raise NotSurvived(f"{peer.name} was disturbed: {refused[0]}")
+        if said.group(1) != ("ahead of" if error > 0 else "behind"):
+            raise NotSurvived(f"{victim.name} was told the opposite: {said.group(0)}")
+        return f"{victim.name} heard after {heard:.0f} s: {said.group(0)}"
+
     # -- with a network namespace
 
     def slow_link(self) -> str:
@@ -378,6 +406,7 @@ EVERY = [
     "late_join", "leave_and_rejoin", "stop_inside_a_round", "interrupt_twice", "restart_the_auxiliary_peer",
     "cold_restart", "all_leave_at_once", "start_two_at_once", "full_disk", "truncated_backup",
     "kill_the_dht_process", "kill_p2pd", "kill_an_averager", "kill_an_averager_inside_a_round", "stop_p2pd",
+    "clock_an_hour_off",
 ]  # fmt: skip
 SHORT = ["kill_inside_a_round", "freeze", "cold_restart"]
 LONG = [*EVERY, *OF_THE_NETWORK]

@@ -22,6 +22,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
 from src.training.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
+from src.training.clock import keep_time
 from src.training.journal import printable
 from src.training.probe import offer_probe
 from src.training.progress import REPORT_SECONDS
@@ -106,6 +107,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
     sift_dictionaries()  # before the node's process is forked
+    keep_time()
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
     records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
