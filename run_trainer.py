@@ -30,7 +30,7 @@ def main() -> int:
     from src.training.clock import ClockWatch
     from src.training.dht import short_peer_name, visible_addresses
     from src.training.reconnect import KeepInTouch
-    from src.training.watchdog import Watchdog, may_start_again, processes_of
+    from src.training.watchdog import Watchdog, may_start_again
 
     console.quiet_libraries()
     alone = not set(sys.argv[1:]) - {"--check"}
@@ -45,7 +45,8 @@ def main() -> int:
         leave_at_once(check(peer, collaboration, training, progress))
     peer.restart = may_start_again(peer.restart)
     try:
-        trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
+        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart):
+            trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -58,7 +59,6 @@ def main() -> int:
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     with Watchdog(
-        processes_of(swarm.dht, swarm.optimizer),
         say=progress.say,
         stop=stop,
         start_again=peer.restart,
