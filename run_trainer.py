@@ -45,7 +45,7 @@ def main() -> int:
         leave_at_once(check(peer, collaboration, training, progress))
     peer.restart = may_start_again(peer.restart)
     try:
-        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart):
+        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
             trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)

@@ -108,6 +108,27 @@ class WatchedDHT(hivemind.DHT):
         watch(self.WHAT, self.pid, partial(self.run_coroutine, _answer))
         watch_daemon(self.pid)
 
+    def get(self, *args, return_future: bool = False, **kwargs):
+        future = super().get(*args, return_future=True, **kwargs)
+        return future if return_future else self._wait(future)
+
+    def store(self, *args, return_future: bool = False, **kwargs):
+        future = super().store(*args, return_future=True, **kwargs)
+        return future if return_future else self._wait(future)
+
+    def run_coroutine(self, coro, return_future: bool = False):
+        future = super().run_coroutine(coro, return_future=True)
+        return future if return_future else self._wait(future)
+
+    @staticmethod
+    def _wait(future: MPFuture):
+        try:
+            return future.result(2 * LONGEST_ANSWER)
+        except TimeoutError as error:  # the node's own, or that it gives no sign of life
+            raise TimeoutError(
+                str(error) or f"the DHT process has been silent for {2 * LONGEST_ANSWER:.0f} s"
+            ) from error
+
     # -- in the node's process
 
     async def _get(self, key, latest: bool, future: MPFuture, **kwargs) -> None:

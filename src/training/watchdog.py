@@ -127,6 +127,9 @@ class Watchdog(threading.Thread):
     ``is_late(seconds)``: whether the main thread, asked to stop so many seconds ago, is waited for no longer; a backup
     is written and the swarm left for it then, with ``leave``.
 
+    ``asks``: whether processes must answer. Not while others are forked: what a thread that asks has just locked would
+    stay locked in them.
+
     It watches within ``with``. Leaving that waits, for good, if the program is just being ended: so no exception, nor
     anything that the main thread does because a process has died, comes before the backup.
     """
@@ -137,12 +140,13 @@ class Watchdog(threading.Thread):
         say: Callable[[str], None],
         stop: threading.Event,
         start_again: bool,
+        asks: bool = True,
         save: Callable[[bool], None] = lambda alone: None,
         is_late: Callable[[float], bool] = lambda seconds: False,
         leave: Callable[[], None] = lambda: None,
     ):
         super().__init__(name="watchdog", daemon=True)
-        self.say, self.stop, self.start_again = say, stop, start_again
+        self.say, self.stop, self.start_again, self.asks = say, stop, start_again, asks
         self.save, self.is_late, self.leave = save, is_late, leave
         self._lock, self._is_over = threading.Lock(), False
         self._ended: list[str] = []
@@ -161,7 +165,7 @@ class Watchdog(threading.Thread):
                     continue
                 self._names[descriptor] = name
                 self._poll.register(descriptor, select.POLLIN)
-            if ask is not None and name not in self._questions:
+            if self.asks and ask is not None and name not in self._questions:
                 self._questions[name] = Questions(name, pid, ask)
                 self._questions[name].start()
 

@@ -304,6 +304,10 @@ async def ask_nobody(_dht, _node) -> None:
     await asyncio.sleep(1e6)
 
 
+async def hang_for_a_moment(_dht, _node) -> None:
+    time.sleep(4)
+
+
 async def hang(_dht, _node) -> None:
     time.sleep(15)  # a deadlock of the node's process; that of a test must end
 
@@ -317,6 +321,16 @@ def test_question_that_gets_lost_in_the_network_stops_nobody(monkeypatch, shut_d
     assert node.store("key", 1, get_dht_time() + 9, return_future=True).result(20) is False
     with pytest.raises(TimeoutError, match="the DHT had no answer within"):
         node.run_coroutine(ask_nobody, return_future=True).result(20)
+
+
+def test_nobody_waits_for_a_node_s_process_for_ever(monkeypatch, shut_down_at_end):
+    node, _ = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
+    shut_down_at_end(node)
+    monkeypatch.setattr(dht_module, "LONGEST_ANSWER", 0.2)  # in this process only
+    node.run_coroutine(hang_for_a_moment, return_future=True)
+    for ask in (lambda: node.get("key"), lambda: node.store("key", 1, get_dht_time() + 9), node.get_visible_maddrs):
+        with pytest.raises(TimeoutError, match="the DHT process has been silent for 0 s"):
+            ask()
 
 
 @pytest.mark.timeout(120)
