@@ -27,7 +27,7 @@ RUN_ID = "faults"
 ORPHAN_SECONDS = 10.0  # how long after its end a peer may still have processes
 POLL_SECONDS = 0.004
 KINDS = "gradients", "parameters"
-SHIFTED_CLOCK = Path(__file__).resolve().parent / "shifted_clock"
+HOOKS = Path(__file__).resolve().parent / "fault_hooks"
 HOUR = 3600.0  # by which a peer's clock may be made wrong
 
 
@@ -90,7 +90,7 @@ class FaultyPeer:
         self.lives.append([time.time(), float("inf")])
 
     def set_clock(self, error: float) -> None:
-        """Make the clock of this peer's processes wrong, see `benchmarks/shifted_clock`; by whole hours."""
+        """Make the clock of this peer's processes wrong, see `benchmarks/fault_hooks`; by whole hours."""
         self.clock_errors.add(error)
         with self.clock.open("r+b" if self.clock.exists() else "wb") as file:  # in place: the processes have it mapped
             file.write(struct.pack("d", error))
@@ -184,13 +184,14 @@ class FaultySwarm:
         self.folder, self.shared, self.trainer_arguments = folder, shared, trainer
         self.deadline, self.link = deadline, link
         self.host = link.host_address if link else "127.0.0.1"
-        self.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SHIFTED_CLOCK)}
+        self.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOKS)}
         self.auxiliary = FaultyPeer("aux", "run_aux_peer.py", [*shared, *auxiliary], folder / "aux", host=self.host)
         self.trainers: list[FaultyPeer] = []
         for number in range(trainers):
             self.add_trainer(remote=link is not None and number == 0)
         self.orphans: list[str] = []
         self.exits: list[dict] = []  # of peers that were asked to end
+        self.apart: list[tuple[str, float, float]] = []  # peers that trained in another swarm, from when to when
         self._ended: list[tuple[float, str, set[psutil.Process]]] = []
         self._lock = threading.Lock()
 
@@ -285,6 +286,9 @@ class FaultySwarm:
 
     def training(self) -> list[FaultyPeer]:
         return [peer for peer in self.trainers if peer.alive]
+
+    def is_apart(self, peer: FaultyPeer, moment: float) -> bool:
+        return any(name == peer.name and start < moment < end for name, start, end in self.apart)
 
     # -- hurting ------------------------------------------------------------------------------------------------------
 
