@@ -86,7 +86,7 @@ def test_start_dht_turns_any_other_trouble_of_the_daemon_into_one_line(monkeypat
     def fail(**kwargs):
         raise P2PDaemonError("Daemon failed to start:\nfirst line\nlast line\n")
 
-    monkeypatch.setattr(hivemind, "DHT", fail)
+    monkeypatch.setattr(dht_module, "WatchedDHT", fail)
     with pytest.raises(ValueError, match=r"^cannot start the peer-to-peer daemon: last line$"):
         start_dht(peer_arguments())
 
@@ -105,7 +105,7 @@ def test_start_dht_explains_why_a_peer_that_is_there_does_not_let_it_in(monkeypa
     def fail(**kwargs):
         raise error
 
-    monkeypatch.setattr(hivemind, "DHT", fail)
+    monkeypatch.setattr(dht_module, "WatchedDHT", fail)
     with pytest.raises(ValueError, match=words):
         start_dht(peer_arguments(initial_peers=[f"/ip4/203.0.113.5/tcp/1/p2p/{SOME_PEER_ID}"]))
 
