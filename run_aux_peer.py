@@ -18,12 +18,13 @@ def main() -> int:
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
     from src.training import console
+    from src.training.clock import ClockWatch
     from src.training.dht import visible_addresses
     from src.training.history import read_history
     from src.training.monitor import Watch
     from src.training.reconnect import KeepInTouch
     from src.training.terminal import TerminalView
-    from src.training.watchdog import Watchdog, may_start_again, processes_of
+    from src.training.watchdog import Watchdog, may_start_again
 
     console.quiet_libraries()
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -34,7 +35,8 @@ def main() -> int:
         leave_at_once(check(peer, collaboration, training, progress))
     peer.restart = may_start_again(peer.restart)
     try:
-        swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
+        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
+            swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -43,6 +45,7 @@ def main() -> int:
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     for thread in threads:
@@ -54,7 +57,7 @@ def main() -> int:
     watch = Watch(
         swarm, peer.run_id, total_steps=total_steps, journal=journal, store=store, progress=progress, stop=stop
     )
-    with Watchdog(processes_of(swarm.dht, swarm.optimizer), say=progress.say, stop=stop, start_again=peer.restart):
+    with Watchdog(say=progress.say, stop=stop, start_again=peer.restart):
         watch.run(period=peer.refresh_period, when_over=end.complete)
         progress.close()
         progress.say("leaving the swarm")

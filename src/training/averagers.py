@@ -34,6 +34,7 @@ from src.training.records import names_in
 from src.training.rounds import POLL_SECONDS, RoundReporting
 from src.training.state_check import check_state, far_apart, sample_parameters
 from src.training.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
+from src.training.watchdog import START_SECONDS, watch
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,30 @@ ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third
 NUM_WITNESSES = 3
 
 
-class ClosesConnection:
-    """Mixin: an averager closes its connection to p2pd when it is shut down, and so removes its socket."""
+class OwnProcess:
+    """Mixin: this peer's watchdog watches an averager's process, which closes its connection to p2pd when it is shut
+    down, and so removes its socket."""
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        super().run_in_background(await_ready=False)
+        watch(self._what(), self.pid)
+        if await_ready:
+            self.wait_until_ready(timeout)
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        super().wait_until_ready(START_SECONDS if timeout is None else timeout)
+        watch(self._what(), self.pid, self._ask)
+
+    def _what(self) -> str:
+        return f"the process that averages {self.round_kind}"
+
+    def _ask(self) -> None:
+        future = MPFuture()
+        self._outer_pipe.send(("_answer", [future], {}))
+        future.result()
+
+    async def _answer(self, future: MPFuture) -> None:
+        future.set_result(None)
 
     async def _shutdown(self, timeout: float | None) -> None:
         try:
@@ -52,7 +75,7 @@ class ClosesConnection:
             await self._p2p.shutdown()
 
 
-class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
+class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
     """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
 
     Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
@@ -82,7 +105,7 @@ class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -388,9 +411,9 @@ def end_searches_without_waiting() -> None:
 
 
 __all__ = [
-    "ClosesConnection",
     "LeanGradientAverager",
     "LeanStateAverager",
+    "OwnProcess",
     "correct_step_cancellation",
     "end_searches_without_waiting",
 ]

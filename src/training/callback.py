@@ -70,6 +70,7 @@ class CollaborativeCallback(TrainerCallback):
         self.epoch_started = time.monotonic()
         self.rounds: list = []
         self.total_samples = self.lone_epochs = 0  # since the start
+        self.joined_at = 0  # the epoch at which this trainer last had the state of others
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.num_downloads = 0
         self.has_weights = True  # those of the run
@@ -92,7 +93,7 @@ class CollaborativeCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Take the state of peers if it is newer than the backup, then wait for partners if asked to."""
-        newest = self.optimizer.tracker.global_epoch
+        newest, saved = self.optimizer.tracker.global_epoch, self.optimizer.local_epoch
         if self.peer.initial_peers and newest >= self.optimizer.local_epoch:
             self.has_weights = self.swarm.take_state(
                 has_backup=self.state_path.exists(),
@@ -101,13 +102,17 @@ class CollaborativeCallback(TrainerCallback):
                 stop=self.stop,
             )
             if self.has_weights:
-                self.progress.say(f"joined at epoch {self.optimizer.local_epoch}")
+                behind = self.optimizer.local_epoch - saved
+                replaced = (
+                    f"; its state replaces the backup's of epoch {saved}, {behind} behind" if behind > 0 < saved else ""
+                )
+                self.progress.say(f"joined at epoch {self.optimizer.local_epoch}{replaced}")
             self._record_downloads(batch=0)
         if self.has_weights:
             self.optimizer.share_state()
         else:
             self.stop.set()
-        self.last_epoch = self.last_backup_epoch = self.optimizer.local_epoch
+        self.last_epoch = self.last_backup_epoch = self.joined_at = self.optimizer.local_epoch
         self.optimizer.before_epoch_ends = self._back_up_if_due
         self._follow_epoch()
         self._wait_for_peers()
@@ -173,12 +178,19 @@ class CollaborativeCallback(TrainerCallback):
             self._count_as_lost(lost)
             self.num_downloads += 1
             self.journal.write("state_download", **{**vars(download), "lost_samples": lost})
-            if lost:
+            if download.was_apart:
+                self.progress.say(
+                    f"two swarms of this run have met: took the state of epoch {download.to_epoch} of the one that is "
+                    f"ahead, and gave up this one's epoch {download.from_epoch}, with what it had learned apart "
+                    f"(epochs: {download.from_epoch - self.joined_at} at most; samples since: {lost})"
+                )
+            elif lost:
                 self.progress.say(
                     f"fell behind the swarm: took its state of epoch {download.to_epoch} in {download.seconds:.0f} s "
                     f"and gave up {lost} samples of epoch {download.from_epoch + 1}; if this happens often, shorten "
                     "local steps (--gradient_accumulation_steps) or look at the network"
                 )
+            self.joined_at = download.to_epoch
 
     def _count_as_lost(self, samples: int) -> None:
         self.meter.samples = max(0, self.meter.samples - samples)

@@ -96,12 +96,15 @@ def make_learning_rate(args: HFTrainerArguments):
 
 @dataclass(frozen=True)
 class StateDownload:
-    """A state taken from another peer; ``lost_samples`` had been accumulated and were given up for it."""
+    """A state taken from another peer; ``lost_samples`` had been accumulated and were given up for it.
+
+    ``was_apart``: it is that of another swarm, and the epochs that led to ``from_epoch`` are given up, too."""
 
     from_epoch: int
     to_epoch: int
     seconds: float
     lost_samples: int
+    was_apart: bool = False
 
 
 class LeanOptimizer(hivemind.Optimizer):
@@ -272,8 +275,10 @@ class LeanOptimizer(hivemind.Optimizer):
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
+        was_apart = self.tracker.is_apart
         super().load_state_from_peers(**kwargs)
-        self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
+        was_apart = was_apart and self.local_epoch > epoch
+        self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:
             self.tracker.learn_epoch(self.local_epoch)
         self._check_claims(progressed=self.local_epoch > epoch)

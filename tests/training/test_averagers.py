@@ -35,9 +35,9 @@ from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
 
 from src.training.averagers import (
-    ClosesConnection,
     LeanGradientAverager,
     LeanStateAverager,
+    OwnProcess,
     correct_step_cancellation,
     end_searches_without_waiting,
 )
@@ -73,7 +73,7 @@ COMPRESSIONS = {
 }
 
 
-class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
+class PlainAverager(OwnProcess, RoundReporting, DecentralizedAverager):
     """Averages any tensors and reports its rounds. At module level: remote calls are named after the class."""
 
     round_kind = "anything"

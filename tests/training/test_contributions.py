@@ -27,7 +27,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import as_aiter
 
-from src.training.averagers import ClosesConnection, LeanStateAverager
+from src.training.averagers import LeanStateAverager, OwnProcess
 from src.training.contributions import (
     FIRST_WHOLE_RATIO,
     MAX_WHOLE_RATIO,
@@ -697,7 +697,7 @@ POISONS = ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "wei
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
-class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
+class PlainAverager(OwnProcess, RoundReporting, DecentralizedAverager):
     """Averages any tensors. At module level: remote calls are named after the class."""
 
 

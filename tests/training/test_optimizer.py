@@ -470,7 +470,7 @@ def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.state_averager, optimizer.scheduled_state = SimpleNamespace(local_epoch=4), None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience(10.0))
-    optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True)
+    optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True, is_apart=False)
     # what hivemind does first is to wait for them
     monkeypatch.setattr(hivemind.Optimizer, leave, lambda self: seen.append(self.grad_averager.patience.spent))
     getattr(optimizer, leave)()

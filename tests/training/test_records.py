@@ -386,7 +386,7 @@ async def store_as_it_is(dht, node, *, false: DHTRecord) -> None:
 
 
 def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch, shut_down_at_end):
-    modes, paths, make = [], [], hivemind.DHT
+    modes, paths, make = [], [], dht_module.WatchedDHT
 
     def watch(**options):
         path = Path(options["identity_path"])
@@ -394,7 +394,7 @@ def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch,
         modes.append((stat.S_IMODE(path.stat().st_mode) & 0o077, stat.S_IMODE(path.parent.stat().st_mode) & 0o077))
         return make(**options)
 
-    monkeypatch.setattr(hivemind, "DHT", watch)
+    monkeypatch.setattr(dht_module, "WatchedDHT", watch)
     node, identity = start_node("r")
     shut_down_at_end(node)
     assert node.peer_id == peer_id_of(public_key(identity.private_key))
