@@ -21,7 +21,8 @@ def main() -> int:
     from src.metrics import console
     from src.metrics.history import read_history
     from src.metrics.terminal import TerminalView
-    from src.process.watchdog import Watchdog, may_start_again, processes_of
+    from src.process.watchdog import Watchdog, may_start_again
+    from src.swarm.clock import ClockWatch
     from src.swarm.dht import visible_addresses
     from src.swarm.reconnect import KeepInTouch
 
@@ -34,7 +35,8 @@ def main() -> int:
         leave_at_once(check(peer, collaboration, training, progress))
     peer.restart = may_start_again(peer.restart)
     try:
-        swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
+        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
+            swarm, journal, store, threads, end = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -43,6 +45,7 @@ def main() -> int:
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     for thread in threads:
@@ -54,7 +57,7 @@ def main() -> int:
     watch = Watch(
         swarm, peer.run_id, total_steps=total_steps, journal=journal, store=store, progress=progress, stop=stop
     )
-    with Watchdog(processes_of(swarm.dht, swarm.optimizer), say=progress.say, stop=stop, start_again=peer.restart):
+    with Watchdog(say=progress.say, stop=stop, start_again=peer.restart):
         watch.run(period=peer.refresh_period, when_over=end.complete)
         progress.close()
         progress.say("leaving the swarm")
@@ -69,9 +72,10 @@ def check(peer, collaboration, training, progress) -> int:
     from functools import partial
 
     import torch
+    from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.preflight.preflight import Workload, run_checks
+    from src.preflight.preflight import Workload, check_uploads, run_checks
     from src.swarm.run_card import make_run_card
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
@@ -86,6 +90,7 @@ def check(peer, collaboration, training, progress) -> int:
         read_data=(lambda tokenizer: checkpoint_scorer(tokenizer, peer.eval_sources, num_batches=1))
         if peer.eval_sources
         else None,
+        check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         say=progress.say,
     )
 
@@ -93,19 +98,39 @@ def check(peer, collaboration, training, progress) -> int:
 def build(peer, collaboration, training, *, progress, stop):
     """All that an auxiliary peer consists of. hivemind forks its processes, so it comes before threads are started."""
 
+    from functools import partial
+
     from huggingface_hub import HfApi
 
     from arguments import run_settings
-    from src.auxiliary.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
+    from src.auxiliary.auxiliary import (
+        AveragingAssistant,
+        CheckpointNotice,
+        CheckpointStore,
+        Evaluator,
+        Uploader,
+        make_public,
+    )
     from src.auxiliary.run_end import RunEnd
     from src.metrics.journal import claim_run_directory
     from src.metrics.report import Reporter
+    from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
     from src.process.same_peer import keep_ports, take_up_identity
     from src.swarm.join import join_run, record_start, start_averaging
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.mlm.task import build_model
 
     model, tokenizer = build_model(peer, seed=training.seed)
+    if peer.repo_url:
+        give_up_on_silence(ASK_SECONDS)
+        try:
+            check_token(HfApi(), peer.repo_url)
+        except ConnectionError as error:
+            progress.say(f"the hub cannot be asked now whether {peer.repo_url} may be uploaded to ({error}); the first "
+                         "upload will show it")  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"--repo_url {peer.repo_url}: {error}") from error
+        give_up_on_silence()
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     settings = run_settings(peer, collaboration, training)
     if peer.restart:
@@ -146,7 +171,13 @@ def build(peer, collaboration, training, *, progress, stop):
             evaluator = Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop)
         if peer.repo_url:
             uploader = Uploader(
-                store, peer.repo_url, HfApi(), interval=peer.upload_interval, progress=progress, stop=stop
+                store,
+                peer.repo_url,
+                HfApi(),
+                prepare=partial(make_public, store=store, name=peer.repo_url, metrics=journal.path),
+                interval=peer.upload_interval,
+                progress=progress,
+                stop=stop,
             )
     end = RunEnd(
         peer.run_id,

@@ -33,7 +33,8 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         parser.parse(sys.argv[1:])  # prints and exits: no need to load hivemind for it
     from src.metrics import console
-    from src.process.watchdog import Watchdog, may_start_again, processes_of
+    from src.process.watchdog import Watchdog, may_start_again
+    from src.swarm.clock import ClockWatch
     from src.swarm.dht import short_peer_name, visible_addresses
     from src.swarm.reconnect import KeepInTouch
 
@@ -50,7 +51,8 @@ def main() -> int:
         leave_at_once(check(peer, collaboration, training, progress))
     peer.restart = may_start_again(peer.restart)
     try:
-        trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
+        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
+            trainer, callback, swarm, journal = build(peer, collaboration, training, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
@@ -60,10 +62,10 @@ def main() -> int:
     joining = shlex.join(["python", "run_trainer.py", *handed_on])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
+    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     with Watchdog(
-        processes_of(swarm.dht, swarm.optimizer),
         say=progress.say,
         stop=stop,
         start_again=peer.restart,

@@ -155,7 +155,7 @@ def describe(fault: Fault) -> str:
     verdict = "" if fault.survived else "NOT SURVIVED: "
     return (
         f"{fault.at:6.0f} s  {fault.name} ({fault.victims}): {verdict}{fault.detail}; others stalled "
-        f"{fault.stall_seconds:.1f} s, all in step after {fault.recovery_seconds:.0f} s"
+        f"{fault.stall_seconds:.1f} s, all in step after {fault.recovery_seconds or 0.0:.0f} s"
     )
 
 

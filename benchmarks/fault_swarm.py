@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import struct
 import subprocess
 import threading
 import time
@@ -26,6 +27,8 @@ RUN_ID = "faults"
 ORPHAN_SECONDS = 10.0  # how long after its end a peer may still have processes
 POLL_SECONDS = 0.004
 KINDS = "gradients", "parameters"
+HOOKS = Path(__file__).resolve().parent / "fault_hooks"
+HOUR = 3600.0  # by which a peer's clock may be made wrong
 
 
 class NotSurvived(Exception):
@@ -57,6 +60,8 @@ class FaultyPeer:
         self.address = f"{listen}/p2p/{PeerID.from_identity(identity.read_bytes())}"
         self.arguments = [*arguments, "--output_dir", str(folder), "--identity_path", str(identity)]
         self.arguments += ["--host_maddrs", listen]
+        self.clock, self.clock_errors = folder / "clock_error", set()
+        self.set_clock(0.0)
         self.running: LocalPeer | None = None
         self.output: list[str] = []  # of earlier processes
         self.records: list[dict] = []
@@ -77,15 +82,24 @@ class FaultyPeer:
             self.script,
             [*self.arguments, *joining],
             echo=False,
-            environment=environment,
+            environment={**environment, "LEANALBERT_CLOCK_ERROR": str(self.clock)},
             prefix=prefix,
             own_session=True,
         )
         self.processes = set()
         self.lives.append([time.time(), float("inf")])
 
+    def set_clock(self, error: float) -> None:
+        """Make the clock of this peer's processes wrong, see `benchmarks/fault_hooks`; by whole hours."""
+        self.clock_errors.add(error)
+        with self.clock.open("r+b" if self.clock.exists() else "wb") as file:  # in place: the processes have it mapped
+            file.write(struct.pack("d", error))
+
     def look(self) -> list[dict]:
-        """Read what the metrics file has got since the last look; returns all records of this peer."""
+        """Read what the metrics file has got since the last look; returns all records of this peer.
+
+        Their times are made those of the right clock: a record is read soon after it was written.
+        """
         with contextlib.suppress(FileNotFoundError):
             if self.metrics.stat().st_size > self._offset:
                 with self.metrics.open("rb") as file:
@@ -95,7 +109,10 @@ class FaultyPeer:
                 self._offset += len(whole)
                 for line in whole.splitlines():
                     with contextlib.suppress(json.JSONDecodeError):
-                        self.records.append(json.loads(line))
+                        record = json.loads(line)
+                        error = HOUR * round((record["time"] - time.time()) / HOUR)
+                        record["time"] -= error if error in self.clock_errors else 0.0
+                        self.records.append(record)
         return self.records
 
     def since(self, moment: float, event: str, **values) -> list[dict]:
@@ -152,8 +169,9 @@ class FaultyPeer:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.send_signal(number)
 
-    def said(self, pattern: str) -> re.Match | None:
-        return re.search(pattern, self.running.output()) if self.running else None
+    def said(self, pattern: str, *, after: int = 0) -> re.Match | None:
+        """The first match in what the program has printed, the first lines left out."""
+        return re.search(pattern, "\n".join(self.running.lines[after:])) if self.running else None
 
 
 class FaultySwarm:
@@ -166,13 +184,14 @@ class FaultySwarm:
         self.folder, self.shared, self.trainer_arguments = folder, shared, trainer
         self.deadline, self.link = deadline, link
         self.host = link.host_address if link else "127.0.0.1"
-        self.environment = {"OMP_NUM_THREADS": "1"}
+        self.environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOOKS)}
         self.auxiliary = FaultyPeer("aux", "run_aux_peer.py", [*shared, *auxiliary], folder / "aux", host=self.host)
         self.trainers: list[FaultyPeer] = []
         for number in range(trainers):
             self.add_trainer(remote=link is not None and number == 0)
         self.orphans: list[str] = []
         self.exits: list[dict] = []  # of peers that were asked to end
+        self.apart: list[tuple[str, float, float]] = []  # peers that trained in another swarm, from when to when
         self._ended: list[tuple[float, str, set[psutil.Process]]] = []
         self._lock = threading.Lock()
 
@@ -267,6 +286,9 @@ class FaultySwarm:
 
     def training(self) -> list[FaultyPeer]:
         return [peer for peer in self.trainers if peer.alive]
+
+    def is_apart(self, peer: FaultyPeer, moment: float) -> bool:
+        return any(name == peer.name and start < moment < end for name, start, end in self.apart)
 
     # -- hurting ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import re
 import signal
 import sys
 import time
@@ -35,7 +34,7 @@ from benchmarks.fault_report import (
     summarise,
     write_report,
 )
-from benchmarks.fault_swarm import FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
+from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
 from src.metrics.console import quiet_libraries
 from src.swarm.optimizer import make_lamb, make_learning_rate, parameter_groups
 from src.trainer.backup import read_backup
@@ -67,7 +66,8 @@ EPOCH_SECONDS = 3.5
 MIN_EPOCHS = 20  # the loss of a model that has learnt next to nothing would say nothing
 FROZEN_SECONDS = CUT_SECONDS = 20.0
 SLOW_SECONDS = 20.0
-STOPPED_SECONDS = 30.0
+STOPPED_SECONDS = CLOCK_SECONDS = 30.0
+HANG_SECONDS = 90.0  # in which a peer must notice that one of its processes hangs; without load it takes 60
 
 
 class Faults:
@@ -307,24 +307,31 @@ class Faults:
     # -- single processes of a trainer, which its supervisor starts again
 
     def _kill_part(self, victim: FaultyPeer, part: str, when: str = "") -> str:
-        process, lines = victim.parts()[part], len(victim.running.lines)
-        program = victim.program()
-        if when:
+        hurt = self._hurt_part(victim, part, signal.SIGKILL, "has died: ending", seconds=10, inside_a_round=bool(when))
+        return f"killed {part}{when}: {hurt}"
+
+    def _hurt_part(
+        self, victim: FaultyPeer, part: str, number: int, words: str, *, seconds: float, inside_a_round: bool = False
+    ) -> str:
+        """Send a signal to one of a trainer's processes; it must say so in time, write its backup, and come back."""
+        process, program, lines = victim.parts()[part], victim.program(), len(victim.running.lines)
+        if inside_a_round:
             self.swarm.wait_until(lambda: victim.phase(part) == "averaging", "a round", seconds=90, poll=0.002)
         self.mark(victim)
-        process.kill()
-        said = lambda pattern: any(re.search(pattern, line) for line in victim.running.lines[lines:])  # noqa: E731
-        self.swarm.wait_until(lambda: said("has died: ending"), f"{victim.name} says what died", seconds=10, poll=0.02)
+        process.send_signal(number)
+        self.swarm.wait_until(
+            lambda: victim.said(words, after=lines), f"{victim.name} says what happened", seconds=seconds, poll=0.02
+        )
         heard = time.time() - self.marked
         self.swarm.wait_until(lambda: not program.is_running(), f"{victim.name} ends", seconds=40, poll=0.02)
         ended = time.time() - self.marked
-        if not said("wrote the backup"):
+        if not victim.said("wrote the backup", after=lines):
             raise NotSurvived(f"{victim.name} wrote no backup: {victim.running.output()[-2000:]}")
         self.swarm.wait_until(
             lambda: victim.since(self.marked, "start"), f"{victim.name} is started again", seconds=150
         )
         self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
-        return f"killed {part}{when}: it said so after {heard:.1f} s, had ended after {ended:.1f} s, was started again"
+        return f"it said so after {heard:.1f} s, had ended after {ended:.1f} s, was started again"
 
     def kill_the_dht_process(self) -> str:
         return self._kill_part(*self.choose(), "dht")
@@ -337,6 +344,13 @@ class Faults:
 
     def kill_an_averager_inside_a_round(self) -> str:
         return self._kill_part(*self.choose(), self.random.choice(["gradients", "parameters"]), " inside a round")
+
+    def hang_the_dht_process(self) -> str:
+        """It lives, and answers nothing any more."""
+        (victim,) = self.choose()
+        words = "has answered nothing for .*: it hangs: ending"
+        hurt = self._hurt_part(victim, "dht", signal.SIGUSR1, words, seconds=HANG_SECONDS)
+        return f"the DHT process hangs: {hurt}"
 
     def stop_p2pd(self) -> str:
         (victim,) = self.choose()
@@ -351,6 +365,80 @@ class Faults:
         if victim.since(self.marked, "start"):
             raise NotSurvived(f"{victim.name} was started again, although its p2pd was only stopped")
         return f"its p2pd stopped for {STOPPED_SECONDS:.0f} s; it was not started again"
+
+    # -- two swarms
+
+    def two_swarms_meet(self) -> str:
+        """Two newcomers have begun the run a second time. The owner of one restarts it with the right addresses; the
+        other, which names only that one, is not touched. Both say what they give up."""
+        founder, follower = self.swarm.add_trainer(), self.swarm.add_trainer()
+        others, began = self._others(), time.time()
+        self.mark(founder, follower)
+        founder.start([], self.swarm.environment)
+        self.swarm.wait_until_up(founder)
+        follower.start([founder.address], self.swarm.environment)
+        self.swarm.wait_until_up(follower)
+        ahead = "their swarm has trained, and is behind the other one"
+        self.swarm.wait_until(lambda: self._have_trained_apart(founder, follower, since=began), ahead, seconds=240)
+        epochs, lines = {peer.name: peer.epoch() for peer in (founder, follower)}, len(follower.running.lines)
+        self.swarm.leave(founder)
+        self.mark(founder, follower)
+        founder.start([peer.address for peer in others][:3], self.swarm.environment)
+        self.swarm.wait_until_up(founder)
+        told = [
+            (founder, r"joined at epoch (\d+); its state replaces the backup's of epoch (\d+), \d+ behind", 0),
+            (follower, r"two swarms of this run have met: .* epoch (\d+) .* gave up this one's epoch (\d+)", lines),
+        ]
+        words = []
+        for peer, pattern, after in told:
+            said = self.swarm.wait_until(
+                lambda peer=peer, pattern=pattern, after=after: peer.said(pattern, after=after),
+                f"{peer.name} says what it gives up", seconds=90,
+            )  # fmt: skip
+            words.append(f"{peer.name} gave up epoch {said.group(2)} for {said.group(1)}")
+            if int(said.group(2)) < epochs[peer.name]:
+                raise NotSurvived(f"{peer.name} had finished epoch {epochs[peer.name]}: {said.group(0)}")
+        self.swarm.apart += [(peer.name, began, time.time()) for peer in (founder, follower)]
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        self.swarm.leave(*self.random.sample(others, min(2, len(others))))
+        return f"{', '.join(words)}; two others left for them"
+
+    def _have_trained_apart(self, *peers: FaultyPeer, since: float) -> bool:
+        for peer in peers:
+            if not peer.alive:
+                raise NotSurvived(f"{peer.name} ended: {peer.running.output()[-2000:]}")
+            rounds = [r for r in peer.since(since, "round", kind="gradients", complete=True) if r["num_peers"] > 1]
+            if len(rounds) < 2 or len(peer.since(since, "epoch")) < 3:
+                return False
+        return max(peer.epoch() for peer in peers) < self.swarm.epoch() - 8
+
+    # -- clocks
+
+    def clock_an_hour_off(self) -> str:
+        """It is told so, nobody else is disturbed, and it goes on in step, with the wrong clock and the right one."""
+        (victim,) = self.choose()
+        others = [self.swarm.auxiliary, *self._others(victim)]
+        wrong = r"clock is 3600 s (ahead of|behind) that of the other peers"
+        lines = {peer.name: len(peer.running.lines) for peer in (victim, *others)}
+        error = self.random.choice([HOUR, -HOUR])
+        self.mark()  # no victim: it must not stand still, either
+        victim.set_clock(error)
+        try:
+            said = self.swarm.wait_until(
+                lambda: victim.said(wrong, after=lines[victim.name]), f"{victim.name} hears of it", seconds=30
+            )
+            heard = time.time() - self.marked
+            self.swarm.wait_until(lambda: time.time() > self.marked + CLOCK_SECONDS, "wrong", seconds=60)
+            self.swarm.wait_until_in_step(*self.swarm.training(), since=self.marked)
+        finally:
+            victim.set_clock(0.0)
+        self.swarm.wait_until_in_step(*self.swarm.training(), since=time.time())
+        for peer in others:
+            if refused := [line for line in peer.running.lines[lines[peer.name] :] if "ignored what peer" in line]:
+                raise NotSurvived(f"{peer.name} was disturbed: {refused[0]}")
+        if said.group(1) != ("ahead of" if error > 0 else "behind"):
+            raise NotSurvived(f"{victim.name} was told the opposite: {said.group(0)}")
+        return f"{victim.name} heard after {heard:.0f} s: {said.group(0)}"
 
     # -- with a network namespace
 
@@ -378,6 +466,7 @@ EVERY = [
     "late_join", "leave_and_rejoin", "stop_inside_a_round", "interrupt_twice", "restart_the_auxiliary_peer",
     "cold_restart", "all_leave_at_once", "start_two_at_once", "full_disk", "truncated_backup",
     "kill_the_dht_process", "kill_p2pd", "kill_an_averager", "kill_an_averager_inside_a_round", "stop_p2pd",
+    "hang_the_dht_process", "clock_an_hour_off", "two_swarms_meet",
 ]  # fmt: skip
 SHORT = ["kill_inside_a_round", "freeze", "cold_restart"]
 LONG = [*EVERY, *OF_THE_NETWORK]
@@ -562,7 +651,8 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, le
         return None
     final = {r["epoch"]: 0 for peer in swarm.trainers for r in peer.since(0, "epoch")}
     for peer in swarm.trainers:
-        latest = {r["epoch"]: r["samples"] for r in peer.since(0, "epoch")}  # a repeated epoch counts once
+        epochs = [r for r in peer.since(0, "epoch") if not swarm.is_apart(peer, r["time"])]  # their work was given up
+        latest = {r["epoch"]: r["samples"] for r in epochs}  # a repeated epoch counts once
         for epoch, samples in latest.items():
             final[epoch] += samples
     model, tokenizer = tiny_model(folder)

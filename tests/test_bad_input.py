@@ -216,6 +216,7 @@ def auxiliary_cases() -> list[Case]:
         ("client mode", "--run_id r --client_mode", ("--client_mode", "open a port")),
         ("upload without interval", "--run_id r --store_checkpoints --repo_url a/b", ("--upload_interval",)),
         ("repository as a web address", f"{uploads} https://huggingface.co/a/b", ("--repo_url", "ORGANISATION/NAME")),
+        ("upload without a token", f"{uploads} a/b", ("--repo_url a/b: ", "HF_")),
         ("no refreshing", "--run_id r --refresh_period 0", ("--refresh_period must be positive",)),
         ("flag of a trainer", "--run_id r --dataset_sources x", ("unknown arguments: --dataset_sources x",)),
         ("misspelled flag", "--run_id r --store_checkpoint", ("did you mean --store_checkpoints",)),

@@ -19,15 +19,16 @@ from pathlib import Path
 
 import hivemind
 from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.p2p import P2P, P2PHandlerError, PeerID
 from hivemind.proto import crypto_pb2
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils import get_dht_time
-from hivemind.utils.auth import TokenAuthorizerBase
+from hivemind.utils.auth import AuthRole, AuthRPCWrapper, TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from arguments import PeerArguments
-from src.access.ownership import MAX_REMEMBERED, peer_id_of
+from src.access.ownership import MAX_REMEMBERED, peer_of, peer_of_key
 from src.files import try_lock
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ class Membership:
     def __init__(self, token_file: Path, key: RSAPrivateKey, run_id: str):
         self.token_file, self.private_key, self.run_id = token_file, key, run_id
         self.revocations = Revocations()
-        self._verified: dict[bytes, float] = {}  # tokens with a right signature -> when they expire
+        self._verified: dict[bytes, float] = {}  # what the organiser has signed of tokens -> when they expire
         self.token, self.organiser = self._read_token()
         self.read_revocations_file()
         problem = self.objection(self.token)
@@ -165,14 +166,14 @@ class Membership:
 
     def objection(self, token: AccessToken) -> str:
         """Why a token does not make its holder a member; empty if it does."""
-        serialized = token.SerializeToString()
-        if serialized not in self._verified:
-            if not self.organiser.verify(_signed_part(token), token.signature):
+        content = _signed_part(token)  # not all of it: anybody can write the same token in many ways
+        if content not in self._verified:
+            if not self.organiser.verify(content, token.signature):
                 return "is not signed by the run's organiser"
             if token.username.partition("/")[0] != self.run_id:
                 return f"is for the run {token.username.partition('/')[0]}"
-            self._verified[serialized] = float(token.expiration_time)
-        if self._verified[serialized] < get_dht_time():
+            self._verified[content] = float(token.expiration_time)
+        if self._verified[content] < get_dht_time():
             return EXPIRED
         if fingerprint(token.public_key) in self.revocations.fingerprints:
             return REVOKED
@@ -216,16 +217,18 @@ class Membership:
     def read_records(self, value) -> dict[PeerID, AccessToken]:
         """The organiser's tokens in what is stored under `members_key`, also those that have run out.
 
-        Learns revocations on the way.
+        Each in its holder's own record: another one could show a token that was renewed long ago. Learns revocations on
+        the way.
         """
         tokens = {}
-        for entry in value.values() if isinstance(value, dict) else ():
+        for owner, entry in value.items() if isinstance(value, dict) else ():
             try:
                 serialized, signed = entry.value
                 token = AccessToken.FromString(serialized)
                 self.learn_revocations(signed)
-                if self.objection(token) in ("", EXPIRED, REVOKED):
-                    tokens[peer_id_of(token.public_key)] = token
+                peer = peer_of_key(token.public_key)
+                if peer is not None and peer == peer_of(owner) and self.objection(token) in ("", EXPIRED, REVOKED):
+                    tokens[PeerID(peer)] = token
             except Exception as error:  # whatever else a bad member stores there
                 logger.debug("ignored a malformed member record: %r", error)
         return tokens
@@ -248,10 +251,51 @@ class MemberAuthorizer(TokenAuthorizerBase):
         return access_token is not self.membership.token
 
 
+class BoundToCaller(AuthRPCWrapper):
+    """hivemind's, but a request counts only if the token's holder has sent it, and an answer likewise.
+
+    hivemind 1.1.12 (utils/auth.py, `validate_request`) looks at the signature alone, which names neither side: whoever
+    a member has asked may ask the next one with that request, and so read what members have stored, and take the
+    member's place in the others' routing tables.
+    """
+
+    def __getattribute__(self, name: str):
+        method = super().__getattribute__(name)
+        if not name.startswith("rpc_") or self._authorizer is None:
+            return method
+
+        async def answer(request, context):
+            return (
+                await method(request, context) if _holds(context.remote_id, request.auth.client_access_token) else None
+            )
+
+        async def call(request, *args, **kwargs):
+            response = await method(request, *args, **kwargs)
+            is_own = response is not None and _holds(self._stub._peer, response.auth.service_access_token)
+            return response if is_own else None
+
+        return answer if self._role == AuthRole.SERVICER else call
+
+
+def _holds(peer: PeerID, token: AccessToken) -> bool:
+    return peer_of_key(token.public_key) == peer.to_bytes()
+
+
+def bind_requests_to_callers() -> None:
+    """In the node that is started next in this process; to be called before its own is forked."""
+    hivemind.dht.protocol.AuthRPCWrapper = BoundToCaller
+
+
 async def _update_authorizer(dht, node, revocations: bytes, token: bytes) -> None:
     """Runs in the DHT's process."""
     membership = node.protocol.authorizer.membership
+    known = membership.revocations
     membership.learn_revocations(revocations)
+    if membership.revocations is not known:
+        for storage in (node.protocol.storage, node.protocol.cache):
+            for key, (value, _) in list(storage.items()):
+                if isinstance(value, DictionaryDHTValue):  # else it is no record of a peer
+                    node.protocol._validate_dictionary(key.to_bytes(), value)  # keeps those of whoever may store them
     if token != membership.token.SerializeToString():
         membership.token = AccessToken.FromString(token)
 

@@ -15,6 +15,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 import msgpack
 from cryptography.hazmat.primitives import serialization
@@ -29,6 +30,8 @@ from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from src.access.record_limits import Acquaintances
+
 logger = logging.getLogger(__name__)
 
 MAX_BYTES, MAX_MEMBER_BYTES = 2**14, 2**19  # of a record; a member's holds the organiser's list of revoked keys
@@ -36,6 +39,7 @@ MAX_DEPTH = 8  # of lists and dictionaries in a record
 MAX_LIFETIME = 3600.0  # seconds from now to a record's expiration
 MAX_CLOCK_ERROR = 60.0  # seconds by which the clock of who stores may be ahead
 MAX_KEY_BITS, MAX_REMEMBERED = 4096, 4096
+MAX_BAD_ENTRIES = 100  # of a list, after which the rest of it is not looked at
 _OWNER = re.compile(rb"\[owner:(ssh-rsa [A-Za-z0-9+/=]{1,1000})\]")
 _SIGNATURE = re.compile(rb"[A-Za-z0-9+/=]{1,1000}")
 
@@ -65,11 +69,16 @@ def _read_key(public_key: bytes) -> tuple[RSAPublicKey, bytes] | None:
         return None
 
 
+def peer_of_key(public_key: bytes) -> bytes | None:
+    """The peer id of whoever holds the private key; None if that is no key that a peer may have."""
+    known = _read_key(public_key)
+    return None if known is None else known[1]
+
+
 def peer_of(owner: object) -> bytes | None:
     """The peer id of the owner of a record, from its subkey ``[owner:PUBLIC KEY]``; None if that is something else."""
     found = _OWNER.fullmatch(owner) if isinstance(owner, bytes) else None
-    known = _read_key(found.group(1)) if found is not None else None
-    return None if known is None else known[1]
+    return None if found is None else peer_of_key(found.group(1))
 
 
 def name_of(owner: object) -> str:
@@ -78,15 +87,31 @@ def name_of(owner: object) -> str:
     return "?" if peer is None else PeerID(peer).to_base58()
 
 
+def names_in(addresses: Iterable[object]) -> list[str]:
+    """The peer ids, as text, that addresses of peers end in."""
+    return sorted({str(address).rsplit("/p2p/", 1)[1] for address in addresses if "/p2p/" in str(address)})
+
+
 class OwnedRecords(RSASignatureValidator):
     """Signs what this peer stores, and takes from others only what its owner has signed, in bounds of size and time.
 
     A signed value is ``content[signature:...]``, or ``content[owner:...][signature:...]`` under a bare peer id, which
     does not tell the key. The signature covers key, subkey, content and expiration.
+
+    ``is_revoked(owner)``: in a private run, whether the records of the owner of ``[owner:PUBLIC KEY]`` are refused.
+    That of its token is not, so that everybody can say why it is not let in.
     """
 
-    def __init__(self, private_key: RSAPrivateKey, run_id: str):
+    def __init__(
+        self,
+        private_key: RSAPrivateKey,
+        run_id: str,
+        acquaintances: Acquaintances | None = None,
+        is_revoked: Callable[[bytes], bool] = lambda owner: False,
+    ):
         super().__init__(private_key)
+        self.acquaintances = Acquaintances() if acquaintances is None else acquaintances
+        self.is_revoked = is_revoked
         self.peer_id = peer_id_of(private_key.get_public_key().to_bytes()).to_bytes()
         self._members_key = DHTID.generate(source=f"{run_id}_members").to_bytes()
         self._verified: OrderedDict[bytes, None] = OrderedDict()  # digests: the same records are read again and again
@@ -109,12 +134,18 @@ class OwnedRecords(RSASignatureValidator):
         owner, under_peer_id = self._owner(record.subkey)
         if owner is None or (public_key is None) == under_peer_id:
             return "it has no owner"
-        known = _read_key(owner if public_key is None else public_key)
+        public_key = owner if public_key is None else public_key
+        known = _read_key(public_key)
         if known is None or (under_peer_id and known[1] != owner):
             return "its owner is not who its subkey says"
+        if record.key != self._members_key and self.is_revoked(b"[owner:" + public_key + b"]"):
+            return "its owner was shut out"
         if not self._is_signed(known, dataclasses.replace(record, value=content), signature):
             return "its owner has not signed it"
-        return "" if _is_shallow(_loads(content), MAX_DEPTH) else "it is too deep"
+        if not _is_shallow(_loads(content), MAX_DEPTH):
+            return "it is too deep"
+        self.acquaintances.note(_loads(record.subkey), known[1])
+        return ""
 
     @staticmethod
     def _owner(subkey: bytes) -> tuple[bytes | None, bool]:
@@ -176,6 +207,8 @@ def _is_shallow(value: object, levels: int) -> bool:
 def sift_dictionaries() -> None:
     """Let a node keep the good entries of a dictionary that another one sends, and believe no expiration but theirs.
 
+    Of more than its own have room for it takes those of the peers that it knows longest, see `limit_records`.
+
     hivemind 1.1.12 throws the whole dictionary away for one bad entry (dht/protocol.py:416, `_validate_dictionary`), so
     that whoever holds one hides those of all others. And it takes the dictionary's own expiration unseen (:324, in
     `call_find`): the latest ends a search at once, and what was found is then kept as the newest for ever.
@@ -185,13 +218,19 @@ def sift_dictionaries() -> None:
     DHTProtocol.find_unsifted = DHTProtocol.call_find
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:
-        good, now = DictionaryDHTValue(), get_dht_time()
-        for subkey, (value, expiration) in dictionary.data.items():
+        good, num_bad, now = DictionaryDHTValue(), 0, get_dht_time()
+        rank = DictionaryDHTValue.acquaintances.rank
+        for subkey, (value, expiration) in sorted(dictionary.data.items(), key=lambda item: rank(item[0])):
             subkey_bytes = MSGPackSerializer.dumps(subkey)
             if not isinstance(expiration, (int, float)) or not expiration >= now:
                 continue
-            if self._validate_record(key_bytes, subkey_bytes, value, expiration):
-                good.store(subkey, value, expiration)
+            if not self._validate_record(key_bytes, subkey_bytes, value, expiration):
+                num_bad += 1
+                is_enough = num_bad >= MAX_BAD_ENTRIES
+            else:
+                is_enough = not good.store(subkey, value, expiration)
+            if is_enough:
+                break
         vars(dictionary).update(vars(good), latest_expiration_time=good.latest_expiration_time)
         return bool(good.data)
 

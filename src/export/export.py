@@ -34,9 +34,9 @@ from src.export.model_card import (
 )
 from src.models import albert
 from src.models.albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
-from src.models.checkpoint import give_usual_mode, load_strictly, read_state_dict
+from src.models.checkpoint import check_size, give_usual_mode, load_strictly, read_state_dict
 from src.models.config import LeanAlbertConfig
-from src.models.hub import explain_hub_error
+from src.models.hub import explain_hub_error, give_up_on_silence
 from src.models.tokenizer import OWN_CLASSES, PIPELINE_FILE, SUBFOLDER, has_vocabulary, load_tokenizer
 
 PROGRAM = "python -m src.export"
@@ -49,6 +49,8 @@ AUTO_MAP = {
     "AutoModelForPreTraining": "albert.LeanAlbertForPreTraining",
     "AutoModelForSequenceClassification": "albert.LeanAlbertForSequenceClassification",
 }
+# What the names of a tokenizer's files begin with.
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "spiece", "sentencepiece", "added_tokens", "vocab", "merges")
 WHAT_TO_PASS = "pass state.pth, a trainer's backup.pth, or a directory that from_pretrained opens"
 
 
@@ -90,6 +92,7 @@ def main(argv: list[str] | None = None, *, api: HfApi | None = None) -> int:
         print(f"{options.out} opens with AutoModelForMaskedLM.from_pretrained({str(options.out)!r}, "
               "trust_remote_code=True)")  # fmt: skip
         if options.push is not None:
+            give_up_on_silence()
             push(options.out, options.push, api or HfApi(), dry_run=options.dry_run)
     except (ValueError, OSError, HfHubHTTPError) as error:
         print(f"{PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -143,7 +146,9 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     has_order_head = any(name.startswith("sop_classifier.") for name in state)
     if not has_order_head:  # nothing else uses the pooler
         state = {name: tensor for name, tensor in state.items() if not name.startswith("albert.pooler.")}
-    model = (LeanAlbertForPreTraining if has_order_head else LeanAlbertForMaskedLM)(config)
+    kind = LeanAlbertForPreTraining if has_order_head else LeanAlbertForMaskedLM
+    check_size(lambda: kind(config), state, source=path)
+    model = kind(config)
     load_strictly(model, state, source=path)
     return model.eval(), loaded
 
@@ -196,7 +201,7 @@ def check_target(out: Path, checkpoint: str) -> None:
     foreign = sorted(
         path.name
         for path in out.iterdir()
-        if path.name not in known and not path.name.startswith(("model", "tokenizer", "special_tokens", "spiece"))
+        if path.name not in known and not path.name.startswith(("model", *TOKENIZER_FILES))
     )
     if foreign or not config.is_file() or '"auto_map"' not in config.read_text(encoding="utf-8", errors="replace"):
         what = f"it holds {foreign[0]}" if foreign else "it is not an earlier export"
@@ -209,13 +214,8 @@ def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
     aside, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
     try:
         model.config.sparse_prediction = False  # a training option; users want logits everywhere
-        model.config.auto_map = AUTO_MAP
         model.save_pretrained(aside)
-        write_tokenizer(aside, tokenizer)
-        for path in code_files():
-            shutil.copyfile(path, aside / path.name)
-        for name, text in texts.items():
-            (aside / name).write_text(text, encoding="utf-8")
+        complete(aside, tokenizer, texts)
         give_usual_mode(aside)
         for path in aside.iterdir():
             flush_to_disk(path)
@@ -229,6 +229,23 @@ def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
             old.rename(out)
         shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def complete(directory: Path, tokenizer, texts: dict[str, str]) -> None:
+    """Give a directory with a model's weights and configuration what they need where nobody knows this repository.
+
+    Its files are replaced, not written to: they may be other names of a checkpoint's.
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    for path in directory.iterdir():
+        if path.name == "config.json" or path.name.startswith(TOKENIZER_FILES):
+            path.unlink()
+    config_text = json.dumps({**config, "auto_map": AUTO_MAP}, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    write_tokenizer(directory, tokenizer)
+    for path in code_files():
+        shutil.copyfile(path, directory / path.name)
+    for name, text in {"config.json": config_text, **texts}.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def put_back(out: Path) -> None:
@@ -268,12 +285,12 @@ def push(directory: Path, repo_id: str, api, *, dry_run: bool) -> None:
         print(f"  {format_size(path.stat().st_size):>9}  {path.name}")
     if dry_run:
         with suppress(Exception):  # a repository that does not exist yet, no network: a try needs neither
-            say_what_stays(api.list_repo_files(repo_id), files, repo_id)
+            print_what_stays(api, repo_id, files)
         print("nothing was sent; the same command without --dry-run sends it")
         return
     try:
         api.create_repo(repo_id, exist_ok=True)
-        say_what_stays(api.list_repo_files(repo_id), files, repo_id)
+        print_what_stays(api, repo_id, files)
         api.upload_folder(repo_id=repo_id, folder_path=str(directory), commit_message="Export of LeanALBERT")
     except Exception as error:  # whatever the network or the hub does: the directory is here and complete
         reason, advice = explain_hub_error(error)
@@ -284,12 +301,21 @@ def push(directory: Path, repo_id: str, api, *, dry_run: bool) -> None:
     print(f"https://huggingface.co/{repo_id}")
 
 
-def say_what_stays(there: list[str], sent: list[Path], repo_id: str) -> None:
-    """An upload adds and replaces, it removes nothing: old weights or another tokenizer would stay beside the new."""
-    others = sorted(set(there) - {path.name for path in sent} - {".gitattributes"})
-    if others:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{repo_id} holds other files, which stay there: {', '.join(others[:5])}{more}")
+def print_what_stays(api, repo_id: str, sent: list[Path]) -> None:
+    if stays := what_stays(api, repo_id, sent):
+        print(stays)
+
+
+def what_stays(api, repo_id: str, sent: list[Path]) -> str:
+    """What a repository holds already, in words; "" if nothing. An upload adds and replaces, it removes nothing: old
+    weights or another tokenizer stay beside the new. A README.md that somebody has written is lost, however."""
+    there = set(api.list_repo_files(repo_id))
+    others = sorted(there - {path.name for path in sent} - {".gitattributes"})
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    lines = [f"{repo_id} holds other files, which stay there: {', '.join(others[:5])}{more}"] if others else []
+    if "README.md" in there and MODEL_FILE.name not in there:  # of no earlier export
+        lines.append(f"{repo_id} holds a README.md, which is replaced; its history keeps it")
+    return "\n".join(lines)
 
 
 def format_size(num_bytes: int) -> str:

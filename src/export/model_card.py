@@ -81,9 +81,9 @@ def held_out_curve(records: Sequence[Mapping]) -> list[Mapping]:
 
 def model_card(
     *, name: str, model, tokenizer, license_name: str | None, data: str | None, metrics: Sequence[Mapping],
-    ledger: Sequence[Mapping],
+    ledger: Sequence[Mapping], origin: str = "",
 ) -> str:  # fmt: skip
-    """The whole README.md. `metrics` and `ledger` are records of those files, or empty."""
+    """The whole README.md. `metrics` and `ledger` are records of those files, or empty; `origin` is a sentence."""
     metadata = ["language: ru", "library_name: transformers", "pipeline_tag: fill-mask"]
     metadata += [f"mask_token: {json.dumps(tokenizer.mask_token)}", "tags: [lean_albert, masked-lm]"]
     metadata += [f"license: {license_name}"] if license_name else []
@@ -91,6 +91,7 @@ def model_card(
         "---\n" + "\n".join(metadata) + "\n---",
         f"# {name.rpartition('/')[2]}",
         f"A masked language model for Russian, {type(model).__name__} with {_architecture(model)}.",
+        *([origin] if origin else []),
         LOADING.format(name=name, mask=tokenizer.mask_token),
         *_training_sections(metrics, data),
         *_benchmark_section(ledger),

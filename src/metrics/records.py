@@ -135,6 +135,7 @@ class StateDownload(Record):
     to_epoch: int = 0
     seconds: float = 0.0
     lost_samples: int = 0  # had been accumulated, and were given up for it
+    was_apart: bool = False  # it is that of another swarm, and the epochs that led to `from_epoch` are given up, too
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,8 @@ def _sane(kind: object, value: object) -> object:
         return number(value)
     if kind == float | None:
         return number(value, None)
+    if kind is bool:
+        return value is True
     if kind is str:
         return printable("" if value is None else value)
     if kind == tuple[str, ...]:

@@ -156,6 +156,17 @@ def load_strictly(model, state_dict, *, source):
         raise ValueError(f"{source} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
 
 
+def check_size(build, state_dict, *, source):
+    """Raises ValueError if `build()` makes a model far larger than a checkpoint, before memory is taken for it."""
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in build().parameters())
+    there = sum(tensor.numel() for tensor in state_dict.values())
+    if needed > 2 * there + 2**20:
+        raise ValueError(
+            f"{source} does not fit its configuration: that describes {needed:,} parameters, the file holds {there:,}"
+        )
+
+
 def is_finite(tensor):
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 

@@ -27,6 +27,10 @@ POSITIVE_OPTIONS = (
     "layer_norm_eps",
     "initializer_range",
 )
+# Anything larger is a mistake, or somebody's attempt to fill the memory; and numbers of any length can be written.
+LARGEST_COUNT, LARGEST_SIZE, LARGEST_NUMBER = 4096, 2**27, 1e15
+SIZE_ENDINGS = ("_size", "_layers", "_heads", "_groups", "_matrices", "_labels", "_embeddings", "_dim", "_experts")
+FRACTIONAL_OPTIONS = ("rotary_embedding_base", "layer_norm_eps", "initializer_range")
 NON_NEGATIVE_OPTIONS = ("share_large_matrices", "adapter_dim", "block_size", "lowrank_dim")
 PROBABILITY_OPTIONS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob")
 
@@ -99,6 +103,8 @@ class LeanAlbertConfig(PreTrainedConfig):
         for name in LEGACY_OPTIONS:
             kwargs.pop(name, None)
         self._require("hidden_size", _is_number(self.hidden_size) and self.hidden_size >= 1, "must be positive")
+        self._require("hidden_size", self.hidden_size <= LARGEST_SIZE, f"must not exceed {LARGEST_SIZE}")
+        refuse_absurd_numbers(kwargs)
         if self.num_hidden_groups is None:
             self.num_hidden_groups = self.num_hidden_layers
         if self.out_proj_bias is None:
@@ -127,6 +133,12 @@ class LeanAlbertConfig(PreTrainedConfig):
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "must be positive")
         for name in NON_NEGATIVE_OPTIONS:
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) >= 0, "must not be negative")
+        for name in FRACTIONAL_OPTIONS:
+            self._require(name, getattr(self, name) <= LARGEST_NUMBER, f"must not exceed {LARGEST_NUMBER:.0f}")
+        for name in [name for name in (*POSITIVE_OPTIONS, *NON_NEGATIVE_OPTIONS) if name not in FRACTIONAL_OPTIONS]:
+            largest = LARGEST_COUNT if name.startswith("num_") else LARGEST_SIZE
+            self._require(name, isinstance(getattr(self, name), int), "must be a whole number")
+            self._require(name, getattr(self, name) <= largest, f"must not exceed {largest}")
         for name in PROBABILITY_OPTIONS:
             self._require(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         self._check_shapes()
@@ -162,8 +174,19 @@ class LeanAlbertConfig(PreTrainedConfig):
 
     def _require(self, name, condition, reason):
         if not condition:
-            raise ValueError(f"{name}={getattr(self, name)!r} {reason}")
+            value = getattr(self, name)
+            is_absurd = isinstance(value, int) and abs(value) > LARGEST_NUMBER  # Python refuses to print very long ones
+            raise ValueError(f"{name}={'a huge number' if is_absurd else repr(value)[:80]} {reason}")
 
 
 def _is_number(value):
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+
+
+def refuse_absurd_numbers(options):
+    """Raises ValueError if a configuration, of a model of any family, has a size that no model has. Already the object
+    that transformers makes of it may not fit into the memory."""
+    for name, value in options.items():
+        largest = LARGEST_COUNT if str(name).startswith("num_") else LARGEST_SIZE
+        if isinstance(value, int) and value > largest and str(name).endswith(SIZE_ENDINGS):
+            raise ValueError(f"{name} must not exceed {largest}")

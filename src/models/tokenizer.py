@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from tokenizers import AddedToken, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .hub import explain_hub_error
+from .hub import explain_hub_error, give_up_on_silence
 from .sentencepiece_model import convert_sentencepiece
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def looks_like_hub_id(name) -> bool:
 def download(hub_id: str) -> Path:
     """The local copy of a hub repository's tokenizer files, no weights."""
     names = [*VOCABULARY_FILES, *SETTINGS_FILES]
+    give_up_on_silence()
     try:
         return Path(snapshot_download(hub_id, allow_patterns=[*names, *(f"{SUBFOLDER}/{name}" for name in names)]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -19,6 +19,7 @@ import torch
 from hivemind.proto import crypto_pb2
 
 from src.access.auth import load_identity
+from src.models.hub import ASK_SECONDS, LOOK_AT_THE_NETWORK, check_token, give_up_on_silence
 from src.models.memory import Memory, largest_batch, predict_memory
 from src.swarm.dht import start_dht, visible_addresses
 from src.swarm.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
@@ -179,6 +180,20 @@ def smaller_batch(config, workload: Workload, budget: float) -> str:
             flag = "" if level == config.activation_memory else f"--activation_memory {level} "
             return f"{flag}--per_device_train_batch_size {size} fits (raise --gradient_accumulation_steps instead)"
     return "use a machine with more memory, a smaller --model_config_path, or a lower --max_sequence_length"
+
+
+def check_uploads(api, repo_id: str) -> Check:
+    """Whether this machine's token may upload to the repository."""
+    name = f"uploads to {repo_id}"
+    give_up_on_silence(ASK_SECONDS)
+    try:
+        return Check(name, OK, f"the hub knows the token of {check_token(api, repo_id)}")
+    except ConnectionError as error:
+        return Check(name, WARNING, f"the hub cannot be asked ({error})",
+                     f"{LOOK_AT_THE_NETWORK}; each upload is tried again")  # fmt: skip
+    except ValueError as error:
+        found, _, fix = str(error).partition("; ")
+        return Check(name, FAILED, found, fix)
 
 
 def check_identity(identity_path: str | None) -> Check:
@@ -419,12 +434,13 @@ def run_checks(
     build_model: Callable[[], tuple],
     make_card: Callable[[object, object], dict[str, str]],
     read_data: Callable[[object], object] | None,
+    check_uploads: Callable[[], Check] | None = None,
     say: Callable[[str], None],
 ) -> int:
     """All checks, each one's lines as soon as they are known, then the verdict. Returns the exit code, 0 or 2.
 
     ``build_model()`` gives model and tokenizer, ``make_card(config, tokenizer)`` the run card, ``read_data(tokenizer)``
-    reads a first instance; the first and the last raise ValueError.
+    reads a first instance; the first and the last raise ValueError. ``check_uploads()`` is for who uploads.
     """
     checks: list[Check] = []
 
@@ -441,6 +457,8 @@ def run_checks(
             report(check)
         report(check_shared_memory(built[0]))
         report(check_disk(Path(output_dir), workload.predict(built[0].config)))
+    if check_uploads is not None:
+        report(check_uploads())
     card = None if built is None else make_card(built[0].config, built[1])
     check_network(peer, report, card)  # before data are read: hivemind's processes come before other threads
     if built is not None and read_data is not None:

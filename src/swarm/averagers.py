@@ -10,11 +10,11 @@ import math
 import multiprocessing
 import random
 import secrets
+from collections import Counter
 from concurrent.futures import InvalidStateError
 from statistics import median_low
 
 import torch
-from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.key_manager import GroupKeyManager
@@ -28,7 +28,10 @@ from hivemind.utils import DHTExpiration, MPFuture
 from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 from hivemind.utils.streaming import combine_from_streaming
 
+from src.access.ownership import names_in
+from src.process.watchdog import START_SECONDS, watch
 from src.swarm.contributions import Judge, check_wire_tensor
+from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
 from src.swarm.state_check import check_state, far_apart, sample_parameters
 from src.swarm.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
@@ -40,8 +43,30 @@ ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third
 NUM_WITNESSES = 3
 
 
-class ClosesConnection:
-    """Mixin: an averager closes its connection to p2pd when it is shut down, and so removes its socket."""
+class OwnProcess:
+    """Mixin: this peer's watchdog watches an averager's process, which closes its connection to p2pd when it is shut
+    down, and so removes its socket."""
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        super().run_in_background(await_ready=False)
+        watch(self._what(), self.pid)
+        if await_ready:
+            self.wait_until_ready(timeout)
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        super().wait_until_ready(START_SECONDS if timeout is None else timeout)
+        watch(self._what(), self.pid, self._ask)
+
+    def _what(self) -> str:
+        return f"the process that averages {self.round_kind}"
+
+    def _ask(self) -> None:
+        future = MPFuture()
+        self._outer_pipe.send(("_answer", [future], {}))
+        future.result()
+
+    async def _answer(self, future: MPFuture) -> None:
+        future.set_result(None)
 
     async def _shutdown(self, timeout: float | None) -> None:
         try:
@@ -50,7 +75,7 @@ class ClosesConnection:
             await self._p2p.shutdown()
 
 
-class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
+class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
     """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
 
     Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
@@ -80,7 +105,7 @@ class LeanGradientAverager(ClosesConnection, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -134,17 +159,37 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
     # -- in the averager's process
 
     async def _aggregate_with_group(self, group_info: GroupInfo, **kwargs) -> dict:
-        # Peers of different epochs would wait for each other, one here, the other in a round of gradients. Nor may an
-        # epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
-        group_info = self._usable_members(group_info)
-        members = [self.serializer.loads(gathered) for gathered in group_info.gathered]
-        epochs = [data for _, mode, data in members if mode != AveragingMode.AUX.value]  # serialized
-        own = self.serializer.loads(members[group_info.peer_ids.index(self.peer_id)][2])
-        if len(set(epochs)) > 1:
-            raise MatchmakingException("the group's trainers are in different epochs")
+        # Nor may an epoch that somebody claims become this peer's own: hivemind takes the highest in the result.
+        group_info = self._of_one_epoch(self._usable_members(group_info))
+        _, _, own = self.serializer.loads(group_info.gathered[group_info.peer_ids.index(self.peer_id)])
         result = await super()._aggregate_with_group(group_info, **kwargs)
-        result.update(dict.fromkeys(result, own))
+        result.update(dict.fromkeys(result, self.serializer.loads(own)))
         return result
+
+    def _of_one_epoch(self, group_info: GroupInfo) -> GroupInfo:
+        """The trainers of a group that are in this peer's epoch, and their assistants.
+
+        Peers of different epochs would wait for each other, one here, the other in a round of gradients; and whoever
+        claims another one must not keep the rest from their round. All of such a part see it alike, and call nobody
+        else. The assistants help the largest part, of equal ones that which is furthest back.
+        """
+        members = dict(zip(group_info.peer_ids, group_info.gathered, strict=True))
+        epochs = {peer: epoch_of(gathered) for peer, gathered in members.items() if is_trainer(gathered)}
+        counts = Counter(epoch for epoch in epochs.values() if epoch is not None)
+        helped = max(counts, key=lambda epoch: (counts[epoch], -epoch), default=None)
+        own = epochs.get(self.peer_id, helped)
+        if own is not None and counts[own] < 2 and len(epochs) > 1:
+            raise MatchmakingException("the group's trainers are in different epochs")
+        kept = {
+            peer: gathered
+            for peer, gathered in members.items()
+            if peer == self.peer_id or (epochs[peer] == own if peer in epochs else own == helped)
+        }
+        if len(kept) == len(members):
+            return group_info
+        for peer in epochs.keys() - kept.keys():
+            self._remark(f"averages parameters without {peer}, which is in epoch {epochs[peer]}, not {own}")
+        return GroupInfo(group_info.group_id, tuple(kept), tuple(kept.values()))
 
     async def rpc_sample_state(
         self, request: averaging_pb2.AveragingData, context: P2PContext
@@ -277,17 +322,30 @@ class LeanStateAverager(ClosesConnection, RoundReporting, TrainingStateAverager)
         return metadata, tensors
 
     async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
-        """Raises ValueError if more of the other donors contradict a state than confirm it."""
+        """Raises ValueError if more of the other donors contradict a state than confirm it.
+
+        Of this peer's initial peers, as donors and as others, the word counts alone: nobody else can have their ids,
+        while anybody can have many.
+        """
         expected, seed = self._expected_epoch.value, secrets.token_bytes(16)
         if epoch > expected + MAX_LEAD:
             raise ValueError(f"it claims epoch {epoch}, the swarm is at {expected:.0f}")
         samples = sample_parameters(tensors[: len(self._averaged_tensors)], seed)
+        trusted = set(names_in(self.dht.initial_peers or ()))
+        others = [peer for peer in donors if peer != donor]
+        witnesses = sorted(others, key=lambda peer: str(peer) not in trusted)[:NUM_WITNESSES]
+        found = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
+        # who is silent, or has just joined and has no state of its own yet, says nothing
+        answers = {
+            peer: answer
+            for peer, answer in zip(witnesses, found, strict=True)
+            if answer is not None and expected - 3 <= answer[0] < math.inf
+        }
+        of_trusted = {peer: answer for peer, answer in answers.items() if str(peer) in trusted}
+        if of_trusted or str(donor) in trusted:
+            answers = of_trusted
         confirmed, contradictions = 0, []
-        witnesses = [peer for peer in donors if peer != donor][:NUM_WITNESSES]
-        answers = await asyncio.gather(*(self._samples_of(peer, seed) for peer in witnesses))
-        for witness, answer in zip(witnesses, answers, strict=True):
-            if answer is None or not expected - 3 <= answer[0] < math.inf:
-                continue  # it is silent, or has just joined and has no state of its own yet
+        for witness, answer in answers.items():
             difference = far_apart(samples, answer[1])
             if difference:
                 contradictions.append(f"{witness} has another one, {difference}")
@@ -353,9 +411,9 @@ def end_searches_without_waiting() -> None:
 
 
 __all__ = [
-    "ClosesConnection",
     "LeanGradientAverager",
     "LeanStateAverager",
+    "OwnProcess",
     "correct_step_cancellation",
     "end_searches_without_waiting",
 ]

@@ -41,11 +41,17 @@ class BoundedProgressTracker(ProgressTracker):
     claim, and nobody who is more than one epoch ahead of that: any number of keys costs nothing, so that a majority
     means nothing, and whoever believes too little finds out, while whoever believes too much waits for ever.
 
+    Two halves of a swarm whose network was cut, or two swarms that were begun under one name, meet further apart than
+    this. Then a trainer believes as much as the peers of its own choice bear out, see `is_apart`; who has chosen none
+    can only be told, since another swarm and a forger look alike.
+
     ``is_member(public key) -> bool`` leaves out the records of whoever does not belong to a private run.
     ``ask_epoch()`` is what the peers of this peer's choice say, (epoch, seconds since then), or None.
     """
 
     first_hand: tuple[int, float] | None = None  # an epoch of the swarm, and when (`time.monotonic`) it was in it
+    told: tuple[int, float] | None = None  # the same, from the peers of this peer's choice when it last asked them
+    _somebody_is_far_ahead = False
 
     def __init__(
         self,
@@ -84,9 +90,11 @@ class BoundedProgressTracker(ProgressTracker):
 
     def ask_for_epoch(self) -> None:
         """Ask the peers of this peer's choice where the swarm is, unless this peer can judge by its own epochs."""
-        if not self.has_trained and (answer := self._ask_epoch()) is not None:
-            epoch, age = answer
-            self.first_hand = epoch, time.monotonic() - age
+        may_judge = self.has_trained and not self._somebody_is_far_ahead
+        answer = None if may_judge else self._ask_epoch()
+        self.told = None if answer is None else (answer[0], time.monotonic() - answer[1])
+        if self.told is not None and not self.has_trained:
+            self.first_hand = self.told
 
     def learn_epoch(self, epoch: int) -> None:
         """Those with whom this peer has averaged, or whose state it has taken, were in ``epoch`` just now.
@@ -110,8 +118,22 @@ class BoundedProgressTracker(ProgressTracker):
                 return math.inf
             epoch, since = self.first_hand
             return epoch + 1 + (time.monotonic() - since + NEWS_SECONDS) // FASTEST_EPOCH
-        fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
-        return self.local_progress.epoch + 1 + (time.monotonic() - self.epoch_since) // fastest
+        told = self.told
+        if told is None:
+            return self._highest_by_own_epochs()
+        others = told[0] + 1 + (time.monotonic() - told[1] + NEWS_SECONDS) // self._fastest_epoch()
+        return max(others, self._highest_by_own_epochs())
+
+    def _fastest_epoch(self) -> float:
+        return max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
+
+    def _highest_by_own_epochs(self) -> float:
+        return self.local_progress.epoch + 1 + (time.monotonic() - self.epoch_since) // self._fastest_epoch()
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the swarm that this peer believes in is further than its own one can have come."""
+        return self.has_trained and self.global_progress.epoch > self._highest_by_own_epochs()
 
     def distrust_claims_above(self, epoch: int) -> None:
         """Ignore for a while whoever claims a higher epoch: none of the swarm's states is that new.
@@ -151,6 +173,8 @@ class BoundedProgressTracker(ProgressTracker):
             else:
                 records[owner] = record
         self.last_claims = {owner: record.epoch for owner, record in records.items() if owner != self._local_public_key}
+        own_limit = self._highest_by_own_epochs()
+        self._somebody_is_far_ahead = any(epoch > own_limit for epoch in self.last_claims.values())
         possible = self.highest_plausible_epoch()
         self._limit = min(possible, self._limit_by_claims(records, possible))
         accepted = {}
@@ -159,6 +183,8 @@ class BoundedProgressTracker(ProgressTracker):
             proven = max(highest, self.local_progress.epoch + 1)
             if record.epoch > possible and owner != self._local_public_key:
                 reason = f"it claims epoch {record.epoch}; at most {possible:.0f} is possible"
+                if self.has_trained:
+                    reason += "; if there is a swarm that far, join it: --initial_peers with an address you trust"
                 self._refuse(owner, "epoch", reason)
             elif record.epoch > self._limit and owner != self._local_public_key:
                 continue  # perhaps those who claim less are behind: nobody is to blame
@@ -211,11 +237,10 @@ class BoundedProgressTracker(ProgressTracker):
         return min((epoch for epoch in epochs if known <= epoch <= possible), default=min(epochs)) + 1
 
     def _bounded(self, record: LocalTrainingProgress) -> LocalTrainingProgress:
-        fastest = max(FASTEST_EPOCH, (self.seconds_per_epoch or 0.0) / MAX_SPEEDUP)
         return record.copy(
             update={
                 "samples_accumulated": min(record.samples_accumulated, self.target_batch_size),
-                "samples_per_second": min(record.samples_per_second, self.target_batch_size / fastest),
+                "samples_per_second": min(record.samples_per_second, self.target_batch_size / self._fastest_epoch()),
                 "time": max(record.time, get_dht_time() - self.metadata_expiration),
             }
         )

@@ -429,10 +429,11 @@ class CheckedContainer(TensorPartContainer):
     """Takes averages from another peer as long as ``check(peer_index, part_index, own part, delta)`` has no objection.
 
     After one the peer's other averages are left, too: the own values stand in for them. ``when_over(peer_index,
-    objection)`` is called when no further average of a peer is wanted, with "" if all of them were good.
+    objection)`` is called when no further average of a peer is wanted, with "" if all of them were good; before that
+    ``when_failed(peer_index)``, when the call has come to an end without them.
     """
 
-    check = staticmethod(lambda *arguments: None)
+    check = when_failed = staticmethod(lambda *arguments: None)
     when_over = staticmethod(lambda *arguments: None)
 
     def register_processed_part(self, peer_index: int, part_index: int, part: torch.Tensor) -> None:
@@ -451,6 +452,7 @@ class CheckedContainer(TensorPartContainer):
             self.when_over(peer_index, "")
 
     def register_failed_reducer(self, peer_index: int) -> None:
+        self.when_failed(peer_index)
         self._stand_in(peer_index)
         self.when_over(peer_index, "")
 
@@ -581,6 +583,7 @@ class JudgingAllReduce(AllReduceRunner):
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
         container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
         container.check, container.when_over = self._check_average, self._end_call
+        container.when_failed = self._note_silence
         self._calls: dict[int, _CheckedStub] = {}  # by place in the group
         self._talks: dict[int, asyncio.Task] = {}  # the same
         compression, infos = container.compression, container.tensor_infos
@@ -603,6 +606,8 @@ class JudgingAllReduce(AllReduceRunner):
         self._room = judge.room_for_whole(self._norm(tensors)) if self._has_values else math.inf
         self._averaged: dict[int, float] = {}  # sender -> norm of its parts that entered an average
         self._taken: dict[int, float] = {}  # place in the group -> norm of the averages taken from there
+        self.kept_waiting: set = set()  # members of which nothing came, as senders or as reducers
+        self._began = time.monotonic()
         self._refusals: Counter = Counter()
         self._first_reasons: dict = {}
 
@@ -698,6 +703,16 @@ class JudgingAllReduce(AllReduceRunner):
         finally:
             time_keeper.cancel()
 
+    def _note_silence(self, peer_index: int) -> None:
+        """Whoever claims a high bandwidth is to average all parts of all others, which are lost if it does not.
+
+        Who cannot be reached, or refuses, does so at once.
+        """
+        is_silent = self.tensor_part_container._outputs_registered_by_peer[peer_index] == 0
+        seconds = math.inf if self.reducer_timeout is None else 0.95 * self.reducer_timeout
+        if is_silent and time.monotonic() - self._began > seconds:
+            self.kept_waiting.add(self.ordered_peer_ids[peer_index])
+
     async def _communicate_with_peer(self, peer_id) -> None:
         self._talks[self.ordered_peer_ids.index(peer_id)] = asyncio.current_task()
         await super()._communicate_with_peer(peer_id)
@@ -726,6 +741,7 @@ class JudgingAllReduce(AllReduceRunner):
                         self.sender_peer_ids[sender],
                         f"kept the round waiting for {late[sender]:.0f} s, more than its bandwidth explains",
                     )
+                    self.kept_waiting.add(self.sender_peer_ids[sender])
                     await self._ban_sender(self.sender_peer_ids[sender])
             await asyncio.sleep(TICK_SECONDS)
         for index, task in self._talks.items():
@@ -750,6 +766,8 @@ class JudgingAllReduce(AllReduceRunner):
     async def _ban_sender(self, peer_id) -> None:
         """Leave a sender out of what is not averaged yet; hanging up after the last average is no failure."""
         if not self.tensor_part_reducer.finished.is_set():
+            if peer_id not in self.active_senders | self.ignored:
+                self.kept_waiting.add(peer_id)
             await super()._ban_sender(peer_id)
         # hivemind 1.1.12 (allreduce.py, `run` awaits `_handle_missing_senders`) ends no round before all have begun to
         # send or sender_timeout is over; for one that is left out there is nothing to wait

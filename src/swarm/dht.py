@@ -1,5 +1,6 @@
 """The swarm's bulletin board: start a DHT node, sign and check what is stored there, exchange metrics."""
 
+import asyncio
 import contextlib
 import hashlib
 import ipaddress
@@ -8,7 +9,8 @@ import math
 import re
 import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from functools import partial
 from pathlib import Path
 
 import hivemind
@@ -16,15 +18,25 @@ import pydantic.v1 as pydantic  # hivemind validates records with pydantic's fir
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
-from hivemind.p2p import P2P, P2PDaemonError
-from hivemind.utils import get_dht_time
+from hivemind.p2p import P2P, P2PDaemonError, PeerID
+from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
-from src.access.auth import Identity, MemberAuthorizer, MembershipKeeper, read_identity, write_key
-from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, sift_dictionaries
+from src.access.auth import (
+    Identity,
+    MemberAuthorizer,
+    MembershipKeeper,
+    bind_requests_to_callers,
+    read_identity,
+    write_key,
+)
+from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, names_in, sift_dictionaries
+from src.access.record_limits import Acquaintances, limit_records
 from src.metrics.records import printable
 from src.process.sockets import socket_directory
+from src.process.watchdog import START_SECONDS, watch, watch_daemon
+from src.swarm.clock import keep_time
 from src.swarm.probe import offer_probe
 from src.swarm.progress import REPORT_SECONDS
 
@@ -34,6 +46,9 @@ MAX_REASON_LENGTH = 200
 # Leaving takes tenths of a second. What does not answer, of progress, parameters, gradients and the node itself, is
 # waited for so long each: with the supervisor's CLEANER_SECONDS, a peer is gone within the 10 seconds of a promise.
 LEAVE_SECONDS = 1.5
+# For a look into the DHT, which asks many peers, or for what this peer asks of some, on a machine that is busy with
+# other things; seconds are usual. Whatever takes longer has got lost.
+LONGEST_ANSWER = 180.0
 
 
 class TrainerMetrics(pydantic.BaseModel):
@@ -81,6 +96,76 @@ class CheckpointSchema(pydantic.BaseModel):
     checkpoints: dict[BytesWithPublicKey, StoredCheckpoint]
 
 
+class WatchedDHT(hivemind.DHT):
+    """hivemind's node in a process of its own, which this peer's watchdog watches, and which answers in time.
+
+    hivemind 1.1.12 waits for the answer for ever (dht/dht.py, `get`, `store` and `run_coroutine`), so that one question
+    to the network that gets lost would stop a trainer. Here nothing is found then, or stored, or there is an error.
+    """
+
+    WHAT = "the DHT process"
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        self.start()
+        watch(self.WHAT, self.pid)
+        if await_ready:
+            self.wait_until_ready(timeout)
+
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        super().wait_until_ready(START_SECONDS if timeout is None else timeout)
+        watch(self.WHAT, self.pid, partial(self.run_coroutine, _answer))
+        watch_daemon(self.pid)
+
+    def get(self, *args, return_future: bool = False, **kwargs):
+        future = super().get(*args, return_future=True, **kwargs)
+        return future if return_future else self._wait(future)
+
+    def store(self, *args, return_future: bool = False, **kwargs):
+        future = super().store(*args, return_future=True, **kwargs)
+        return future if return_future else self._wait(future)
+
+    def run_coroutine(self, coro, return_future: bool = False):
+        future = super().run_coroutine(coro, return_future=True)
+        return future if return_future else self._wait(future)
+
+    @staticmethod
+    def _wait(future: MPFuture):
+        try:
+            return future.result(2 * LONGEST_ANSWER)
+        except TimeoutError as error:  # the node's own, or that it gives no sign of life
+            raise TimeoutError(
+                str(error) or f"the DHT process has been silent for {2 * LONGEST_ANSWER:.0f} s"
+            ) from error
+
+    # -- in the node's process
+
+    async def _get(self, key, latest: bool, future: MPFuture, **kwargs) -> None:
+        await _in_time(super()._get(key, latest, future, **kwargs), lambda: future.set_result(None), future)
+
+    async def _store(self, key, value, expiration_time, subkey, future: MPFuture, **kwargs) -> None:
+        work = super()._store(key, value, expiration_time, subkey, future, **kwargs)
+        await _in_time(work, lambda: future.set_result(False), future)
+
+    async def _run_coroutine(self, coro, future: MPFuture) -> None:
+        error = TimeoutError(f"the DHT had no answer within {LONGEST_ANSWER:.0f} s")
+        await _in_time(super()._run_coroutine(coro, future), lambda: future.set_exception(error), future)
+
+
+async def _in_time(work: Awaitable, give_up, future: MPFuture) -> None:
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the future has it
+    await asyncio.wait([task], timeout=LONGEST_ANSWER)
+    if not task.done():
+        logger.warning("the DHT had no answer within %.0f s", LONGEST_ANSWER)
+        if not future.done():
+            give_up()
+        task.cancel()
+
+
+async def _answer(_dht: hivemind.DHT, _node) -> None:
+    """Nothing: this is how the watchdog asks whether the process answers."""
+
+
 def short_peer_name(public_key: bytes) -> str:
     """The eight hexadecimal digits by which people tell a trainer from others; nobody can take another one's."""
     return hashlib.sha256(public_key).hexdigest()[:8]
@@ -106,12 +191,19 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
     sift_dictionaries()  # before the node's process is forked
+    keep_time()
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
-    records, membership = OwnedRecords(identity.private_key, peer.run_id), identity.membership
+    acquaintances = Acquaintances(PeerID.from_base58(name).to_bytes() for name in names_in(peer.initial_peers))
+    membership = identity.membership
+    is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
+    records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)
+    acquaintances.befriend([records.peer_id])
+    limit_records(acquaintances, peer.run_id)  # this, too
+    bind_requests_to_callers()
     try:
         with _identity_file(peer, identity) as options:
-            dht = hivemind.DHT(
+            dht = WatchedDHT(
                 start=True,
                 initial_peers=peer.initial_peers,
                 client_mode=peer.client_mode,

@@ -19,6 +19,7 @@ from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.optim.progress_tracker import LocalTrainingProgress
 from hivemind.p2p import PeerID
+from hivemind.proto import averaging_pb2
 from hivemind.utils import MSGPackSerializer, get_dht_time
 
 from src.access.ownership import peer_of
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5  # between two looks at who is there, while a group is gathered
 LONG_WAIT = 0.8  # of the time of a search: whoever could have come in it, and did not, is not waited for again
+APART_SECONDS = 10.0  # for which nobody waits for a trainer that is too many epochs away
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 1.0, 16.0
 
 
@@ -124,7 +126,7 @@ class LeanMatchmaking(Matchmaking):
     those that have just begun the epoch, as long as it ``may_linger``: it has something else to do meanwhile.
 
     It also asks a leader again that did not let this peer in, because it was busy, say: hivemind never does until that
-    leader's next announcement.
+    leader's next announcement. Two swarms of one name have groups of their own, see `is_of_another_swarm`.
     """
 
     attendance: Attendance
@@ -215,6 +217,23 @@ class LeanMatchmaking(Matchmaking):
         return median_low(epochs) if epochs else None
 
     # -- leading
+
+    def is_of_another_swarm(self, gathered: bytes) -> bool:
+        """Whether who says that of itself trains too many epochs away: its gradients are those of other parameters.
+
+        A peer may be one epoch behind another: the others have just ended theirs. An assistant cannot judge, as it has
+        no epoch of its own, and anybody may be the first to ask it.
+        """
+        own = epoch_of(self.step_control.data_for_gather) if self.step_control is not None else None
+        other = epoch_of(gathered)
+        return own is not None and other is not None and abs(own - other) > 1
+
+    def _check_reasons_to_reject(self, request, context):
+        reason = super()._check_reasons_to_reject(request, context)
+        if reason is None and self.is_of_another_swarm(request.gather):
+            self.attendance.leave_out(context.remote_id.to_bytes(), APART_SECONDS)
+            reason = averaging_pb2.MessageFromLeader(code=averaging_pb2.NOT_LOOKING_FOR_GROUP)
+        return reason
 
     async def _begin_when_all_are_there(self, step: StepControl) -> None:
         while self.step_control is not step:  # an earlier search has not ended yet

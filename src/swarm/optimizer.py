@@ -4,6 +4,7 @@ import logging
 import math
 import multiprocessing
 import time
+from collections.abc import Iterable
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ import hivemind
 import torch
 from hivemind.averaging.control import StepControl
 from hivemind.compression import BlockwiseQuantization, Float16Compression, SizeAdaptiveCompression
+from hivemind.p2p import PeerID
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.auth import Identity
 from src.access.ownership import MAX_LIFETIME
+from src.access.record_limits import befriend
 from src.metrics.records import Round, StateDownload
 from src.optim.lamb import CPULAMB8Bit
 from src.optim.schedules import learning_rate_factor
@@ -99,6 +102,7 @@ class LeanOptimizer(hivemind.Optimizer):
     """
 
     _partner_is_ahead = _is_late = _was_left_behind = False
+    _partners: frozenset[PeerID] = frozenset()  # in the last round
 
     def __init__(self, *args, **kwargs):
         self._downloads: list[StateDownload] = []
@@ -162,9 +166,16 @@ class LeanOptimizer(hivemind.Optimizer):
         """From an assistant's round: the trainers among its members say in which epoch they are."""
         if step.cancelled() or step.exception() is not None:
             return
+        self._meet(step.result() or {})
         epochs = [epoch for epoch in (step.result() or {}).values() if type(epoch) is int]
         if epochs:
             self.tracker.learn_epoch(min(epochs))
+
+    def _meet(self, partners: Iterable[PeerID]) -> None:
+        """In a round: whatever strangers store, the records of these are kept."""
+        new, self._partners = set(partners) - self._partners, frozenset(partners)
+        if new:
+            befriend(self.dht, new)
 
     # A peer may be one epoch behind: the others have just ended theirs. But when it ends each epoch together with those
     # who end the next one, it stays behind, with a single batch an epoch, and averages parameters when they do not.
@@ -214,7 +225,9 @@ class LeanOptimizer(hivemind.Optimizer):
         # When a round fails, the buffers still hold this peer's own gradients. hivemind reloads them from accumulators,
         # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
         try:
-            self._notice_partners_ahead(maybe_step_control.result(self.averaging_timeout))
+            epochs = maybe_step_control.result(self.averaging_timeout)
+            self._notice_partners_ahead(epochs)
+            self._meet(epochs)
         except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
             self.give_up_waiting()
             self._was_left_behind = self._is_late
@@ -249,8 +262,10 @@ class LeanOptimizer(hivemind.Optimizer):
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
+        was_apart = self.tracker.is_apart
         super().load_state_from_peers(**kwargs)
-        self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples))
+        was_apart = was_apart and self.local_epoch > epoch
+        self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:
             self.tracker.learn_epoch(self.local_epoch)
         self._check_claims(progressed=self.local_epoch > epoch)

@@ -22,6 +22,7 @@ from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
 
 from src.access.auth import Gated, MemberAuthorizer, MemberGate
+from src.access.ownership import names_in
 from src.metrics.records import printable
 
 logger = logging.getLogger(__name__)
@@ -334,7 +335,7 @@ def ask_epoch(dht, addresses: Sequence[str]) -> tuple[int, float] | None:
     Their ids are in the addresses, so that nobody else can answer for them. The middle answer counts, so that one of
     several that is wrong does not matter; None if none of them knows.
     """
-    peer_ids = sorted({address.rsplit("/p2p/", 1)[1] for address in addresses if "/p2p/" in address})
+    peer_ids = names_in(addresses)
     if not peer_ids:
         return None
     try:

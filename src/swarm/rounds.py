@@ -11,6 +11,7 @@ import logging
 import math
 import multiprocessing
 import time
+from collections.abc import Iterable
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -50,7 +51,11 @@ SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
 MAX_GATHERED_BYTES = 4096  # what a member of a group says of itself has some thirty
 MIN_BANDWIDTH, MAX_BANDWIDTH = 1e-3, 1e6  # Mbit/s that can be meant
+ADMISSION_SECONDS = 10.0  # after which one that still takes the state must still be a member
 SHUN_SECONDS = 600.0  # for which a peer that has sent what no honest one sends is neither let in nor called
+# Who has kept so many of this peer's rounds waiting, one after the other, is left alone as well: for a minute, then, if
+# it goes on, for twice as long each time. Whose bandwidth explains that it is slow keeps nobody waiting.
+MAX_WAITS, WAIT_SECONDS = 3, 60.0
 MAX_SHUNNED = 1000  # a new name costs nothing
 
 
@@ -196,6 +201,7 @@ class RoundReporting(Gated):
     # Peer -> until when. Of the class, as `Gated._gate`: in the process that answers, which holds one averager of it.
     _shunned: dict[PeerID, float] = {}
     _remarks: tuple[str, ...] = ()  # for the report of the next round
+    _waits: dict[PeerID, int] = {}  # rounds in a row that a peer has kept waiting
     _handouts: Handouts | None = None
     judge = Judge(max_weight=1.0)
 
@@ -263,18 +269,31 @@ class RoundReporting(Gated):
     def _is_shunned(cls, peer: PeerID) -> bool:
         return cls._shunned.get(peer, -math.inf) > time.monotonic()
 
-    def _shun(self, peer: PeerID, reason: str) -> None:
+    def _shun(self, peer: PeerID, reason: str, seconds: float = SHUN_SECONDS) -> None:
         if self._is_shunned(peer):
             return
         now = time.monotonic()
         others = {other: until for other, until in self._shunned.items() if until > now}
         if len(others) >= MAX_SHUNNED:
             del others[min(others, key=others.get)]
-        type(self)._shunned = {**others, peer: now + SHUN_SECONDS}
-        self.attendance.leave_out(peer.to_bytes(), SHUN_SECONDS)
-        self._report_refusal(str(peer), f"{reason}; it is left alone for {SHUN_SECONDS / 60:.0f} minutes")
+        type(self)._shunned = {**others, peer: now + seconds}
+        self.attendance.leave_out(peer.to_bytes(), seconds)
+        self._report_refusal(str(peer), f"{reason}; it is left alone for {seconds / 60:.0f} minutes")
+        self._remark(f"{peer} {reason}")
+
+    def _note_waits(self, members: Iterable[PeerID], kept_waiting: set[PeerID]) -> None:
+        """Of a round that is over. One key would else cost every round as long as a silent member is waited for."""
+        waits = {peer: count for peer, count in self._waits.items() if peer not in members}
+        for peer in kept_waiting:
+            waits[peer] = count = self._waits.get(peer, 0) + 1
+            if count >= MAX_WAITS:
+                seconds = min(WAIT_SECONDS * 2 ** (count - MAX_WAITS), SHUN_SECONDS)
+                self._shun(peer, f"has kept {count} rounds waiting, one after the other", seconds)
+        self._waits = dict(list(waits.items())[-MAX_SHUNNED:])
+
+    def _remark(self, text: str) -> None:
         if len(self._remarks) < MAX_REASONS:
-            self._remarks = (*self._remarks, printable(f"{peer} {reason}", MAX_REASON_LENGTH))
+            self._remarks = (*self._remarks, printable(text, MAX_REASON_LENGTH))
 
     @classmethod
     def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None):
@@ -369,6 +388,7 @@ class RoundReporting(Gated):
         container = runner.tensor_part_container
         result.received = 1.0 - container.failed_size / container.total_size
         result.num_lost, result.refused = len(runner.banned_senders), runner.refused
+        self._note_waits(set(group_info.peer_ids) - runner.ignored, runner.kept_waiting)
         return result
 
     def _waited_for(self, group_info: GroupInfo) -> str:
@@ -560,9 +580,16 @@ class RoundReporting(Gated):
             return
         self.attendance.came(peer)
         self._enter("serving", peer=str(context.remote_id))
+        admitted_at = time.monotonic()
         try:
-            async for message in self._handouts.hand_out(peer, super().rpc_download_state(request, context)):
-                yield message
+            handout = self._handouts.hand_out(peer, super().rpc_download_state(request, context))
+            async with contextlib.aclosing(handout) as messages:
+                async for message in messages:
+                    if time.monotonic() > admitted_at + ADMISSION_SECONDS:  # a slow one may be shut out meanwhile
+                        if not await self._admits(context.remote_id):
+                            return
+                        admitted_at = time.monotonic()
+                    yield message
             await asyncio.sleep(LINGER_SECONDS)
         finally:
             self._enter("served", peer=str(context.remote_id))

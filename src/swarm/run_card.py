@@ -17,7 +17,7 @@ import hivemind
 from hivemind.utils import get_dht_time
 
 from arguments import shared_flags
-from src.access.ownership import MAX_BYTES, name_of
+from src.access.ownership import MAX_BYTES, name_of, names_in
 from src.metrics.records import printable
 from src.models import LeanAlbertConfig
 
@@ -103,7 +103,7 @@ class RunCard(threading.Thread):
     ):
         super().__init__(name="run card", daemon=True)
         self.dht, self.key, self.owner, self.card = dht, f"{run_id}_card", owner, card
-        self.trusted = {address.rsplit("/p2p/", 1)[-1] for address in initial_peers}
+        self.trusted = set(names_in(initial_peers))
         self.of_initial_peers: list[dict[str, str]] = []
         self.stop = threading.Event()
 

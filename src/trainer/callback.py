@@ -79,7 +79,7 @@ class CollaborativeCallback(TrainerCallback):
             self.optimizer.share_state()
         else:
             self.stop.set()
-        self.last_epoch = self.backups.last_epoch = self.optimizer.local_epoch
+        self.last_epoch = self.backups.last_epoch = self.report.joined_at = self.optimizer.local_epoch
         self.optimizer.before_epoch_ends = self.backups.save_if_due
         self._follow_epoch()
         self._wait_for_peers()
@@ -88,6 +88,7 @@ class CollaborativeCallback(TrainerCallback):
         return self._lead_workers(control)
 
     def _take_state(self) -> None:
+        saved = self.optimizer.local_epoch
         self.backups.has_weights = self.swarm.take_state(
             has_backup=self.backups.exists(),
             has_checkpoint=self.peer.init_checkpoint is not None and not self.backups.exists(),
@@ -95,7 +96,11 @@ class CollaborativeCallback(TrainerCallback):
             stop=self.stop,
         )
         if self.backups.has_weights:
-            self.say(f"joined at epoch {self.optimizer.local_epoch}")
+            behind = self.optimizer.local_epoch - saved
+            replaced = (
+                f"; its state replaces the backup's of epoch {saved}, {behind} behind" if behind > 0 < saved else ""
+            )
+            self.say(f"joined at epoch {self.optimizer.local_epoch}{replaced}")
         self.report.record_downloads(batch=0)
 
     def _lead_workers(self, control):

@@ -36,6 +36,7 @@ class EpochReport:
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.total_samples = self.lone_epochs = 0  # since the start
         self.num_downloads, self.epoch_started = 0, time.monotonic()
+        self.joined_at = 0  # the epoch at which this trainer last had the state of others
 
     def start_clock(self) -> None:
         self.epoch_started = time.monotonic()
@@ -47,12 +48,19 @@ class EpochReport:
             self.meter.lose(lost)
             self.num_downloads += 1
             self.journal.record(replace(download, lost_samples=lost))
-            if lost:
+            if download.was_apart:
+                self.progress.say(
+                    f"two swarms of this run have met: took the state of epoch {download.to_epoch} of the one that is "
+                    f"ahead, and gave up this one's epoch {download.from_epoch}, with what it had learned apart "
+                    f"(epochs: {download.from_epoch - self.joined_at} at most; samples since: {lost})"
+                )
+            elif lost:
                 self.progress.say(
                     f"fell behind the swarm: took its state of epoch {download.to_epoch} in {download.seconds:.0f} s "
                     f"and gave up {lost} samples of epoch {download.from_epoch + 1}; if this happens often, shorten "
                     "local steps (--gradient_accumulation_steps) or look at the network"
                 )
+            self.joined_at = download.to_epoch
 
     def record_rounds(self) -> None:
         """Rounds that have ended, and what was not believed."""

@@ -1,17 +1,28 @@
 """Finds a pretrained encoder and its tokenizer: published weights, our own checkpoints, any masked model of the hub."""
 
+import codecs
 import copy
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
-from src.models.checkpoint import encoder_weights, has_pooler, is_finite, load_strictly, read_state_dict, weight_files
+from src.models.checkpoint import (
+    check_size,
+    encoder_weights,
+    has_pooler,
+    is_finite,
+    load_strictly,
+    read_state_dict,
+    weight_files,
+)
+from src.models.config import refuse_absurd_numbers
 from src.models.hub import STATE_FILE, download_model, explain_hub_error, first_line
 from src.models.tokenizer import has_vocabulary
 
@@ -23,6 +34,7 @@ BACKUP_FILE, AUXILIARY_CHECKPOINT = "backup.pth", "aux/checkpoint"
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 MAX_NAMED_KEYS = 3
+LARGEST_MODEL = 2**36  # parameters of an encoder whose weights are still to be fetched
 WHAT_TO_PASS = (
     "pass -c CHECKPOINT (state.pth, a trainer's backup.pth or a directory), or -m MODEL (ruroberta-large, an id of the "
     "Hugging Face hub, tfidf or majority)"
@@ -163,9 +175,14 @@ def _from_directory_or_hub(source: str, path: Path, model_config, tokenizer, not
     if is_local and not (path / "config.json").is_file() and model_config is None:
         raise ValueError(f"{path}: no config.json in this directory; pass one written by save_pretrained")
     try:
+        refuse_absurd_numbers(PreTrainedConfig.get_config_dict(model_config or location)[0])
         config = AutoConfig.from_pretrained(model_config or location)
     except Exception as error:  # a damaged file, a repository that does not exist, no network: all kinds
         reason, advice = (first_line(error), "") if is_local else explain_hub_error(error)
+        if is_local and begins_with_mark(
+            Path(model_config or path / "config.json")
+        ):  # which transformers does not read
+            reason, advice = "config.json begins with a byte order mark", "save it as UTF-8 without one"
         advice = f"{advice}, or " if advice else ""
         raise ValueError(
             f"{source}: no model configuration could be read ({reason}); {advice}{WHAT_TO_PASS}"
@@ -194,6 +211,10 @@ def _check_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase, config) -
         )
 
 
+def begins_with_mark(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:3] == codecs.BOM_UTF8
+
+
 def _own_model_of_hub(source: str, hub_id: str, name: str, config, tokenizer, model_config) -> Pretrained:
     """A LeanALBERT of the hub: the files are fetched and read as those of a directory are, with the same strictness."""
     directory = download_model(hub_id, revision=getattr(config, "_commit_hash", None))
@@ -213,7 +234,9 @@ def _own_model_of_hub(source: str, hub_id: str, name: str, config, tokenizer, mo
 def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
     """The encoder of a LeanALBERT with any head; without a pooler if the checkpoint has none, as a masked model."""
     state_dict = read_state_dict(path)
-    backbone = LeanAlbertModel(config, add_pooling_layer=has_pooler(state_dict))
+    build = functools.partial(LeanAlbertModel, config, add_pooling_layer=has_pooler(state_dict))
+    check_size(build, state_dict, source=path)
+    backbone = build()
     load_strictly(backbone, encoder_weights(state_dict), source=path)
     return backbone
 
@@ -221,6 +244,12 @@ def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
 def load_hub_encoder(path: str, config) -> nn.Module:
     """The encoder of any masked model. Its keys must all be there, but for a pooler, which counts as a head here;
     what else a checkpoint holds must belong to a head."""
+    with torch.device("meta"):
+        needed = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    files = weight_files(Path(path)) if Path(path).is_dir() else []
+    most = 2 * sum(file.stat().st_size for file in files) + 2**20 if files else LARGEST_MODEL
+    if needed > most:  # transformers would take the memory first, and then say that it does not fit
+        raise ValueError(f"{path}: its config.json describes {needed:,} parameters, far more than its weights can be")
     model, loading = AutoModel.from_pretrained(
         path,
         config=config,

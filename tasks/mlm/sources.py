@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from src.models.hub import explain_hub_error, give_up_on_silence
 from tasks.surrogates import replace_lone_surrogates
 
 logger = logging.getLogger(__name__)
@@ -632,12 +633,18 @@ def load_hub_dataset(source: str) -> HubDataset:
         raise ValueError(f"{source!r}: no such file, and not a Hugging Face dataset either (name or name:config)")
     import datasets
 
+    give_up_on_silence()
     try:
         dataset = datasets.load_dataset(match["name"], match["config"], split="train", streaming=True)
     except Exception as error:  # the library lets errors of every kind through: network, hub, script, parser
         if configurations := re.search(r"available configs: \[(.*?)\]", str(error)):
             names = ", ".join(f"{match['name']}:{name.strip(' ')[1:-1]}" for name in configurations[1].split(","))
             raise ValueError(f"{source}: has several configurations; pass one of them: {names}") from error
+        if status_of(error) is not None or may_pass(error):  # it is the hub: the library's own words hide what it said
+            reason, advice = explain_hub_error(error)
+            raise ValueError(
+                f"{source}: no local file, and the hub does not give such a dataset ({reason}); {advice}"
+            ) from error
         reason = first_line(error)
         raise ValueError(f"{source}: neither a local file nor a Hugging Face dataset that loads ({reason})") from error
     return HubDataset(source, dataset)

@@ -21,6 +21,7 @@ from hivemind.proto import averaging_pb2, dht_pb2
 from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
+from hivemind.utils.auth import AuthRole
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
@@ -33,15 +34,15 @@ from src.access.auth import (
     create_key,
     load_identity,
     load_key,
-    peer_id_of,
     public_key_of,
     sign_revocations,
     sign_token,
     write_token_file,
 )
+from src.access.ownership import peer_id_of
 from src.preflight.preflight import Workload, run_checks
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.dht import start_dht, visible_addresses
+from src.swarm.dht import TrainerMetrics, start_dht, visible_addresses
 from src.swarm.probe import ConnectionProbe, ask_to_knock, measure_speed
 from tests.reference.fake_swarm import tiny_model
 
@@ -156,7 +157,8 @@ def test_member_records_of_bad_peers_are_ignored(office):
     boris = membership_of(office, "boris")
     forged = sign_token(RSAPrivateKey(), run_id=RUN, name="eve", public_key=public_key_of(RSAPrivateKey()), expires=9e9)
     records = {
-        b"1": boris.record(),
+        b"[owner:" + boris.token.public_key + b"]": boris.record(),
+        b"[owner:" + public_key_of(RSAPrivateKey()) + b"]": membership_of(office, "vera").record(),  # not its own
         b"2": [forged.SerializeToString(), b""],
         b"3": [b"\x00", b"\n"],
         b"4": None,
@@ -165,6 +167,17 @@ def test_member_records_of_bad_peers_are_ignored(office):
     entries = {owner: SimpleNamespace(value=value) for owner, value in records.items()}
     assert list(membership.read_records(entries)) == [peer_id_of(boris.token.public_key)]
     assert membership.read_records([1, 2]) == {}
+
+
+def test_same_token_written_in_many_ways_takes_no_memory(office):
+    membership = membership_of(office, "anna")
+    known, serialized = len(membership._verified), membership.token.SerializeToString()
+    for number in range(100):
+        token = type(membership.token)()
+        token.ParseFromString(serialized + b"\xd2\x3e\x04%04d" % number)  # a field that nobody has heard of
+        token.signature += b" " * number
+        assert membership.objection(token) == ""
+    assert len(membership._verified) == known == 1
 
 
 # -- the organiser's tool ---------------------------------------------------------------------------------------------
@@ -511,14 +524,17 @@ def token_authorizer(office, kind: str):
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("kind", ["stranger", "forged", "expired", "stolen"])
+@pytest.mark.parametrize("kind", ["stranger", "forged", "expired", "stolen", "relayed"])
 def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, kind, tmp_path):
-    anna, _ = members
+    anna, boris = members
 
     async def scenario():
         p2p = await P2P.create(initial_peers=anna.addresses[:1], identity_path=str(tmp_path / "stranger.key"))
         try:
-            authorizer = None if kind == "stranger" else token_authorizer(office, kind)
+            if kind == "relayed":  # what a member has signed, as it comes to whomever it asks
+                authorizer = auth.MemberAuthorizer(boris.membership)
+            else:
+                authorizer = None if kind == "stranger" else token_authorizer(office, kind)
             assert_refused(await call_dht(p2p, anna.dht.peer_id, authorizer))
             if kind == "stranger":  # an averager sees of a caller only who it is
                 assert_refused(await call_averagers(p2p, anna.dht.peer_id))
@@ -531,6 +547,25 @@ def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, k
     if kind == "stranger":
         refusals = anna.state.take_refusals()
         assert refusals == [(str(stranger), "has shown no valid token")], "said once"
+
+
+def test_answer_of_a_member_that_somebody_else_passes_on_is_none(members):
+    """Nobody stands between two members."""
+    anna, boris = members
+    signs, asks = auth.MemberAuthorizer(anna.membership), auth.MemberAuthorizer(boris.membership)
+
+    async def passed_on_by(peer: PeerID):
+        async def rpc_ping(request):
+            response = dht_pb2.PingResponse()
+            assert await signs.validate_request(request)
+            await signs.sign_response(response, request)
+            return response
+
+        stub = SimpleNamespace(_peer=peer, rpc_ping=rpc_ping)
+        return await auth.BoundToCaller(stub, AuthRole.CLIENT, asks).rpc_ping(dht_pb2.PingRequest())
+
+    assert asyncio.run(passed_on_by(anna.dht.peer_id)) is not None
+    assert asyncio.run(passed_on_by(peer_id_of(public_key_of(RSAPrivateKey())))) is None
 
 
 @pytest.mark.timeout(240)
@@ -704,12 +739,25 @@ def test_nobody_but_a_member_is_called():
         call("stranger")
 
 
+def owned_by(member: Member, found) -> bool:
+    return found is not None and not {member.owner, member.dht.peer_id.to_bytes()}.isdisjoint(found.value)
+
+
 @pytest.mark.timeout(240)
 def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
     """The last test: Boris stays outside."""
     anna, boris = members
     assert organiser.main(["--directory", str(office.parent), "revoke", RUN, "boris"]) == 0
+    keys = (f"{RUN}_metrics", f"{RUN}_state_averager.all_averagers")
+    metrics = TrainerMetrics(epoch=1).dict()
+    for subkey, (key, value) in zip((boris.owner, boris.dht.peer_id.to_bytes()),
+                                    zip(keys, (metrics, 1.0), strict=True), strict=True):  # fmt: skip
+        assert boris.dht.store(key, value, get_dht_time() + 600, subkey=subkey)
+    assert all(owned_by(boris, anna.dht.get(key, latest=True)) for key in keys)
+    assert organiser.main(["--directory", str(office.parent), "revoke", RUN, "boris"]) == 0
     MembershipKeeper(anna.membership, anna.dht, anna.owner).update()
+    assert not any(owned_by(boris, anna.dht.get(key, latest=True)) for key in keys), "nor do his records count"
+    assert owned_by(boris, anna.dht.get(f"{RUN}_members", latest=True)), "so that all can say why"
 
     async def scenario():
         p2p = await connection_of(boris)

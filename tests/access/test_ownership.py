@@ -5,13 +5,14 @@ import contextlib
 import dataclasses
 import stat
 import time
+from functools import partial
 from pathlib import Path
 
 import hivemind
 import pytest
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
-from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import CompositeValidator, DHTRecord
 from hivemind.p2p import P2P
 from hivemind.utils import MSGPackSerializer, get_dht_time
@@ -19,8 +20,10 @@ from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from arguments import PeerArguments
+from src.access import record_limits
 from src.access.auth import load_identity
 from src.access.ownership import MAX_BYTES, MAX_LIFETIME, OwnedRecords, name_of, peer_id_of, peer_of, sift_dictionaries
+from src.access.record_limits import Acquaintances, befriend, limit_records
 from src.swarm import dht as dht_module
 from src.swarm.dht import start_dht
 from tests.reference.node import LOOPBACK, start_node
@@ -155,6 +158,7 @@ def dictionary(*records: DHTRecord, claims: float) -> DictionaryDHTValue:
 
 
 def test_one_bad_entry_leaves_the_others_of_a_dictionary(own, keys):
+    limit_records(own.acquaintances, "r")
     sift_dictionaries()
     protocol = DHTProtocol(_initialized_with_create=True)
     protocol.record_validator = CompositeValidator([OwnedRecords(keys[1], "r")])
@@ -239,11 +243,150 @@ def test_stranger_replaces_nothing_that_peers_publish(swarm, key, value, how):
         assert values(node, key) == [value, value]
 
 
+# -- more of them than there is room for ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Few entries, so that tests need few keys."""
+    monkeypatch.setattr(record_limits, "MAX_ENTRIES", 4)
+    limit_records(known := Acquaintances(), "r")
+    return known
+
+
+def subkeys_after(*stored: bytes) -> list[bytes]:
+    entries = DictionaryDHTValue()
+    for number, subkey in enumerate(stored):
+        entries.store(subkey, b"x", get_dht_time() + 60 + number)
+    return list(entries.data)
+
+
+def test_list_that_is_full_keeps_the_peers_that_are_known_longest(room):
+    for number in range(3):
+        room.note(b"[owner:%d]" % number, b"peer %d" % number)
+    strangers = [b"stranger %d" % number for number in range(6)]
+    assert subkeys_after(*strangers) == strangers[:4], "of two that nobody knows the first"
+    honest = [b"peer 2", b"[owner:0]", b"[owner:1]"]  # under their keys or their ids
+    assert subkeys_after(*strangers, *honest) == [strangers[0], *honest]
+    assert subkeys_after(*honest, *strangers) == [*honest, strangers[0]]
+    for number in (7, 8):
+        room.note(b"later %d" % number, b"later %d" % number)
+    assert subkeys_after(b"later 7", *honest, b"later 8") == [b"later 7", *honest]
+    room.befriend([b"later 8"])  # an initial peer, or a partner of a round
+    assert subkeys_after(b"later 7", *honest, b"later 8") == [*honest, b"later 8"]
+
+
+def test_renewed_entry_keeps_its_place_and_one_that_expires_makes_room(room, monkeypatch):
+    entries, now = DictionaryDHTValue(), get_dht_time()
+    for number in range(4):
+        assert entries.store(b"%d" % number, b"x", now + 60 + number)
+    assert entries.store(b"0", b"y", now + 90) and len(entries) == 4
+    assert not entries.store(b"4", b"x", now + 95)
+    monkeypatch.setattr("hivemind.utils.timed_storage.get_dht_time", lambda: now + 61.5)
+    assert entries.store(b"4", b"x", now + 95) and list(entries.data) == [b"0", b"2", b"3", b"4"]
+
+
+def test_list_is_never_too_large_to_be_handed_over(room, monkeypatch):
+    monkeypatch.setattr(record_limits, "MAX_BYTES_OF_ALL", 1000)
+    room.note(b"honest", b"honest")
+    entries, now = DictionaryDHTValue(), get_dht_time()
+    for number in range(3):
+        entries.store(b"%d" % number, bytes(400), now + 60)
+    assert entries.store(b"honest", bytes(300), now + 60)
+    assert sorted(entries.data) == [b"0", b"honest"]
+
+
+def test_same_entry_stored_again_and_again_takes_no_memory(room):
+    entries, storage, now, key = (
+        DictionaryDHTValue(),
+        DHTLocalStorage(),
+        get_dht_time(),
+        DHTID.generate(source="r_card"),
+    )
+    for number in range(2000):
+        entries.store(b"one", b"x", now + 60 + number / 1e3)
+        storage.store(key, b"x", now + 60 + number / 1e3, subkey=b"one")
+    assert max(len(one.expiration_heap) for one in (entries, storage, storage.get(key).value)) < 100
+    assert list(entries.items()) == [(b"one", ValueWithExpiration(b"x", now + 60 + 1.999))]
+
+
+def test_lists_of_strangers_are_few_and_those_of_the_run_always_have_room(room):
+    storage, later = DHTLocalStorage(), get_dht_time() + 60
+    stored = [storage.store(DHTID.generate(source=f"{i}"), b"x", later, subkey=b"s") for i in range(100)]
+    assert sum(stored) == record_limits.MAX_FOREIGN_LISTS
+    names = ["r_progress", "r_metrics", "r_card", "r_members", "r_checkpoints"]
+    names += [f"r_{kind}_averager.{name}" for kind in ("grad", "state") for name in ("0b", "all_averagers")]
+    assert all(storage.store(DHTID.generate(source=name), b"x", later, subkey=b"s") for name in names)
+    assert storage.store(DHTID.generate(source="0"), b"x", later + 1, subkey=b"s"), "what is there may be renewed"
+
+
+def test_what_is_known_of_peers_is_bounded_and_those_that_are_gone_make_room(monkeypatch):
+    monkeypatch.setattr(record_limits, "MAX_SEEN", 4)
+    monkeypatch.setattr(record_limits, "MAX_FRIENDS", 2)
+    now = [1000.0]
+    monkeypatch.setattr(record_limits.time, "monotonic", lambda: now[0])
+    known = Acquaintances([b"friend"])
+    for number in range(9):
+        known.note(b"[owner:%d]" % number, b"%d" % number)
+    assert [known.rank(b"%d" % number) < 9 for number in range(9)] == [True] * 4 + [False] * 5
+    known.befriend([b"8", b"7"])
+    assert known.rank(b"friend") < known.rank(b"8") < known.rank(b"0") < known.rank(b"7") == float("inf")
+    now[0] += record_limits.FORGET_SECONDS / 2
+    known.note(b"[owner:1]", b"1")
+    now[0] += record_limits.FORGET_SECONDS / 2 + 1
+    known.note(b"[owner:5]", b"5")
+    assert known.rank(b"[owner:1]") < known.rank(b"[owner:5]") < known.rank(b"[owner:0]")
+    assert len(known._peers) == len(known._subkeys) == len(known.seen) == 2
+
+
+def test_strangers_with_many_keys_do_not_hide_the_peers_of_a_run(monkeypatch, shut_down_at_end):
+    monkeypatch.setattr(record_limits, "MAX_ENTRIES", 6)
+    first, _ = start_node("r")
+    shut_down_at_end(first)
+    second, _ = start_node("r", first)
+    shut_down_at_end(second)
+    stranger = hivemind.DHT(start=True, initial_peers=[str(first.get_visible_maddrs()[0])], host_maddrs=[LOOPBACK])
+    shut_down_at_end(stranger)
+    key, keys = "r_progress", [RSAPrivateKey() for _ in range(10)]
+
+    def publish(node, seconds: float) -> None:
+        node.store(key, "honest", get_dht_time() + seconds, subkey=node.peer_id.to_bytes())
+
+    def flood(node, seconds: float) -> None:
+        for one in keys:
+            other = OwnedRecords(one, "r")
+            false = signed(other, record(other.peer_id, "false", key=key, lasts=seconds))
+            node.run_coroutine(partial(store_as_it_is, false=false))
+
+    publish(first, 60)
+    publish(second, 60)
+    flood(stranger, 900)
+    newcomer, _ = start_node("r", first)
+    shut_down_at_end(newcomer)
+    befriend(first, [newcomer.peer_id])  # as after a round with it
+    befriend(second, [newcomer.peer_id])
+    for node in (first, second, newcomer):
+        publish(node, 61)
+    for node in (first, second, newcomer):
+        found = values(node, key)
+        assert found.count("honest") == 3 and len(found) == 6, node.peer_id
+
+
+async def store_as_it_is(dht, node, *, false: DHTRecord) -> None:
+    """What somebody has signed already, at each node that there is."""
+    protocol = node.protocol
+    for peer in set(protocol.routing_table.uid_to_peer_id.values()):
+        subkey = MSGPackSerializer.loads(false.subkey)
+        assert await protocol.call_store(
+            peer, [DHTID.from_bytes(false.key)], [false.value], [false.expiration_time], subkeys=[subkey]
+        )
+
+
 # -- the key is the node's identity -----------------------------------------------------------------------------------
 
 
 def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch, shut_down_at_end):
-    modes, paths, make = [], [], hivemind.DHT
+    modes, paths, make = [], [], dht_module.WatchedDHT
 
     def watch(**options):
         path = Path(options["identity_path"])
@@ -251,7 +394,7 @@ def test_node_has_the_identity_of_its_record_key_and_leaves_no_file(monkeypatch,
         modes.append((stat.S_IMODE(path.stat().st_mode) & 0o077, stat.S_IMODE(path.parent.stat().st_mode) & 0o077))
         return make(**options)
 
-    monkeypatch.setattr(hivemind, "DHT", watch)
+    monkeypatch.setattr(dht_module, "WatchedDHT", watch)
     node, identity = start_node("r")
     shut_down_at_end(node)
     assert node.peer_id == peer_id_of(public_key(identity.private_key))

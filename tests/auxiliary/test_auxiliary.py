@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +12,15 @@ import pytest
 import torch
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
-from src.auxiliary.auxiliary import AveragingAssistant, CheckpointNotice, CheckpointStore, Evaluator, Uploader
+from src.auxiliary import auxiliary
+from src.auxiliary.auxiliary import (
+    AveragingAssistant,
+    CheckpointNotice,
+    CheckpointStore,
+    Evaluator,
+    Uploader,
+    make_public,
+)
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, read_journal
 from src.metrics.records import Round
@@ -280,6 +290,9 @@ class FakeHub:
     def __init__(self, failures=0):
         self.failures, self.uploads, self.done = failures, [], threading.Event()
 
+    def list_repo_files(self, repo_id):
+        return [".gitattributes"]
+
     def create_repo(self, repo_id, *, exist_ok):
         assert (repo_id, exist_ok) == ("org/name", True)
 
@@ -294,7 +307,8 @@ class FakeHub:
 def make_uploader(folder, hub, *, interval=0.01):
     store = make_store(folder)
     stop, progress = threading.Event(), Progress(io.StringIO())
-    return Uploader(store, "org/name", hub, interval=interval, progress=progress, stop=stop)
+    return Uploader(store, "org/name", hub, prepare=lambda folder, epoch: None, interval=interval, progress=progress,
+                    stop=stop)  # fmt: skip
 
 
 def test_uploader_sends_each_checkpoint_once(tmp_path):
@@ -373,6 +387,67 @@ def test_uploader_that_has_no_time_left_says_so(tmp_path):
         goes_on.set()
         uploader.join(10.0)
     assert "no time left: epoch 7 is not uploaded to org/name; it is in" in uploader.progress.stream.getvalue()
+
+
+def test_uploader_gives_up_an_attempt_that_does_not_end_and_makes_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(auxiliary, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(auxiliary, "SLOW_UPLINK", 1e12)
+    hub, goes_on = FakeHub(), threading.Event()
+    uploader, upload_folder = make_uploader(tmp_path, hub), hub.upload_folder
+    uploader.store.update(timeout=60.0)
+    hub.upload_folder = lambda **kwargs: goes_on.wait(30.0)
+    try:
+        assert not uploader.upload()
+        hub.upload_folder = upload_folder
+        assert uploader.upload() and not uploader.is_behind
+    finally:
+        goes_on.set()
+    failed = "upload to org/name failed, will try again: not finished within 0 s"
+    assert uploader.progress.stream.getvalue().splitlines() == [failed, "uploaded epoch 7 to org/name"]
+
+
+def test_uploader_mentions_once_what_the_repository_holds_besides(tmp_path):
+    uploader = make_uploader(tmp_path, FakeHub())
+    uploader.api.list_repo_files = lambda repo_id: [".gitattributes", "config.json", "README.md", "old.bin"]
+    for epoch in (7, 12):
+        uploader.store.optimizer.state_averager.epoch_of_peers = epoch
+        uploader.store.update(timeout=60.0)
+        assert uploader.upload()
+    assert uploader.progress.stream.getvalue().splitlines() == [
+        "org/name holds other files, which stay there: README.md, old.bin",
+        "org/name holds a README.md, which is replaced; its history keeps it",
+        "uploaded epoch 7 to org/name", "uploaded epoch 12 to org/name",
+    ]  # fmt: skip
+
+
+@pytest.mark.timeout(200)
+def test_upload_opens_without_this_repository_and_has_a_card_while_the_checkpoint_stays_as_it_is(tmp_path):
+    from arguments import DEMO
+
+    store = make_store(tmp_path)
+    store.tokenizer = load_tokenizer(DEMO / "tokenizer")
+    store.update(timeout=60.0)
+    before = {path.name: path.read_bytes() for path in store.path.iterdir()}
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"event": "start", "arguments": {"seed": 3}}\ntorn\n{"event": "swarm_epoch", "epoch": 7, "mlm_loss": 6.5}\n'
+    )
+    epoch = store.snapshot(tmp_path / "upload")
+    make_public(tmp_path / "upload", epoch, store=store, name="org/name", metrics=tmp_path / "metrics.jsonl")
+    assert {path.name: path.read_bytes() for path in store.path.iterdir()} == before
+    assert os.path.samefile(tmp_path / "upload" / "model.safetensors", store.path / "model.safetensors")
+    card = (tmp_path / "upload" / "README.md").read_text()
+    assert "epoch 7 of the run `run`" in card and "| 7 | 6.500 |" in card and 'name = "org/name"' in card
+    assert (tmp_path / "upload" / "learning_curve.svg").is_file()
+    program = (
+        "from transformers import AutoModelForMaskedLM, AutoTokenizer\n"
+        "model = AutoModelForMaskedLM.from_pretrained('upload', trust_remote_code=True)\n"
+        "print(model.config.vocab_size, *AutoTokenizer.from_pretrained('upload', trust_remote_code=True)('Ёж').keys())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-I", "-c", program], cwd=tmp_path, env=environment, capture_output=True,
+                            text=True, timeout=180)  # fmt: skip
+    assert result.stdout == "300 input_ids token_type_ids attention_mask\n", result.stderr[-2000:]
 
 
 def test_uploader_in_a_hurry_does_not_wait_for_its_interval(tmp_path):

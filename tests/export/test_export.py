@@ -502,3 +502,15 @@ def test_export_may_be_read_by_whoever_may_read_new_files(checkpoint, tmp_path):
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [({"intermediate_size": 10**8}, "does not fit its configuration"), ({"hidden_size": 10**15}, "must not exceed")],
+)
+def test_export_takes_no_memory_for_sizes_that_the_weights_do_not_have(checkpoint, tmp_path, capsys, change, complaint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | change))
+    assert main([str(checkpoint), str(tmp_path / "lean")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and complaint in said

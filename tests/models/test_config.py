@@ -142,3 +142,18 @@ def test_config_refuses_impossible_values_by_name(tiny_config, options):
 def test_config_refuses_blocks_that_do_not_fit(tiny_config):
     with pytest.raises(ValueError, match="block_size"):
         tiny_config(block_size=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", 64 * 10**12), ("hidden_size", 10**4200), ("num_hidden_layers", 10**9), ("num_labels", 10**9),
+     ("vocab_size", 10**15), ("share_large_matrices", 10**12), ("rotary_embedding_base", 10**400)],
+)  # fmt: skip
+def test_config_refuses_sizes_that_no_model_has(name, value):
+    with pytest.raises(ValueError, match=f"{name}.* must not exceed"):
+        LeanAlbertConfig(**{name: value})
+
+
+def test_config_refuses_half_a_layer():
+    with pytest.raises(ValueError, match=r"num_hidden_layers=2\.5 must be a whole number"):
+        LeanAlbertConfig(num_hidden_layers=2.5)

@@ -224,6 +224,32 @@ def test_check_of_a_client_tests_no_port_of_its_own(running, tmp_path):
     assert "Mbit/s to it" in output
 
 
+@pytest.mark.parametrize(
+    ("error", "state", "found", "fix"),
+    [
+        (None, OK, "the hub knows the token of me", ""),
+        (ValueError("401: Invalid; log in or set HF_TOKEN"), FAILED, "401: Invalid", "log in or set HF_TOKEN"),
+        (ConnectionError("refused"), WARNING, "the hub cannot be asked (refused)", "look at the network"),
+    ],
+)
+def test_check_of_uploads_says_whether_the_token_will_do(monkeypatch, error, state, found, fix):
+    def check_token(api, repo_id):
+        if error is not None:
+            raise error
+        return "me"
+
+    monkeypatch.setattr(preflight, "check_token", check_token)
+    monkeypatch.setattr(preflight, "give_up_on_silence", lambda seconds: None)
+    check = preflight.check_uploads(None, "me/x")
+    assert (check.name, check.state, check.found) == ("uploads to me/x", state, found) and check.fix.startswith(fix)
+
+
+def test_check_reports_uploads_that_will_fail(running, tmp_path):
+    failed = preflight.Check("uploads to me/x", FAILED, "this machine has no token", "set HF_TOKEN")
+    code, output = checked(peer_arguments(initial_peers=[running]), tmp_path, check_uploads=lambda: failed)
+    assert code == 2 and "NOT READY: 1 of" in output and "uploads to me/x: this machine has no token" in output
+
+
 @pytest.mark.timeout(300)
 def test_check_as_a_person_starts_it(running, closed_port, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CHECK_TEST": str(tmp_path)}

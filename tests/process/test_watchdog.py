@@ -27,6 +27,8 @@ def main():
     watchdog.STOPPED_SECONDS = 1.0
     say = lambda message: print(message, flush=True)
     stop, processes = threading.Event(), {name: start(name) for name in ("the first", "the second")}
+    for name, pid in processes.items():
+        watchdog.watch(name, pid)
     def save(alone):
         try:
             os.kill(processes["the first"], 0)
@@ -43,7 +45,7 @@ TINY = ["--target_batch_size", "32", "--backup_every_epochs", "1000", "--total_s
 TINY += ["--host_maddrs", "/ip4/127.0.0.1/tcp/0"]
 HUGE_BATCH = ["--per_device_train_batch_size", "8000", "--activation_memory", "checkpoint"]
 STUCK = """
-    with watchdog.Watchdog(processes, **options):
+    with watchdog.Watchdog(**options):
         print(*processes.values(), flush=True)
         threading.Event().wait()  # as hivemind's futures do
 """
@@ -109,7 +111,7 @@ def test_watchdog_waits_for_a_stopped_process_but_not_for_ever(launch):
 
 def test_watchdog_is_quiet_once_its_peer_leaves(launch):
     process = launch("""
-    with watchdog.Watchdog(processes, **options):
+    with watchdog.Watchdog(**options):
         time.sleep(0.5)
     for pid in processes.values():
         os.kill(pid, 9)
@@ -121,7 +123,7 @@ def test_watchdog_is_quiet_once_its_peer_leaves(launch):
 
 def test_watchdog_is_quicker_than_an_error_that_the_death_causes(launch):
     process = launch("""
-    with watchdog.Watchdog(processes, **options):
+    with watchdog.Watchdog(**options):
         time.sleep(0.5)
         os.kill(processes["the first"], 9)
         raise BrokenPipeError("the pipe to the process is broken")
@@ -135,16 +137,76 @@ def test_watchdog_is_quicker_than_an_error_that_the_death_causes(launch):
 
 def test_watchdog_finds_a_process_that_was_gone_before_it_began(launch):
     process = launch("""
-    with watchdog.Watchdog({**processes, "the third": None}, **options):
+    watchdog.watch_daemon(processes["the first"])
+    with watchdog.Watchdog(**options):
         time.sleep(20)
 """)
-    assert process.communicate(timeout=30)[0].startswith("the third has died: ending")
+    assert process.communicate(timeout=30)[0].startswith("the network daemon, p2pd, has died: ending")
+
+
+HANG = """
+    watchdog.ASK_SECONDS, watchdog.OVERDUE_SECONDS = 0.1, 0.5
+    watchdog.ASLEEP_SECONDS, watchdog.BUSY_SECONDS = LIMITS
+    asked, answer = os.pipe(), os.pipe()
+    def serve():
+        while os.read(asked[0], 1) == b"?":
+            os.write(answer[1], b"!")
+        HOW
+    pid = os.fork()
+    if pid == 0:
+        serve()
+    def ask():
+        os.write(asked[1], b"?")
+        os.read(answer[0], 1)
+    watchdog.watch("the third", pid, ask)
+    with watchdog.Watchdog(**options):
+        time.sleep(1.5)
+        say("so far it has answered")
+        os.write(asked[1], b".")
+        time.sleep(SECONDS)
+        say("it is let be")
+        os._exit(0)
+"""
+
+
+def hanging(how: str, *, asleep: float = 1e9, busy: float = 1e9, seconds: float = 30) -> str:
+    return HANG.replace("HOW", how).replace("LIMITS", f"{asleep}, {busy}").replace("SECONDS)", f"{seconds})")
+
+
+def test_watchdog_ends_a_program_whose_process_lives_but_sleeps_instead_of_answering(launch):
+    process = launch(hanging("time.sleep(60)", asleep=1.0))
+    said = process.communicate(timeout=30)[0].splitlines()
+    assert said[0] == "so far it has answered"
+    assert said[1].startswith("the third has answered nothing for") and ": it hangs: ending; exit code 75" in said[1]
+    assert said[2] == "saved, alone: True" and process.returncode == 75
+
+
+def test_watchdog_ends_a_program_whose_process_turns_round_and_round_instead_of_answering(launch):
+    process = launch(hanging("while True: pass", busy=0.5))
+    said = process.communicate(timeout=60)[0].splitlines()
+    assert ", however busy: ending; exit code 75" in said[1] and process.returncode == 75
+
+
+def test_watchdog_waits_for_a_process_that_gets_no_processor(launch):
+    """It is ready to run and does not sleep, nor has it used up what honest work may take."""
+    process = launch(hanging("while True: pass", asleep=0.5, seconds=4))
+    assert process.communicate(timeout=60)[0].splitlines() == ["so far it has answered", "it is let be"]
+
+
+def test_watchdog_does_not_count_the_time_in_which_its_own_program_was_stopped(launch):
+    process = launch(hanging("time.sleep(60)", asleep=2.5, seconds=0.6))
+    assert process.stdout.readline() == "so far it has answered\n"
+    (program,) = (child for child in psutil.Process(process.pid).children() if child.name().startswith("python"))
+    program.suspend()
+    time.sleep(4)
+    program.resume()
+    assert process.communicate(timeout=60)[0] == "it is let be\n"
 
 
 def test_watchdog_gives_a_batch_up_that_takes_too_long_after_a_stop_and_leaves_in_order(launch):
     process = launch("""
     options["is_late"] = lambda seconds: seconds > 0.5
-    with watchdog.Watchdog(processes, **options):
+    with watchdog.Watchdog(**options):
         time.sleep(0.5)
         stop.set()
         time.sleep(20)
@@ -159,7 +221,7 @@ def test_watchdog_ends_a_program_whose_leaving_hangs(launch):
     watchdog.LEAVE_SECONDS = 0.5
     options.update(is_late=lambda seconds: True, leave=lambda: time.sleep(60))
     stop.set()
-    with watchdog.Watchdog(processes, **options):
+    with watchdog.Watchdog(**options):
         time.sleep(20)
 """)
     process.communicate(timeout=30)
@@ -185,6 +247,23 @@ def test_trainer_whose_p2pd_dies_goes_on_from_its_backup_as_the_same_peer_at_the
         assert peer.output().count(f"reports call this trainer {name}") == 2
         assert peer.output().index("wrote the backup") < peer.output().index("Starting again in 2 s")
         assert "Traceback" not in peer.output()
+        assert peer.stop() == 0
+    finally:
+        peer.stop()
+
+
+@pytest.mark.timeout(300)
+def test_trainer_whose_dht_process_dies_before_it_trains_is_started_again(tmp_path):
+    peer = LocalPeer("trainer", "run_trainer.py", ["@demo/trainer.args", *TINY, "--output_dir", tmp_path], echo=False)
+    try:
+        give_up_at = time.monotonic() + 100
+        while not (p2pd := [p for p in psutil.Process(peer.process.pid).children(True) if p.name() == "p2pd"]):
+            assert time.monotonic() < give_up_at and peer.process.poll() is None, peer.output()
+            time.sleep(0.005)
+        p2pd[0].parent().kill()
+        peer.wait_for_line(r"the DHT process has died: ending and starting again", timeout=20)
+        peer.wait_for_line(r"epoch 1/")
+        assert "Traceback" not in peer.output() and "error" not in peer.output()
         assert peer.stop() == 0
     finally:
         peer.stop()

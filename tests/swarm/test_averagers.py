@@ -15,6 +15,7 @@ import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
+from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.averaging.partition import AllreduceException
@@ -35,9 +36,9 @@ from hivemind.utils.asyncio import as_aiter
 
 from src.metrics.journal import read_journal
 from src.swarm.averagers import (
-    ClosesConnection,
     LeanGradientAverager,
     LeanStateAverager,
+    OwnProcess,
     correct_step_cancellation,
     end_searches_without_waiting,
 )
@@ -72,7 +73,7 @@ COMPRESSIONS = {
 }
 
 
-class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
+class PlainAverager(OwnProcess, RoundReporting, DecentralizedAverager):
     """Averages any tensors and reports its rounds. At module level: remote calls are named after the class."""
 
     round_kind = "anything"
@@ -618,29 +619,47 @@ def test_round_is_given_less_time_when_patience_is_running_out():
     assert timeouts_after(6.0) == {}
 
 
-@pytest.mark.parametrize("epochs", [(4, 4, 9), (4, 5, 4)], ids=["only the auxiliary peer's differs", "trainers'"])
-def test_parameters_are_averaged_among_trainers_of_one_epoch_only(monkeypatch, epochs):
-    names = ("me", "other", "auxiliary")
+@pytest.mark.parametrize(
+    ("own", "epochs", "members"),
+    [
+        ("a", {"a": 4, "b": 4, "auxiliary": 9}, ("a", "b", "auxiliary")),  # an assistant's epoch says nothing
+        ("a", {"a": 4, "b": 4, "liar": 5}, ("a", "b")),
+        ("a", {"a": 4, "liar 1": 5, "b": 4, "liar 2": 5, "liar 3": 5}, ("a", "b")),
+        ("a", {"a": 4, "b": 4, "liar": None}, ("a", "b")),
+        ("a", {"a": 4, "b": 4, "liar": 2**63, "auxiliary": 0}, ("a", "b", "auxiliary")),
+        ("auxiliary", {"a": 4, "b": 4, "liar": 5, "auxiliary": 0}, ("a", "b", "auxiliary")),
+        ("a", {"a": 4, "b": 4, "c": 5, "d": 5, "auxiliary": 0}, ("a", "b", "auxiliary")),
+        ("c", {"a": 4, "b": 4, "c": 5, "d": 5, "auxiliary": 0}, ("c", "d")),
+        ("auxiliary", {"a": 4, "b": 4, "c": 5, "d": 5, "auxiliary": 0}, ("a", "b", "auxiliary")),
+        ("a", {"a": 4, "b": 5, "auxiliary": 4}, None),
+        ("auxiliary", {"a": 4, "b": 5, "auxiliary": 4}, None),
+    ],
+)
+def test_parameters_are_averaged_among_trainers_of_one_epoch_only(monkeypatch, own, epochs, members):
+    averaged = []
 
     async def average(self, group_info, **kwargs):
-        return dict(zip(names, epochs, strict=True))
+        averaged.append(group_info.peer_ids)
+        return {peer: epochs[peer] for peer in group_info.peer_ids}
 
     monkeypatch.setattr(RoundReporting, "_aggregate_with_group", average)
     averager = LeanStateAverager.__new__(LeanStateAverager)
     averager._parent_pid, averager._ident = None, None
-    monkeypatch.setattr(LeanStateAverager, "peer_id", "me")
-    modes = (AveragingMode.NODE, AveragingMode.NODE, AveragingMode.AUX)
+    monkeypatch.setattr(LeanStateAverager, "peer_id", own)
     dumps = averager.serializer.dumps
-    group = SimpleNamespace(
-        peer_ids=names,
-        gathered=[dumps([100.0, mode.value, dumps(epoch)]) for mode, epoch in zip(modes, epochs, strict=True)],
-    )
-    if epochs[0] != epochs[1]:
+    modes = {name: AveragingMode.AUX if name == "auxiliary" else AveragingMode.NODE for name in epochs}
+    gathered = tuple(dumps([100.0, modes[name].value, dumps(epoch)]) for name, epoch in epochs.items())
+    group = GroupInfo(b"group", tuple(epochs), gathered)
+    if members is None:
         with pytest.raises(MatchmakingException, match="different epochs"):
             asyncio.run(averager._aggregate_with_group(group))
-    else:
-        result = asyncio.run(averager._aggregate_with_group(group))
-        assert result == {"me": 4, "other": 4, "auxiliary": 4}, "hivemind would go to epoch 9"
+        return
+    result = asyncio.run(averager._aggregate_with_group(group))
+    assert averaged == [members]
+    assert set(result.values()) == {epochs[own]}, "hivemind would go to the highest epoch"
+    left_out = [name for name in epochs if name not in members and name != "auxiliary"]
+    assert len(averager._remarks) == len(left_out)
+    assert all(any(name in remark for remark in averager._remarks) for name in left_out)
 
 
 def test_part_that_comes_before_the_round_begins_is_served_once_it_does():

@@ -164,6 +164,34 @@ def test_trainer_says_its_own_epoch_when_it_is_asked():
     assert tracker.known_epoch()[0] == 5
 
 
+def test_trainer_far_behind_believes_what_the_peers_of_its_choice_bear_out_and_nothing_beyond():
+    """After a cut, or when a swarm of the same name is met: its own epochs say nothing of the others'."""
+    answers = []
+    tracker = bare_tracker(epoch=5, ask_epoch=lambda: answers.append((50, 1.0)) or answers[-1])
+    asked = len(answers)
+    tracker.ask_for_epoch()
+    assert len(answers) == asked, "who is with the swarm asks nobody"
+    assert parse(tracker, other={"epoch": 51}, forger={"epoch": 10**6}).epoch == 5
+    tracker.ask_for_epoch()
+    tracker.global_progress = parse(tracker, other={"epoch": 51}, forger={"epoch": 10**6})
+    assert tracker.global_epoch == 51 and tracker.is_apart
+    tracker.report_local_progress(51, 0)
+    tracker.global_progress = parse(tracker, other={"epoch": 51})
+    assert not tracker.is_apart
+    tracker.ask_for_epoch()
+    assert tracker.told is None and parse(tracker, other={"epoch": 54}).epoch == 51
+
+
+def test_trainer_that_has_chosen_no_peers_is_told_how_to_join_a_swarm_far_ahead():
+    tracker = bare_tracker(epoch=5)
+    assert parse(tracker, other={"epoch": 50}).epoch == 5
+    tracker.ask_for_epoch()
+    tracker.learn_epoch(50)  # whoever claims much can also come to a round
+    assert parse(tracker, other={"epoch": 50}).epoch == 5 and not tracker.is_apart
+    (reason,) = tracker.take_refusals().values()
+    assert reason.startswith("it claims epoch 50; at most 6 is possible; if there is a swarm that far, join it: --init")
+
+
 def test_what_is_remembered_and_said_of_liars_is_bounded(monkeypatch):
     monkeypatch.setattr("src.swarm.claims.MAX_REMEMBERED", 50)
     monkeypatch.setattr("src.swarm.claims._name", bytes.hex)  # each has a key, which takes long to make
@@ -235,6 +263,7 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
         has_trained=trained,
         local_progress=SimpleNamespace(epoch=before),
         distrust_claims_above=calls.append,
+        is_apart=False,
         learn_epoch=learnt.append,
     )
     monkeypatch.setattr(

@@ -27,7 +27,7 @@ from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import as_aiter
 
-from src.swarm.averagers import ClosesConnection, LeanStateAverager
+from src.swarm.averagers import LeanStateAverager, OwnProcess
 from src.swarm.contributions import (
     FIRST_WHOLE_RATIO,
     MAX_WHOLE_RATIO,
@@ -330,6 +330,22 @@ def test_two_colluders_of_three_are_bounded_in_the_first_round_as_well(way):
                 judge.check_average(0, own, lies - own, harmless=0.0, small=room)
 
 
+@pytest.mark.parametrize("num_liars", [1, 2])
+def test_what_an_auxiliary_peer_lets_pass_in_its_first_round_is_refused_by_those_who_get_it(num_liars):
+    """It has nothing to compare with, and lets nearly everything pass; trainers have values of their own."""
+    own, most_that_passes = like(1.0), 0.0
+    for factor in (1.0, 100.0, 400.0, 1400.0, 1e4, 1e5, 1e9):
+        auxiliary, trainer = Judge(max_weight=256.0), Judge(max_weight=256.0)
+        lies = {2 + liar: (-factor * own, 64.0) for liar in range(num_liars)}
+        contributions = {0: (own, 64.0), 1: (like(1.0, 1), 64.0), **lies}
+        average, _ = auxiliary.combine(0, contributions, shape=SHAPE, own=None, harmless=0.0, small=math.inf)
+        room = trainer.room_for_whole(float(own.norm()))
+        with contextlib.suppress(AllreduceException):
+            trainer.check_average(0, own, average - own, harmless=0.0, small=room)
+            most_that_passes = max(most_that_passes, float(average.norm() / own.norm()))
+    assert 100.0 < most_that_passes < 500.0
+
+
 # -- the reducer ------------------------------------------------------------------------------------------------------
 
 
@@ -576,6 +592,25 @@ def test_round_waits_for_a_slow_link_that_is_known_to_be_slow(monkeypatch, sends
     assert share == 1.0 and not banned
 
 
+@pytest.mark.parametrize(("reducer", "silent"), [("silent", True), ("refuses", False), ("answers", False)])
+def test_reducer_that_nothing_comes_from_is_told_from_one_that_refuses(monkeypatch, reducer, silent):
+    """Each of the round's members is asked; whoever says that it has much bandwidth is to average all of it."""
+
+    class Refusing:
+        async def rpc_aggregate_part(self, inputs):
+            return as_aiter(averaging_pb2.AveragingData(code=averaging_pb2.INTERNAL_ERROR))
+
+    async def scenario():
+        runner = Partners(size=50, ignored={Partners.other}, sender_timeout=0.5, reducer_timeout=0.8).runner
+        stub = Refusing() if reducer == "refuses" else SlowReducer(10, 60.0 if reducer == "silent" else 0.0)
+        monkeypatch.setattr(AllReduceRunner, "_get_peer_stub", lambda self, peer: stub)
+        async for _ in runner:
+            pass
+        return runner.kept_waiting
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == ({Partners.other} if silent else set())
+
+
 def test_members_that_are_ignored_are_not_waited_for(monkeypatch):
     async def scenario():
         runner = Partners(size=50, ignored={Partners.other}, sender_timeout=20.0, reducer_timeout=25.0).runner
@@ -662,7 +697,7 @@ POISONS = ("lying reducer", "1000 times", "NaN", "infinite", "weight 1e12", "wei
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
 
-class PlainAverager(ClosesConnection, RoundReporting, DecentralizedAverager):
+class PlainAverager(OwnProcess, RoundReporting, DecentralizedAverager):
     """Averages any tensors. At module level: remote calls are named after the class."""
 
 

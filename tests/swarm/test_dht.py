@@ -1,5 +1,6 @@
 """Joining a swarm fails with a line that names the flag; metrics travel between peers, and only true ones do."""
 
+import asyncio
 import math
 import socket
 import time
@@ -14,6 +15,9 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
+from src.access.auth import Identity
+from src.process import watchdog
+from src.swarm import dht as dht_module
 from src.swarm.dht import (
     TrainerMetrics,
     fetch_checkpoint_epochs,
@@ -82,7 +86,7 @@ def test_start_dht_turns_any_other_trouble_of_the_daemon_into_one_line(monkeypat
     def fail(**kwargs):
         raise P2PDaemonError("Daemon failed to start:\nfirst line\nlast line\n")
 
-    monkeypatch.setattr(hivemind, "DHT", fail)
+    monkeypatch.setattr(dht_module, "WatchedDHT", fail)
     with pytest.raises(ValueError, match=r"^cannot start the peer-to-peer daemon: last line$"):
         start_dht(peer_arguments())
 
@@ -101,7 +105,7 @@ def test_start_dht_explains_why_a_peer_that_is_there_does_not_let_it_in(monkeypa
     def fail(**kwargs):
         raise error
 
-    monkeypatch.setattr(hivemind, "DHT", fail)
+    monkeypatch.setattr(dht_module, "WatchedDHT", fail)
     with pytest.raises(ValueError, match=words):
         start_dht(peer_arguments(initial_peers=[f"/ip4/203.0.113.5/tcp/1/p2p/{SOME_PEER_ID}"]))
 
@@ -286,3 +290,72 @@ def test_visible_addresses_come_public_first_and_loopback_last():
     for group in ranked:
         assert set(addresses[: len(group)]) == set(group)
         del addresses[: len(group)]
+
+
+# -- a node that gives no answer
+
+
+async def lose_what_is_asked(_dht, node) -> None:
+    async def for_ever(*args, **kwargs):
+        await asyncio.sleep(1e6)
+
+    node.get = node.store = for_ever
+
+
+async def ask_nobody(_dht, _node) -> None:
+    await asyncio.sleep(1e6)
+
+
+async def hang_for_a_moment(_dht, _node) -> None:
+    time.sleep(4)
+
+
+async def hang(_dht, _node) -> None:
+    time.sleep(15)  # a deadlock of the node's process; that of a test must end
+
+
+def test_question_that_gets_lost_in_the_network_stops_nobody(monkeypatch, shut_down_at_end):
+    monkeypatch.setattr(dht_module, "LONGEST_ANSWER", 0.5)  # before the node's process is forked
+    node, _ = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
+    shut_down_at_end(node)
+    node.run_coroutine(lose_what_is_asked)
+    assert node.get("key", latest=True, return_future=True).result(20) is None
+    assert node.store("key", 1, get_dht_time() + 9, return_future=True).result(20) is False
+    with pytest.raises(TimeoutError, match="the DHT had no answer within"):
+        node.run_coroutine(ask_nobody, return_future=True).result(20)
+
+
+def test_nobody_waits_for_a_node_s_process_for_ever(monkeypatch, shut_down_at_end):
+    node, _ = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
+    shut_down_at_end(node)
+    monkeypatch.setattr(dht_module, "LONGEST_ANSWER", 0.2)  # in this process only
+    node.run_coroutine(hang_for_a_moment, return_future=True)
+    for ask in (lambda: node.get("key"), lambda: node.store("key", 1, get_dht_time() + 9), node.get_visible_maddrs):
+        with pytest.raises(TimeoutError, match="the DHT process has been silent for 0 s"):
+            ask()
+
+
+@pytest.mark.timeout(120)
+def test_watchdog_notices_that_a_node_s_process_hangs(monkeypatch, shut_down_at_end):
+    for name, seconds in (("ASK_SECONDS", 0.1), ("OVERDUE_SECONDS", 1.0), ("ASLEEP_SECONDS", 1.0)):
+        monkeypatch.setattr(watchdog, name, seconds)
+    node, _ = start_dht(peer_arguments(), Identity(RSAPrivateKey()))
+    shut_down_at_end(node)
+    pid, ask = watchdog._watched["the DHT process"]
+    assert pid == node.pid
+    questions = watchdog.Questions("the DHT process", pid, ask)
+    questions.start()
+    try:
+        look_until = time.monotonic() + 3.0
+        while time.monotonic() < look_until:
+            assert questions.objection() == ""
+            time.sleep(0.1)
+        node.run_coroutine(hang, return_future=True)
+        give_up_at = time.monotonic() + 14
+        while not (objection := questions.objection()):
+            assert time.monotonic() < give_up_at
+            time.sleep(0.1)
+        assert objection.startswith("has answered nothing for") and objection.endswith(": it hangs")
+    finally:
+        questions.is_over = True
+        time.sleep(max(0.0, give_up_at + 2 - time.monotonic()))  # it must shut down, which it does when it is awake

@@ -63,6 +63,25 @@ def test_round_begins_as_soon_as_all_trainers_with_samples_have_asked():
     assert matchmaking._may_begin(step)
 
 
+def test_leader_lets_no_trainer_of_another_swarm_in(monkeypatch):
+    monkeypatch.setattr(Matchmaking, "_check_reasons_to_reject", lambda self, request, context: None)
+
+    def lets_in(matchmaking, epoch) -> bool:
+        context = SimpleNamespace(remote_id=PeerID(b"%r" % epoch))
+        is_in = matchmaking._check_reasons_to_reject(SimpleNamespace(gather=gathered(epoch)), context) is None
+        assert matchmaking.attendance.is_awaited(context.remote_id.to_bytes()) == is_in
+        return is_in
+
+    matchmaking, step = leader()
+    matchmaking.step_control = step
+    assert [epoch for epoch in (None, 0, EPOCH - 2, EPOCH - 1, EPOCH, EPOCH + 1, EPOCH + 2, "x")
+            if lets_in(matchmaking, epoch)] == [None, EPOCH - 1, EPOCH, EPOCH + 1, "x"]  # fmt: skip
+    assistant, step = leader(mode=AveragingMode.AUX)
+    assistant.step_control = step
+    let_ask(assistant, b"whoever came first", epoch=10**6)
+    assert lets_in(assistant, EPOCH)
+
+
 def test_trainer_that_goes_is_not_waited_for_any_more():
     matchmaking, step = leader()
     see(matchmaking, progress(b"one"), progress(b"two"))

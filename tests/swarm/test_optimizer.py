@@ -434,6 +434,18 @@ def test_optimizer_that_came_when_the_others_had_gone_on_takes_their_state(monke
     assert [optimizer._should_load_state_from_peers() for _ in range(2)] == [loads, False]
 
 
+def test_records_of_the_partners_of_a_round_are_kept_before_those_of_strangers(monkeypatch):
+    optimizer, kept = bare_optimizer(num_peers=2), []
+    optimizer.dht, optimizer.grad_averager.peer_id = "node", "me"
+    monkeypatch.setattr("src.swarm.optimizer.befriend", lambda dht, peers: kept.append((dht, set(peers))))
+    monkeypatch.setattr(LeanOptimizer, "_load_averaged_gradients_into_optimizer_", lambda self: None)
+    for members in ({"me": 3, "other": 3}, {"me": 4, "other": 4}, {"me": 5, "other": 5, "auxiliary": None}):
+        result = Future()
+        result.set_result(members)
+        optimizer._average_gradients_and_load_into_optimizer(result)
+    assert kept == [("node", {"me", "other"}), ("node", {"auxiliary"})]
+
+
 def test_optimizer_tells_its_epoch_to_those_it_averages_with(start_optimizer):
     optimizer = start_optimizer()
     optimizer.state_averager.local_epoch = 7
@@ -458,7 +470,7 @@ def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.state_averager, optimizer.scheduled_state = SimpleNamespace(local_epoch=4), None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience(10.0))
-    optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True)
+    optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True, is_apart=False)
     # what hivemind does first is to wait for them
     monkeypatch.setattr(hivemind.Optimizer, leave, lambda self: seen.append(self.grad_averager.patience.spent))
     getattr(optimizer, leave)()

@@ -19,7 +19,7 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import MSGPackSerializer
 
 from src.swarm import rounds
-from src.swarm.averagers import LeanGradientAverager
+from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.contributions import CheckedContainer, JudgingAllReduce
 from src.swarm.matchmaking import Attendance
 from src.swarm.rounds import Patience, RoundReporting, objection_to_member
@@ -74,6 +74,10 @@ class Asked:
     @classmethod
     def get_stub(cls, p2p, peer, *, namespace=None):
         return "a stub"
+
+    async def rpc_download_state(self, request, context):
+        for _ in range(5):
+            yield averaging_pb2.DownloadData()
 
 
 class AskedAverager(RoundReporting, Asked):
@@ -140,6 +144,55 @@ def test_member_that_a_leader_names_twice_counts_once(averager):
     assert averager._usable_members(group).peer_ids == (averager.peer_id, PeerID(b"x"))
 
 
+@pytest.mark.parametrize("revoked", [False, True])
+def test_member_that_is_revoked_while_it_takes_the_state_gets_no_more_of_it(averager, monkeypatch, revoked):
+    monkeypatch.setattr(rounds, "ADMISSION_SECONDS", -1.0)
+    monkeypatch.setattr(rounds, "LINGER_SECONDS", 0.0)
+    answers = iter([True, True, not revoked])
+
+    async def admits(self, peer):
+        return next(answers, not revoked)
+
+    monkeypatch.setattr(RoundReporting, "_admits", admits)
+
+    async def download() -> int:
+        messages = averager.rpc_download_state(None, SimpleNamespace(remote_id=PeerID(b"member")))
+        return len([message async for message in messages])
+
+    assert asyncio.run(download()) == (1 if revoked else 5)
+    assert not averager._handouts.running, "another one may have it"
+
+
+def test_who_keeps_rounds_waiting_again_and_again_is_left_alone_for_longer_each_time(averager, monkeypatch):
+    now, silent, good, said = [1000.0], PeerID(b"silent"), PeerID(b"good"), []
+    monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(averager, "_report_refusal", lambda peer, reason: said.append((peer, reason)), raising=False)
+
+    def rounds_until_shunned(kept_waiting=frozenset({silent})) -> int:
+        for number in range(1, 10):
+            averager._note_waits({silent, good}, kept_waiting)
+            assert not averager._is_shunned(good)
+            if averager._is_shunned(silent):
+                return number
+        return 0
+
+    averager._note_waits({silent, good}, {silent, good})
+    averager._note_waits({silent, good}, {silent, good})
+    averager._note_waits({good}, set())  # a round without the other one says nothing of it
+    averager._note_waits({silent, good}, set())
+    assert averager._waits == {}, "all is well again"
+    assert rounds_until_shunned() == rounds.MAX_WAITS
+    for minutes in (1, 2, 4, 8, 10, 10):
+        assert averager._shunned[silent] == pytest.approx(now[0] + 60.0 * minutes)
+        now[0] += 60.0 * minutes + 1
+        assert rounds_until_shunned() == 1
+    text = "has kept 3 rounds waiting, one after the other; it is left alone for 1 minutes"
+    assert said[0] == (str(silent), text)
+    for number in range(2 * rounds.MAX_SHUNNED):
+        averager._note_waits(set(), {PeerID(number.to_bytes(4, "big"))})
+    assert len(averager._waits) == rounds.MAX_SHUNNED
+
+
 # -- whole rounds -----------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +218,8 @@ class BadAverager(LeanGradientAverager):
     fault = ""
 
     async def _run_allreduce_inplace_(self, *args, **kwargs):
+        if self.fault == "silence":
+            await asyncio.sleep(60.0)
         BadContainer.fault = self.fault
         rounds.JudgingAllReduce = BadRound  # in this averager's process only
         await super()._run_allreduce_inplace_(*args, **kwargs)
@@ -237,3 +292,96 @@ def test_honest_peers_average_in_time_with_a_bad_member_and_name_it(shut_down_at
     assert any(named), reported
     # a search, 2 s and 2 x 48 Mbit over 50 Mbit/s; with 1.5 s for each of its parts it would be 6 s more
     assert max(one.seconds for one in reported) < 2.0 + 2.0 + 2.0 + 1.5, reported
+
+
+@pytest.mark.timeout(120)
+def test_member_that_claims_another_epoch_does_not_prevent_a_round_of_parameters(shut_down_at_end):
+    nodes, averagers = [], []
+    for number in range(3):
+        known = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+        nodes.append(shut_down_at_end(hivemind.DHT(start=True, initial_peers=known, host_maddrs=[LOOPBACK])))
+        averager = LeanStateAverager(
+            dht=nodes[-1],
+            params=[torch.nn.Parameter(torch.full((5000,), 1.0 + number / 1000))],
+            optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
+            initialize_optimizer=False,
+            prefix="other_epoch",
+            min_matchmaking_time=2.0,
+            request_timeout=1.0,
+            allreduce_timeout=30.0,
+            next_chunk_timeout=4.0,
+            sender_timeout=3.0,
+            reducer_timeout=4.0,
+            min_vector_size=1000,
+            start=True,
+        )
+        averagers.append(shut_down_at_end(averager))
+    liar = str(averagers[2].peer_id)
+    for _ in range(4):  # on a busy machine they may miss each other
+        steps = [
+            hivemind.DecentralizedAverager.step(averager, gather=epoch, wait=False, timeout=15, allow_retries=False)
+            for averager, epoch in zip(averagers, (3, 3, 4), strict=True)
+        ]
+        for step in steps:
+            with contextlib.suppress(BaseException):  # also CancelledError
+                step.result(30)
+        time.sleep(0.5)
+        reports = [averager.finished_rounds()[-1] for averager in averagers]
+        if all(liar in " ".join(one.reasons) for one in reports[:2]):
+            break
+    assert all(one.complete and one.num_peers == 2 for one in reports[:2]), reports
+    assert "different epochs" in reports[2].error
+    for averager in averagers[:2]:
+        with averager.get_tensors() as (averaged,):
+            torch.testing.assert_close(averaged, torch.full((5000,), 1.0005))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_client_that_joins_every_round_and_is_silent_keeps_only_some_of_them_waiting(shut_down_at_end, monkeypatch):
+    """It cannot be called, has any key it likes, and sends nothing."""
+    monkeypatch.setattr(rounds, "MAX_WAITS", 1)
+    nodes, averagers = [], []
+    for number in range(3):
+        known = [str(address) for node in nodes for address in node.get_visible_maddrs()]
+        is_client = number == 2
+        where = {"client_mode": True} if is_client else {"host_maddrs": [LOOPBACK]}
+        nodes.append(shut_down_at_end(hivemind.DHT(start=True, initial_peers=known, **where)))
+        averager = (BadAverager if is_client else LeanGradientAverager)(
+            [torch.nn.Parameter(torch.zeros(10_000))],
+            dht=nodes[-1],
+            reuse_grad_buffers=True,
+            prefix="silent",
+            start=False,
+            client_mode=is_client,
+            min_matchmaking_time=2.0,
+            request_timeout=1.0,
+            allreduce_timeout=30.0,
+            next_chunk_timeout=4.0,
+            sender_timeout=3.0,
+            reducer_timeout=4.0,
+            min_vector_size=1000,
+        )
+        averager.fault = "silence"
+        averager.run_in_background(await_ready=True)
+        averagers.append(shut_down_at_end(averager))
+    silent, honest, said, seconds = str(averagers[2].peer_id), averagers[:2], {}, []
+    for _ in range(6):  # on a busy machine they may miss each other
+        steps = []
+        for averager in averagers:
+            averager.parameters[0].grad.fill_(1.0)
+            averager.accumulate_grads_(64)
+            steps.append(averager.step(wait=False, timeout=25, allow_retries=False))
+        for step in steps[:2]:
+            with contextlib.suppress(BaseException):  # also CancelledError
+                step.result(40)
+        steps[2].cancel()
+        time.sleep(0.5)
+        for averager in honest:
+            said.update(averager.take_refusals())
+        reports = [averager.finished_rounds()[-1] for averager in honest]
+        seconds.append((max(one.seconds for one in reports), [one.num_peers for one in reports], bool(said)))
+        if len(seconds) > 1 and seconds[-2][2] and all(one.complete for one in reports):
+            break
+    assert "kept 1 rounds waiting" in said.get(silent, ""), seconds
+    assert all(one.num_peers == 2 and one.complete for one in reports), seconds

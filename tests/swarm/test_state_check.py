@@ -1,16 +1,21 @@
 """A joining peer takes a state only from a donor whose state fits, is finite, and is confirmed by another donor."""
 
+import asyncio
 import contextlib
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import hivemind
 import psutil
 import pytest
 import torch
 from hivemind.optim.state_averager import dump_optimizer_state, load_optimizer_state
+from hivemind.utils.crypto import RSAPrivateKey
 
+from src.access.auth import public_key_of
+from src.access.ownership import peer_id_of
 from src.optim.lamb import CPULAMB8Bit
 from src.swarm.averagers import LeanStateAverager
 from src.swarm.state_check import check_state, far_apart, sample_parameters
@@ -119,6 +124,43 @@ def test_samples_of_peers_that_train_together_are_near_and_those_of_others_are_n
         assert f"tensor {spoiled}" in far_apart(samples, sample_parameters(others, b"seed"))
     assert far_apart(samples, torch.full_like(samples, math.nan))
     assert far_apart(samples, samples[:1])
+
+
+# -- whom a newcomer believes -----------------------------------------------------------------------------------------
+
+PEERS = {name: peer_id_of(public_key_of(RSAPrivateKey())) for name in "abcdef"}
+
+
+@pytest.mark.parametrize(
+    ("present", "donor", "liars", "trusted", "taken"),
+    [
+        ("ab", "a", "", "", True),  # another honest peer says the same
+        ("ab", "b", "b", "", False),  # one honest witness contradicts
+        ("b", "b", "b", "", True),  # there is none
+        ("abcd", "b", "bcd", "", True),  # keys cost nothing: one honest peer is outvoted ...
+        ("abcd", "b", "bcd", "a", False),  # ... but not if this peer was started with its address,
+        ("bcdefa", "b", "bcdef", "a", False),  # although there are more than are asked,
+        ("bcdefa", "a", "bcdef", "a", True),  # and liars can say of its state what they like
+        ("bcdefa", "a", "bcdef", "", False),
+    ],
+)
+def test_initial_peers_alone_say_which_state_is_right(present, donor, liars, trusted, taken):
+    parameters = {name: trained(2 if name in liars else 1)[0] for name in PEERS}
+
+    async def samples_of(peer, seed):
+        (name,) = (name for name in PEERS if PEERS[name] == peer)
+        return 7.0, sample_parameters(parameters[name], seed)
+
+    averager = SimpleNamespace(
+        _expected_epoch=SimpleNamespace(value=7.0),
+        _averaged_tensors=parameters["a"],
+        dht=SimpleNamespace(initial_peers=[f"/ip4/127.0.0.1/tcp/1/p2p/{PEERS[name]}" for name in trusted]),
+        _samples_of=samples_of,
+    )
+    donors = [PEERS[name] for name in present]
+    compared = LeanStateAverager._compare_donors(averager, PEERS[donor], 7, parameters[donor], donors)
+    with contextlib.nullcontext() if taken else pytest.raises(ValueError, match="has another one"):
+        asyncio.run(compared)
 
 
 # -- whole downloads --------------------------------------------------------------------------------------------------

@@ -177,6 +177,38 @@ def test_callback_counts_what_is_given_up_for_the_state_of_a_peer(tmp_path):
     assert "took its state of epoch 7 in 2 s and gave up 8 samples of epoch 1" in said_by(callback)
 
 
+def test_callback_says_what_is_given_up_when_another_swarm_is_ahead(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), epoch=4)
+    callback = make_callback(tmp_path, optimizer)
+    local_step(callback)
+    local_step(callback)
+    assert optimizer.local_epoch == 5
+
+    def step_and_download(batch_size):
+        optimizer.state_averager.local_epoch = 70
+        optimizer.downloads.append(StateDownload(5, 70, seconds=1.5, lost_samples=4, was_apart=True))
+
+    optimizer.step = step_and_download
+    local_step(callback)
+    assert (
+        "two swarms of this run have met: took the state of epoch 70 of the one that is ahead, and gave up this one's "
+        "epoch 5, with what it had learned apart (epochs: 1 at most; samples since: 8)" in said_by(callback)
+    )
+
+
+def test_callback_says_that_a_newer_state_replaces_the_backup_s(tmp_path):
+    optimizer = FakeOptimizer(tiny_model(), epoch=4)
+    callback = make_trainer(tmp_path, optimizer)[1]
+    callback.peer.initial_peers = ["/ip4/203.0.113.5/tcp/1/p2p/Qm"]
+
+    def download():
+        optimizer.state_averager.local_epoch, optimizer.state_averager.has_taken_state = 9, True
+
+    optimizer.load_state_from_peers = download
+    run(callback.on_train_begin)
+    assert "joined at epoch 9; its state replaces the backup's of epoch 4, 5 behind" in said_by(callback)
+
+
 def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path):
     optimizer = FakeOptimizer(tiny_model())
     callback, step = make_callback(tmp_path, optimizer), optimizer.step

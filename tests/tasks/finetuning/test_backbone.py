@@ -215,6 +215,7 @@ def test_leanalbert_of_the_hub_is_found_by_its_name(tmp_path, monkeypatch, tiny_
     config = AutoConfig.from_pretrained(repository)
     config._commit_hash = "0" * 40
     monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr(backbone.PreTrainedConfig, "get_config_dict", lambda *_: (config.to_dict(), {}))
     monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("src.models.tokenizer.snapshot_download", snapshot_download)
     pretrained = find_pretrained("me/lean", None)
@@ -229,8 +230,30 @@ def test_leanalbert_of_the_hub_that_cannot_be_fetched_is_one_line(monkeypatch, t
 
     config = AutoConfig.from_pretrained(tiny_checkpoint)
     monkeypatch.setattr(backbone.AutoConfig, "from_pretrained", lambda *_: config)
+    monkeypatch.setattr(backbone.PreTrainedConfig, "get_config_dict", lambda *_: (config.to_dict(), {}))
     monkeypatch.setattr("src.models.hub.snapshot_download", snapshot_download)
     with pytest.raises(
         ValueError, match=r"^me/lean: its weights could not be fetched .*refused\); look at the network"
     ):
         find_pretrained("me/lean", None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"intermediate_size": 10**8}, {"hidden_size": 10**12}, {"num_hidden_layers": 10**9}]
+)
+@pytest.mark.parametrize("family", ["own", "bert"])
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, tiny_checkpoint, hub_model, change, family):
+    directory = tmp_path / "absurd"
+    shutil.copytree(tiny_checkpoint if family == "own" else hub_model, directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=r"must not exceed|does not fit its configuration|far more than its weights"):
+        find_pretrained(None, str(directory)).load()
+
+
+def test_byte_order_mark_in_a_configuration_is_named(tmp_path, tiny_checkpoint):
+    shutil.copytree(tiny_checkpoint, tmp_path / "marked")
+    path = tmp_path / "marked" / "config.json"
+    path.write_text("\ufeff" + path.read_text())
+    with pytest.raises(ValueError, match=r"config\.json begins with a byte order mark"):
+        find_pretrained(None, str(tmp_path / "marked"))
