@@ -120,7 +120,7 @@ def newest_model(run: Path) -> tuple[Path, int]:
 
     When time was up before the last epoch, a trainer has a newer one in its backup, which is exported.
     """
-    from src.auxiliary.auxiliary import stored_epoch
+    from src.auxiliary.checkpoints import stored_epoch
     from src.export.export import main as export
     from src.trainer.backup import read_backup
 

@@ -70,6 +70,7 @@ def replaced_directory(path: Path) -> Iterator[Path]:
         _put_in_place(aside, path)
         flush_to_disk(path.parent)
     finally:
+        settle(path)
         shutil.rmtree(aside, ignore_errors=True)  # what was written in vain, or what has been replaced
         if lock is not None:
             os.close(lock)

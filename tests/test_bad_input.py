@@ -361,7 +361,7 @@ WARM = """
 import gc, json, os, runpy, signal, sys, time
 import torch, transformers, hivemind, datasets, bitsandbytes, huggingface_hub
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
-import src.trainer.callback, src.auxiliary.auxiliary, tasks.mlm.task, tasks.evaluation
+import src.trainer.callback, src.auxiliary.checkpoints, src.auxiliary.uploader, tasks.mlm.task, tasks.evaluation
 gc.freeze()
 for script, arguments, folder, environment in json.load(sys.stdin):
     pid = os.fork()

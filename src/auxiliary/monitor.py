@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from statistics import median_high, median_low
 
-from src.auxiliary.auxiliary import CheckpointStore
+from src.auxiliary.checkpoints import CheckpointStore
 from src.metrics.console import Progress, counted, rate
 from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import Checkpoint, PeerReport, SwarmEpoch, printable

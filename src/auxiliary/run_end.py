@@ -4,7 +4,9 @@ import shlex
 import threading
 import time
 
-from src.auxiliary.auxiliary import CheckpointStore, Evaluator, Uploader
+from src.auxiliary.checkpoints import CheckpointStore
+from src.auxiliary.evaluator import Evaluator
+from src.auxiliary.uploader import Uploader
 from src.metrics.console import Progress
 from src.metrics.report import Reporter
 

@@ -9,11 +9,9 @@ AutoModelForMaskedLM.from_pretrained("my-model", trust_remote_code=True).
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from contextlib import suppress
-from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -32,6 +30,7 @@ from src.export.model_card import (
     read_records,
     rows_of_model,
 )
+from src.files import replaced_directory, settle
 from src.models import albert
 from src.models.albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
 from src.models.checkpoint import check_size, give_usual_mode, load_strictly, read_state_dict
@@ -189,7 +188,7 @@ def code_files() -> list[Path]:
 
 def check_target(out: Path, checkpoint: str) -> None:
     """Raises ValueError unless `out` is new, empty or an earlier export, recognised by its files and its auto_map."""
-    put_back(out)
+    settle(out)
     if out.resolve() == Path(checkpoint).expanduser().resolve():
         raise ValueError(f"{out} is the checkpoint itself; name another directory to make")
     if out.is_file():
@@ -209,26 +208,12 @@ def check_target(out: Path, checkpoint: str) -> None:
 
 
 def write_export(out: Path, model, tokenizer, texts: dict[str, str]) -> None:
-    """Write aside, then swap: however this ends, `out` is as it was or complete, or `put_back` makes it so."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = (out.with_name(f".{out.name}.{os.getpid()}.{suffix}") for suffix in ("part", "old"))
-    try:
+    """However this ends, `out` is as it was, or complete."""
+    with replaced_directory(out) as folder:
         model.config.sparse_prediction = False  # a training option; users want logits everywhere
-        model.save_pretrained(aside)
-        complete(aside, tokenizer, texts)
-        give_usual_mode(aside)
-        for path in aside.iterdir():
-            flush_to_disk(path)
-        flush_to_disk(aside)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        flush_to_disk(out.parent)
-    finally:
-        if old.exists() and not out.exists():  # interrupted between the two
-            old.rename(out)
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        model.save_pretrained(folder)
+        complete(folder, tokenizer, texts)
+        give_usual_mode(folder)
 
 
 def complete(directory: Path, tokenizer, texts: dict[str, str]) -> None:
@@ -246,21 +231,6 @@ def complete(directory: Path, tokenizer, texts: dict[str, str]) -> None:
         shutil.copyfile(path, directory / path.name)
     for name, text in {"config.json": config_text, **texts}.items():
         (directory / name).write_text(text, encoding="utf-8")
-
-
-def put_back(out: Path) -> None:
-    """Undo what an export did that was killed between taking the old directory away and putting the new one there."""
-    for old in sorted(out.parent.glob(f".{escape(out.name)}.*.old")):
-        if not out.exists():
-            old.rename(out)
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_tokenizer(directory: Path, tokenizer) -> None:

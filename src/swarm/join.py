@@ -16,7 +16,6 @@ import torch
 from src.access.auth import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
-from src.preflight.preflight import require_shared_memory
 from src.swarm.dht import start_dht
 from src.swarm.optimizer import LeanOptimizer, make_collaborative_optimizer
 from src.swarm.probe import measure_bandwidth
@@ -95,7 +94,6 @@ def join_run(
 
     Raises ValueError or OSError, with what to do, if the network, the run or this peer's key will not have it so.
     """
-    require_shared_memory(model)
     identity = load_identity(peer)
     dht, public_key = start_dht(peer, identity)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)

@@ -18,7 +18,7 @@ from transformers import PrinterCallback
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
-from src.preflight.preflight import Workload, run_checks
+from src.preflight.preflight import Workload, require_shared_memory, run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
 from src.swarm.join import Swarm, join_run, record_start, start_averaging
@@ -85,6 +85,7 @@ def build(
     """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError."""
     model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     task.check_sequence_length(model, training.max_sequence_length)
+    require_shared_memory(model)
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     state_path = Path(peer.state_path) if peer.state_path else directory / "backup.pth"

@@ -11,16 +11,12 @@ import time
 import pytest
 import torch
 
-from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
+from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, files, load_tokenizer
 from src.auxiliary import auxiliary
-from src.auxiliary.auxiliary import (
-    AveragingAssistant,
-    CheckpointNotice,
-    CheckpointStore,
-    Evaluator,
-    Uploader,
-    make_public,
-)
+from src.auxiliary.assistant import AveragingAssistant
+from src.auxiliary.checkpoints import CheckpointNotice, CheckpointStore
+from src.auxiliary.evaluator import Evaluator
+from src.auxiliary.uploader import Uploader, make_public
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, read_journal
 from src.metrics.records import Round
@@ -218,8 +214,8 @@ def test_checkpoint_swap_shows_a_complete_directory_at_every_step(tmp_path, monk
 
         return call
 
-    monkeypatch.setattr("src.auxiliary.auxiliary.shutil.rmtree", watched(__import__("shutil").rmtree))
-    monkeypatch.setattr(type(store.path), "rename", watched(type(store.path).rename))
+    monkeypatch.setattr(files.shutil, "rmtree", watched(files.shutil.rmtree))
+    monkeypatch.setattr(files, "exchange", watched(files.exchange))
     store.model.save_pretrained = watched(store.model.save_pretrained)
     store.update(timeout=60.0)
     assert len(seen) >= 5

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from src.auxiliary import monitor as monitor_module
+from src.auxiliary.monitor import MetricsMonitor, Watch, describe
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, read_journal
-from src.metrics.records import MetricsMonitor, SwarmEpoch, Watch, describe
+from src.metrics.records import SwarmEpoch
 from src.swarm.dht import TrainerMetrics, short_peer_name, store_metrics
 from tests.auxiliary.test_auxiliary import make_store, wait_until
 from tests.reference.fake_swarm import FakeDHT

@@ -22,8 +22,7 @@ from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
-from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
-from src.export import export as export_module
+from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, files, load_tokenizer
 from src.export.export import code_files, main
 from src.export.model_card import thin_out
 
@@ -381,7 +380,7 @@ def test_export_that_cannot_be_written_leaves_the_earlier_one(checkpoint, tmp_pa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "flush_to_disk", full)
+    monkeypatch.setattr(files, "flush_to_disk", full)
     assert main([str(checkpoint), str(out), "--data", "second"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert "first" in (out / "README.md").read_text()
@@ -389,26 +388,37 @@ def test_export_that_cannot_be_written_leaves_the_earlier_one(checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_export_interrupted_within_the_swap_keeps_the_earlier_one(checkpoint, tmp_path, monkeypatch, capsys, killed):
-    out, original, exists = tmp_path / "lean", Path.rename, Path.exists
+def test_export_interrupted_within_the_swap_is_whole(checkpoint, tmp_path, monkeypatch, capsys, killed):
+    out, original = tmp_path / "lean", Path.rename
     assert main([str(checkpoint), str(out), "--data", "first"]) == 0
 
     def rename(self, target):
-        if self.suffix == ".part":
+        if self.suffix == ".new":
             raise KeyboardInterrupt
         return original(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", rename)
-        if killed:  # nothing is tidied up either
-            patch.setattr(Path, "exists", lambda self: self.suffix != ".old" and exists(self))
+        patch.setattr(files, "exchange", lambda one, other: False)  # as on a file system that cannot
+        if killed:  # nothing is tidied up
+            patch.setattr(files, "settle", lambda path: None)
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(Path, "rename", rename if killed else interrupted_once(rename, original))
         assert main([str(checkpoint), str(out), "--data", "second"]) == 130
     assert out.exists() is not killed
     if killed:
         assert main([str(checkpoint / "nowhere"), str(out)]) == 2
-    assert "first" in (out / "README.md").read_text()
+    assert "second" in (out / "README.md").read_text(), "it was complete before the names were changed"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".lean")] == []
     assert "stopped" in capsys.readouterr().err
+
+
+def interrupted_once(rename, original):
+    calls = iter([rename])
+
+    def call(self, target):
+        return (next(calls, original) if self.suffix == ".new" else original)(self, target)
+
+    return call
 
 
 def test_export_leaves_out_a_pooler_that_no_head_uses(model, checkpoint, tmp_path):

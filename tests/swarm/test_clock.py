@@ -5,8 +5,9 @@ import time
 
 import hivemind
 import pytest
-from src.training import clock, records
 
+from src.access import ownership as records
+from src.swarm import clock
 from src.swarm.clock import ClockWatch, ask_time, swarm_time
 from tests.reference.node import start_node
 

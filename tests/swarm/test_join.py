@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, load_tokenizer
-from src.auxiliary.auxiliary import stored_epoch
+from src.auxiliary.checkpoints import stored_epoch
 from src.metrics.history import read_history
 from src.metrics.journal import read_journal
 from src.models.checkpoint import read_state_dict

@@ -1,0 +1,152 @@
+"""Put an auxiliary peer together: the model comes from its task, all else from here.
+
+``peer``, ``collaboration`` and ``training`` are the parsed arguments of `run_aux_peer.py`; ``task`` is `tasks.mlm.task`
+and ``make_scorer`` is `tasks.mlm.evaluate.checkpoint_scorer`, or something with the same arguments.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi
+
+from arguments import AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, run_settings
+from src.auxiliary.assistant import AveragingAssistant
+from src.auxiliary.checkpoints import CheckpointNotice, CheckpointStore
+from src.auxiliary.evaluator import Evaluator
+from src.auxiliary.run_end import RunEnd
+from src.auxiliary.uploader import Uploader, make_public
+from src.metrics.console import Progress
+from src.metrics.journal import Journal, claim_run_directory
+from src.metrics.report import Reporter
+from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
+from src.preflight.preflight import Workload, check_uploads, require_shared_memory, run_checks
+from src.process.same_peer import keep_ports, take_up_identity
+from src.swarm.join import Swarm, join_run, record_start, start_averaging
+from src.swarm.run_card import make_run_card
+
+
+@dataclass
+class AuxiliaryProgram:
+    """All that a running auxiliary peer consists of; ``threads`` are to be started."""
+
+    swarm: Swarm
+    journal: Journal
+    store: CheckpointStore | None
+    threads: list[threading.Thread]
+    end: RunEnd
+
+
+def check(
+    peer: AuxiliaryPeerArguments,
+    collaboration: CollaborationArguments,
+    training: HFTrainerArguments,
+    *,
+    task,
+    make_scorer: Callable,
+    say: Callable[[str], None],
+) -> int:
+    """Test this machine's set-up without joining the run; returns the exit code."""
+    reads_text = bool(peer.eval_sources)
+    return run_checks(
+        peer,
+        output_dir=training.output_dir,
+        device=torch.device("cpu"),
+        workload=Workload(training.min_8bit_size),
+        build_model=lambda: task.build_model(peer, seed=training.seed),
+        make_card=partial(make_run_card, settings=run_settings(peer, collaboration, training), trainer=False),
+        read_data=(lambda tokenizer: make_scorer(tokenizer, peer.eval_sources, num_batches=1)) if reads_text else None,
+        check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
+        say=say,
+    )
+
+
+def build(
+    peer: AuxiliaryPeerArguments,
+    collaboration: CollaborationArguments,
+    training: HFTrainerArguments,
+    *,
+    task,
+    make_scorer: Callable,
+    progress: Progress,
+    stop: threading.Event,
+) -> AuxiliaryProgram:
+    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError."""
+    model, tokenizer = task.build_model(peer, seed=training.seed)
+    if peer.repo_url:
+        require_token(peer.repo_url, say=progress.say)
+    require_shared_memory(model)
+    directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
+    settings = run_settings(peer, collaboration, training)
+    if peer.restart:
+        take_up_identity(peer)
+    node = join_run(model, tokenizer, settings, peer=peer, trainer=False, say=progress.say)
+    if peer.restart:
+        keep_ports(peer, node.dht)
+    evaluate = make_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
+    swarm, journal = start_averaging(
+        node,
+        model,
+        directory / "metrics.jsonl",
+        peer=peer,
+        collaboration=collaboration,
+        training=training,
+        auxiliary=True,
+    )
+    report = directory / "report.html"
+    reporter = Reporter(journal.path, report, interval=peer.report_interval, progress=progress, stop=stop)
+    assistant = notice = evaluator = uploader = store = None
+    if peer.assist_in_averaging:
+        assistant = AveragingAssistant(swarm.optimizer, journal, period=peer.assist_refresh, stop=stop)
+    if peer.store_checkpoints:
+        store = CheckpointStore(
+            Path(peer.local_path).expanduser() if peer.local_path else directory / "checkpoint",
+            model,
+            tokenizer,
+            swarm.optimizer,
+            run_id=peer.run_id,
+            every_epochs=peer.save_checkpoint_epoch_interval,
+        )
+        if store.last_epoch > 0:
+            progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")
+        notice = CheckpointNotice(store, swarm.dht, peer.run_id, swarm.public_key, stop=stop)
+        if evaluate is not None:
+            evaluator = Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop)
+        if peer.repo_url:
+            uploader = make_uploader(peer, store, metrics=journal.path, progress=progress, stop=stop)
+    end = RunEnd(
+        peer.run_id,
+        training.total_steps,
+        store=store,
+        evaluator=evaluator,
+        uploader=uploader,
+        reporter=reporter,
+        progress=progress,
+        stop=stop,
+    )
+    record_start(journal, node.settings, role="auxiliary peer")
+    threads = [thread for thread in (reporter, assistant, notice, evaluator, uploader) if thread is not None]
+    return AuxiliaryProgram(swarm, journal, store, threads, end)
+
+
+def require_token(repo_id: str, *, say: Callable[[str], None]) -> None:
+    """Raises ValueError if this machine's token may not write there, as far as the hub tells; says if it cannot."""
+    give_up_on_silence(ASK_SECONDS)
+    try:
+        check_token(HfApi(), repo_id)
+    except ConnectionError as error:
+        say(
+            f"the hub cannot be asked now whether {repo_id} may be uploaded to ({error}); the first upload will show it"
+        )
+    except ValueError as error:
+        raise ValueError(f"--repo_url {repo_id}: {error}") from error
+    give_up_on_silence()
+
+
+def make_uploader(peer: AuxiliaryPeerArguments, store: CheckpointStore, *, metrics: Path, progress, stop) -> Uploader:
+    prepare = partial(make_public, store=store, name=peer.repo_url, metrics=metrics)
+    return Uploader(store, peer.repo_url, HfApi(), prepare=prepare, interval=peer.upload_interval, progress=progress,
+                    stop=stop)  # fmt: skip
