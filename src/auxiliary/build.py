@@ -23,7 +23,8 @@ from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory
 from src.metrics.report import Reporter
 from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
-from src.preflight.preflight import Workload, check_uploads, require_shared_memory, run_checks
+from src.preflight.machine import Workload, check_uploads, require_shared_memory
+from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.swarm.join import Swarm, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card

@@ -18,7 +18,8 @@ from transformers import PrinterCallback
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
-from src.preflight.preflight import Workload, require_shared_memory, run_checks
+from src.preflight.machine import Workload, require_shared_memory
+from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
 from src.swarm.join import Swarm, join_run, record_start, start_averaging

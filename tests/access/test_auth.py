@@ -40,7 +40,8 @@ from src.access.auth import (
     write_token_file,
 )
 from src.access.ownership import peer_id_of
-from src.preflight.preflight import Workload, run_checks
+from src.preflight.machine import Workload
+from src.preflight.run import run_checks
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.dht import TrainerMetrics, start_dht, visible_addresses
 from src.swarm.probe import ConnectionProbe, ask_to_knock, measure_speed

@@ -22,8 +22,12 @@ from arguments import PeerArguments
 from src import LeanAlbertConfig
 from src.access.auth import Identity, create_key, load_identity
 from src.models.memory import predict_memory
-from src.preflight import preflight
-from src.preflight.preflight import FAILED, OK, WARNING, Workload, describe_speed, explain_knock, run_checks
+from src.preflight import check as check_module
+from src.preflight import machine, network
+from src.preflight.check import FAILED, OK, WARNING
+from src.preflight.machine import Workload
+from src.preflight.network import describe_speed, explain_knock
+from src.preflight.run import run_checks
 from src.swarm.dht import start_dht, visible_addresses
 from src.swarm.probe import (
     BYTES_AN_HOUR,
@@ -238,14 +242,14 @@ def test_check_of_uploads_says_whether_the_token_will_do(monkeypatch, error, sta
             raise error
         return "me"
 
-    monkeypatch.setattr(preflight, "check_token", check_token)
-    monkeypatch.setattr(preflight, "give_up_on_silence", lambda seconds: None)
-    check = preflight.check_uploads(None, "me/x")
+    monkeypatch.setattr(machine, "check_token", check_token)
+    monkeypatch.setattr(machine, "give_up_on_silence", lambda seconds: None)
+    check = machine.check_uploads(None, "me/x")
     assert (check.name, check.state, check.found) == ("uploads to me/x", state, found) and check.fix.startswith(fix)
 
 
 def test_check_reports_uploads_that_will_fail(running, tmp_path):
-    failed = preflight.Check("uploads to me/x", FAILED, "this machine has no token", "set HF_TOKEN")
+    failed = check_module.Check("uploads to me/x", FAILED, "this machine has no token", "set HF_TOKEN")
     code, output = checked(peer_arguments(initial_peers=[running]), tmp_path, check_uploads=lambda: failed)
     assert code == 2 and "NOT READY: 1 of" in output and "uploads to me/x: this machine has no token" in output
 
@@ -301,8 +305,8 @@ def test_check_says_which_side_is_wrong(knocked, state, words):
 
 @pytest.mark.parametrize(("offset", "words"), [(-60.0, "60 s ahead of"), (60.0, "60 s behind"), (0.5, "within 0.5 s")])
 def test_check_compares_clocks(monkeypatch, offset, words):
-    monkeypatch.setattr(preflight, "ping", lambda dht, peer_id: Ping(0.01, offset))
-    _, clock = preflight.check_contact("/ip4/203.0.113.5/tcp/1/p2p/Qm", dht=None)
+    monkeypatch.setattr(network, "ping", lambda dht, peer_id: Ping(0.01, offset))
+    _, clock = network.check_contact("/ip4/203.0.113.5/tcp/1/p2p/Qm", dht=None)
     assert (clock.state == OK) == (abs(offset) < 3)
     assert words in clock.found
 
@@ -319,9 +323,9 @@ def test_check_compares_clocks(monkeypatch, offset, words):
     ],
 )  # fmt: skip
 def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, words):
-    monkeypatch.setattr(preflight, "ask_to_knock", lambda dht, peer_id, ports: tried if ports == [5, 31337] else 1 / 0)
-    monkeypatch.setattr(preflight, "visible_addresses", lambda dht: ["/ip4/127.0.0.1/tcp/31337/p2p/Qm"])
-    check = preflight.check_reachability(None, "/ip4/203.0.113.5/tcp/1/p2p/Qm", announced=["/ip4/198.51.100.7/tcp/5"])
+    monkeypatch.setattr(network, "ask_to_knock", lambda dht, peer_id, ports: tried if ports == [5, 31337] else 1 / 0)
+    monkeypatch.setattr(network, "visible_addresses", lambda dht: ["/ip4/127.0.0.1/tcp/31337/p2p/Qm"])
+    check = network.check_reachability(None, "/ip4/203.0.113.5/tcp/1/p2p/Qm", announced=["/ip4/198.51.100.7/tcp/5"])
     assert check.state == state
     for word in words:
         assert word in check.lines()
@@ -338,9 +342,9 @@ def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, 
 )
 def test_check_tells_a_missing_kind_of_address_from_a_firewall(monkeypatch, called, own, advice):
     tried = [Knock(called, 31337, open=False, error="refused")]
-    monkeypatch.setattr(preflight, "ask_to_knock", lambda *_: tried)
-    monkeypatch.setattr(preflight, "visible_addresses", lambda dht: [own])
-    check = preflight.check_reachability(None, "/ip6/2001:db8::1/tcp/1/p2p/Qm", announced=[])
+    monkeypatch.setattr(network, "ask_to_knock", lambda *_: tried)
+    monkeypatch.setattr(network, "visible_addresses", lambda dht: [own])
+    check = network.check_reachability(None, "/ip6/2001:db8::1/tcp/1/p2p/Qm", announced=[])
     assert check.state == FAILED and advice in check.fix
 
 
@@ -362,7 +366,7 @@ def test_check_judges_the_bandwidth(speed, given, state, words):
 # The one source of what is needed is predict_memory; these are small against it.
 LARGE = LeanAlbertConfig(hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_hidden_layers=24,
                          vocab_size=50_000, share_large_matrices=0)  # fmt: skip
-LIBRARIES = preflight.LIBRARY_BYTES
+LIBRARIES = machine.LIBRARY_BYTES
 
 
 def predicted(batch_size: int = 8, **options):
@@ -371,41 +375,41 @@ def predicted(batch_size: int = 8, **options):
 
 def test_check_of_disk(tmp_path, monkeypatch):
     memory = predicted()
-    assert preflight.check_disk(tmp_path / "a" / "b", memory).state == OK
+    assert machine.check_disk(tmp_path / "a" / "b", memory).state == OK
     (tmp_path / "file").write_text("")
-    assert "choose another --output_dir" in preflight.check_disk(tmp_path / "file" / "a", memory).lines()
+    assert "choose another --output_dir" in machine.check_disk(tmp_path / "file" / "a", memory).lines()
     backups = 2 * (memory.parameters + memory.optimizer)
     assert backups > 2e9
     for spare, state in ((0, FAILED), (2e8, OK)):
         usage = namedtuple("usage", "free")(int(backups + spare))
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path, usage=usage: usage)
-        assert preflight.check_disk(tmp_path, memory).state == state
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda path, usage=usage: usage)
+        assert machine.check_disk(tmp_path, memory).state == state
 
 
 @pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.01, OK)])
 def test_check_of_shared_memory(tmp_path, monkeypatch, spare, state):
-    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
     model = torch.nn.Linear(1000, 1000)
     needed = 3.5 * 4 * 1_001_000
     usage = namedtuple("usage", "free")(int(spare * needed))
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
-    check = preflight.check_shared_memory(model)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: usage)
+    check = machine.check_shared_memory(model)
     assert check.state == state and str(tmp_path) in check.found
     if state == OK:
-        preflight.require_shared_memory(model)
+        machine.require_shared_memory(model)
     else:
         assert "docker run --shm-size 1g" in check.fix
         with pytest.raises(ValueError, match=r"^too little shared memory: 0\.01 GB are needed .*--shm-size 1g"):
-            preflight.require_shared_memory(model)
+            machine.require_shared_memory(model)
 
 
 def test_check_of_shared_memory_that_is_read_only_or_not_there(tmp_path, monkeypatch):
     model = torch.nn.Linear(1, 1)
-    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path / "none")
-    assert preflight.check_shared_memory(model).state == OK
-    monkeypatch.setattr(preflight, "SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(preflight.os, "access", lambda *_: False)
-    assert "nothing can be written" in preflight.check_shared_memory(model).lines()
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
+    assert machine.check_shared_memory(model).state == OK
+    monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    assert "nothing can be written" in machine.check_shared_memory(model).lines()
 
 
 WORKLOAD = Workload(2**20, batch_size=8, length=512, half_precision=True)
@@ -414,8 +418,8 @@ WORKLOAD = Workload(2**20, batch_size=8, length=512, half_precision=True)
 @pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.05, WARNING), (1.15, OK)])
 def test_check_of_memory(monkeypatch, spare, state):
     needed = predicted().total + 3 * predicted().parameters + LIBRARIES
-    monkeypatch.setattr(preflight, "available_memory", lambda: spare * needed)
-    (check,) = preflight.check_memory(LARGE, WORKLOAD, torch.device("cpu"))
+    monkeypatch.setattr(machine, "available_memory", lambda: spare * needed)
+    (check,) = machine.check_memory(LARGE, WORKLOAD, torch.device("cpu"))
     assert check.state == state
     assert check.found.startswith(f"{needed / 1e9:.2f} GB are needed (model and gradients ")
     activations, optimizer = predicted().device - 2 * predicted().parameters, predicted().optimizer
@@ -425,11 +429,11 @@ def test_check_of_memory(monkeypatch, spare, state):
 
 @pytest.mark.parametrize(("spare", "state"), [(0.99, FAILED), (1.05, WARNING), (1.15, OK)])
 def test_check_of_gpu_memory(monkeypatch, spare, state):
-    needed = predicted().device + preflight.GPU_LIBRARY_BYTES
+    needed = predicted().device + machine.GPU_LIBRARY_BYTES
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (spare * needed, 80e9))
     host = predicted().optimizer + 3 * predicted().parameters + LIBRARIES
-    monkeypatch.setattr(preflight, "available_memory", lambda: 1.2 * host)
-    memory, gpu_memory = preflight.check_memory(LARGE, WORKLOAD, torch.device("cuda"))
+    monkeypatch.setattr(machine, "available_memory", lambda: 1.2 * host)
+    memory, gpu_memory = machine.check_memory(LARGE, WORKLOAD, torch.device("cuda"))
     assert (memory.state, gpu_memory.state) == (OK, state), "the optimizer and the swarm's copies are not on the GPU"
 
 
@@ -442,12 +446,12 @@ def test_check_of_gpu_memory(monkeypatch, spare, state):
     ],
 )
 def test_check_of_memory_says_what_fits(monkeypatch, gpu, length, fix):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu + preflight.GPU_LIBRARY_BYTES, 80e9))
-    check = preflight.check_memory(LARGE, WORKLOAD, torch.device("cuda"))[1]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu + machine.GPU_LIBRARY_BYTES, 80e9))
+    check = machine.check_memory(LARGE, WORKLOAD, torch.device("cuda"))[1]
     assert check.state == FAILED and check.fix.startswith(fix)
     if "size 4" in fix:
         smaller = Workload(2**20, batch_size=4, length=512, half_precision=True)
-        assert preflight.check_memory(LARGE, smaller, torch.device("cuda"))[1].state != FAILED, "the advice is right"
+        assert machine.check_memory(LARGE, smaller, torch.device("cuda"))[1].state != FAILED, "the advice is right"
 
 
 def test_check_of_memory_of_an_auxiliary_peer_counts_no_batch(monkeypatch):
@@ -456,30 +460,30 @@ def test_check_of_memory_of_an_auxiliary_peer_counts_no_batch(monkeypatch):
     assert memory.optimizer == 2 * memory.parameters
     needed = 7 * memory.parameters + memory.optimizer + LIBRARIES
     for spare, state in ((0.99, FAILED), (1.15, OK)):
-        monkeypatch.setattr(preflight, "available_memory", lambda spare=spare: spare * needed)
-        (check,) = preflight.check_memory(LARGE, Workload(no_8bit), torch.device("cpu"))
+        monkeypatch.setattr(machine, "available_memory", lambda spare=spare: spare * needed)
+        (check,) = machine.check_memory(LARGE, Workload(no_8bit), torch.device("cpu"))
         assert check.state == state and "batch" not in check.lines(), check
 
 
 def test_check_knows_the_memory_of_this_machine():
-    assert 1e8 < preflight.available_memory() <= psutil.virtual_memory().total
+    assert 1e8 < machine.available_memory() <= psutil.virtual_memory().total
 
 
 @pytest.mark.parametrize(("hard", "state"), [(1024, FAILED), (4096, OK), (-1, OK)])
 def test_check_of_open_files(monkeypatch, hard, state):
-    monkeypatch.setattr(preflight.resource, "getrlimit", lambda kind: (256, hard))
-    assert preflight.check_open_files().state == state
+    monkeypatch.setattr(machine.resource, "getrlimit", lambda kind: (256, hard))
+    assert machine.check_open_files().state == state
 
 
 def test_check_of_identity(tmp_path):
-    assert preflight.check_identity(None).state == OK
-    assert "will be made" in preflight.check_identity(str(tmp_path / "new.key")).found
+    assert machine.check_identity(None).state == OK
+    assert "will be made" in machine.check_identity(str(tmp_path / "new.key")).found
     for content in (b"", b"no key at all"):
         (tmp_path / "bad.key").write_bytes(content)
-        assert preflight.check_identity(str(tmp_path / "bad.key")).state == FAILED
+        assert machine.check_identity(str(tmp_path / "bad.key")).state == FAILED
     dht, _ = start_dht(peer_arguments(identity_path=str(tmp_path / "good.key")))
     dht.shutdown()
-    assert preflight.check_identity(str(tmp_path / "good.key")).state == OK
+    assert machine.check_identity(str(tmp_path / "good.key")).state == OK
 
 
 # -- the other side ---------------------------------------------------------------------------------------------------

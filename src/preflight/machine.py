@@ -1,0 +1,189 @@
+"""What this machine has to have: memory, shared memory, disk, open files, a key; and the right to upload."""
+
+import copy
+import math
+import os
+import resource
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hivemind.proto import crypto_pb2
+
+from src.models.hub import ASK_SECONDS, LOOK_AT_THE_NETWORK, check_token, give_up_on_silence
+from src.models.memory import Memory, largest_batch, predict_memory
+from src.preflight.check import FAILED, OK, WARNING, Check
+
+MIN_OPEN_FILES = 4096
+# Copies of all parameters: the optimizer's own, averaged gradients, and what a round or a download holds; an auxiliary
+# peer's also gradients of its own (zeros), and the checkpoint that it scores.
+TRAINER_COPIES, AUXILIARY_COPIES = 3, 5
+# Copies of all parameters in shared memory: averaged gradients, averaged parameters, and a state that is handed over,
+# with its 8-bit statistics.
+SHARED_COPIES = 3.5
+SHARED_MEMORY = Path("/dev/shm")
+LIBRARY_BYTES, GPU_LIBRARY_BYTES = 1.5e9, 0.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
+
+
+def check_open_files() -> Check:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < MIN_OPEN_FILES:
+        return Check("open files", FAILED, f"at most {hard} are allowed, {MIN_OPEN_FILES} are needed",
+                     f"raise it: `ulimit -n {MIN_OPEN_FILES}` as root, or in /etc/security/limits.conf")  # fmt: skip
+    return Check("open files", OK, "no limit" if hard == resource.RLIM_INFINITY else f"up to {hard}")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The batches that this peer trains on, of ``length`` tokens; an auxiliary peer has none (``batch_size`` 0)."""
+
+    min_8bit_size: int
+    batch_size: int = 0
+    length: int = 0
+    half_precision: bool = False
+
+    def predict(self, config) -> Memory:
+        return predict_memory(config, batch_size=self.batch_size, **self._options())
+
+    def largest(self, config, budget: float) -> int:
+        """The largest batch of this kind for which ``budget`` bytes are enough, beside parameters and gradients."""
+        return largest_batch(config, budget=budget, **self._options())
+
+    def _options(self) -> dict:
+        return {"length": self.length, "bf16": self.half_precision, "min_8bit_size": self.min_8bit_size}
+
+
+def check_disk(directory: Path, memory: Memory) -> Check:
+    """Space for two backups (the new one is written beside the old one), and the right to write there."""
+    existing = directory.expanduser().absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK) or not existing.is_dir():
+        return Check("disk", FAILED, f"nothing can be written to {existing}", "choose another --output_dir")
+    needed, free = 2 * (memory.parameters + memory.optimizer) + 1e8, shutil.disk_usage(existing).free
+    found = f"{free / 1e9:.1f} GB free in {existing}, {needed / 1e9:.1f} GB needed for backups"
+    if free < needed:
+        return Check("disk", FAILED, found, "free some space, or choose another --output_dir")
+    return Check("disk", OK, found)
+
+
+def check_shared_memory(model: torch.nn.Module) -> Check:
+    """The processes of a peer exchange tensors through a file system in memory. Docker makes it 64 MB small.
+
+    Where it is full, a process ends with a bus error, or waits for ever, in the middle of the run.
+    """
+    name, needed = "shared memory", SHARED_COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+    if not SHARED_MEMORY.is_dir():
+        return Check(name, OK, f"there is no {SHARED_MEMORY}, so not tested")
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        return Check(name, FAILED, f"nothing can be written to {SHARED_MEMORY}",
+                     f"let this user write there: `chmod 1777 {SHARED_MEMORY}` as root")  # fmt: skip
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    found = f"{needed / 1e9:.2f} GB are needed in {SHARED_MEMORY}; {free / 1e9:.2f} GB are free"
+    if free < needed:
+        size = f"{math.ceil(needed / 1e9 + 0.5)}g"
+        return Check(name, FAILED, found, f"make it larger: `docker run --shm-size {size}` or `mount -o "
+                     f"remount,size={size} {SHARED_MEMORY}`; or use a smaller --model_config_path")  # fmt: skip
+    return Check(name, OK, found)
+
+
+def require_shared_memory(model: torch.nn.Module) -> None:
+    """Raises ValueError where `check_shared_memory` fails."""
+    check = check_shared_memory(model)
+    if check.state == FAILED:
+        raise ValueError(f"too little {check.name}: {check.found}; {check.fix}")
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or the container this program runs in, can still give."""
+    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                     if line.startswith("MemAvailable"))  # fmt: skip
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+def check_memory(config, workload: Workload, device: torch.device) -> list[Check]:
+    """This machine's memory and, if there is one, the GPU's, against what `predict_memory` says.
+
+    A GPU holds the model and what a batch needs, this machine the rest: the optimizer, and copies for the swarm.
+    """
+    memory = workload.predict(config)
+    num_copies = TRAINER_COPIES if workload.batch_size else AUXILIARY_COPIES
+    copies = {"optimizer": memory.optimizer, "copies for averaging": num_copies * memory.parameters}
+    computing = {"model and gradients": memory.parameters + memory.gradients}
+    if workload.batch_size:
+        batch = f"a batch of {workload.batch_size} x {workload.length} tokens"
+        computing[batch] = memory.device - memory.parameters - memory.gradients
+    on_gpu = device.type == "cuda"
+    machine = {**({} if on_gpu else computing), **copies, "libraries": LIBRARY_BYTES}
+    checks = [_compare_memory("memory", machine, available_memory(), config, None if on_gpu else workload)]
+    if on_gpu:
+        needed = {**computing, "libraries": GPU_LIBRARY_BYTES}
+        checks.append(_compare_memory("GPU memory", needed, torch.cuda.mem_get_info(device)[0], config, workload))
+    return checks
+
+
+def _compare_memory(name: str, parts: dict, available: float, config, workload: Workload | None) -> Check:
+    """``parts``: bytes by what they are for. ``workload``: of the batches among them, if there are any."""
+    needed = sum(parts.values())
+    found = (
+        f"{needed / 1e9:.2f} GB are needed ("
+        + ", ".join(f"{what} {size / 1e9:.2f}" for what, size in parts.items())
+        + f"); {available / 1e9:.2f} GB are free"
+    )
+    if available < needed:
+        if workload is None or not workload.batch_size:
+            return Check(name, FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
+        memory = workload.predict(config)
+        return Check(name, FAILED, found, smaller_batch(config, workload, available - needed + memory.device))
+    if available < 1.1 * needed:  # as exact as the prediction is
+        return Check(name, WARNING, found, "that is tight: end other programs, or lower --per_device_train_batch_size")
+    return Check(name, OK, found)
+
+
+def smaller_batch(config, workload: Workload, budget: float) -> str:
+    """Which flags make the model and a batch fit into so many bytes."""
+    for level in dict.fromkeys((config.activation_memory, "lean", "checkpoint")):
+        changed = copy.copy(config)
+        changed.activation_memory = level
+        size = min(workload.batch_size, workload.largest(changed, budget))
+        if size:
+            flag = "" if level == config.activation_memory else f"--activation_memory {level} "
+            return f"{flag}--per_device_train_batch_size {size} fits (raise --gradient_accumulation_steps instead)"
+    return "use a machine with more memory, a smaller --model_config_path, or a lower --max_sequence_length"
+
+
+def check_uploads(api, repo_id: str) -> Check:
+    """Whether this machine's token may upload to the repository."""
+    name = f"uploads to {repo_id}"
+    give_up_on_silence(ASK_SECONDS)
+    try:
+        return Check(name, OK, f"the hub knows the token of {check_token(api, repo_id)}")
+    except ConnectionError as error:
+        return Check(name, WARNING, f"the hub cannot be asked ({error})",
+                     f"{LOOK_AT_THE_NETWORK}; each upload is tried again")  # fmt: skip
+    except ValueError as error:
+        found, _, fix = str(error).partition("; ")
+        return Check(name, FAILED, found, fix)
+
+
+def check_identity(identity_path: str | None) -> Check:
+    if identity_path is None:
+        return Check("identity", OK, "a new one at each start; --identity_path would keep this peer's address")
+    path = Path(identity_path).expanduser()
+    if not path.exists():
+        return Check("identity", OK, f"{path} will be made")
+    try:
+        content = path.read_bytes()
+        key = crypto_pb2.PrivateKey.FromString(content)
+    except OSError as error:
+        return Check("identity", FAILED, f"{path}: {error.strerror}", "make the file readable, or name another one")
+    except Exception:  # protobuf's own exception
+        key = None
+    if key is None or not key.data:
+        return Check("identity", FAILED, f"{path} does not hold a private key",
+                     "restore it from a copy, or move it away: a new one is made, and the address changes")  # fmt: skip
+    return Check("identity", OK, f"{path}")

@@ -1,0 +1,78 @@
+"""Is this machine ready to join the run? `--check` tests all that usually goes wrong and says what to do about it.
+
+Each check gives one line; the last line is the verdict.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from src.preflight.check import FAILED, WARNING, Check, attempt
+from src.preflight.machine import (
+    Workload,
+    check_disk,
+    check_identity,
+    check_memory,
+    check_open_files,
+    check_shared_memory,
+)
+from src.preflight.network import check_network
+
+
+def run_checks(
+    peer,
+    *,
+    output_dir: str,
+    device: torch.device,
+    workload: Workload,
+    build_model: Callable[[], tuple],
+    make_card: Callable[[object, object], dict[str, str]],
+    read_data: Callable[[object], object] | None,
+    check_uploads: Callable[[], Check] | None = None,
+    say: Callable[[str], None],
+) -> int:
+    """All checks, each one's lines as soon as they are known, then the verdict. Returns the exit code, 0 or 2.
+
+    ``build_model()`` gives model and tokenizer, ``make_card(config, tokenizer)`` the run card, ``read_data(tokenizer)``
+    reads a first instance; the first and the last raise ValueError. ``check_uploads()`` is for who uploads.
+    """
+    checks: list[Check] = []
+
+    def report(check: Check) -> None:
+        checks.append(check)
+        say(check.lines())
+
+    report(check_open_files())
+    report(check_identity(peer.identity_path))
+    model_check, built = attempt("model and tokenizer", build_model, describe_model)
+    report(model_check)
+    if built is not None:
+        for check in check_memory(built[0].config, workload, device):
+            report(check)
+        report(check_shared_memory(built[0]))
+        report(check_disk(Path(output_dir), workload.predict(built[0].config)))
+    if check_uploads is not None:
+        report(check_uploads())
+    card = None if built is None else make_card(built[0].config, built[1])
+    check_network(peer, report, card)  # before data are read: hivemind's processes come before other threads
+    if built is not None and read_data is not None:
+        report(attempt("data", lambda: read_data(built[1]), lambda _: "the first instance was read")[0])
+    return verdict(checks, say)
+
+
+def describe_model(built: tuple) -> str:
+    model, tokenizer = built
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens"
+
+
+def verdict(checks: Sequence[Check], say: Callable[[str], None]) -> int:
+    failed = [check for check in checks if check.state == FAILED]
+    warnings = sum(check.state == WARNING for check in checks)
+    more = f", {warnings} warnings" if warnings else ""
+    if failed:
+        names = "; ".join(check.name for check in failed)
+        say(f"NOT READY: {len(failed)} of {len(checks)} checks failed{more}: {names}")
+        return 2
+    say(f"READY: {len(checks)} checks passed{more}")
+    return 0
