@@ -36,7 +36,8 @@ from benchmarks.fault_report import (
 )
 from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
 from src.metrics.console import quiet_libraries
-from src.swarm.optimizer import make_lamb, make_learning_rate, parameter_groups
+from src.optim.parameter_groups import parameter_groups
+from src.swarm.build import make_lamb, make_learning_rate
 from src.trainer.backup import read_backup
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.evaluate import evaluate, held_out_batches

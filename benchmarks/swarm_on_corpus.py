@@ -22,8 +22,9 @@ from arguments import HFTrainerArguments, PeerArguments
 from src.metrics.journal import read_journal
 from src.models import LeanAlbertForPreTraining
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.parameter_groups import parameter_groups
 from src.process.local_swarm import LocalSwarm
-from src.swarm.optimizer import make_learning_rate, parameter_groups
+from src.swarm.build import make_learning_rate
 from src.trainer.run_summary import compare_parameters
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.evaluate import evaluate, held_out_batches

@@ -47,7 +47,7 @@ from benchmarks.reference.lean_layers import original_encoder
 from benchmarks.reference.whole_tensor_lamb import WholeTensorLAMB8Bit
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
 from src.optim.lamb import CPULAMB8Bit
-from src.swarm.optimizer import parameter_groups
+from src.optim.parameter_groups import parameter_groups
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.sources import iterate_documents
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask

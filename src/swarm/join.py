@@ -16,8 +16,9 @@ import torch
 from src.access.auth import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
+from src.swarm.build import make_collaborative_optimizer
 from src.swarm.dht import start_dht
-from src.swarm.optimizer import LeanOptimizer, make_collaborative_optimizer
+from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
 from src.swarm.run_card import RunCard, make_run_card
 

@@ -1,97 +1,28 @@
-"""The swarm's optimizer: parameter groups, 8-bit LAMB with its schedule, and hivemind around it."""
+"""hivemind's optimizer over our averagers: when it looks for partners, takes their state, steps."""
 
 import logging
-import math
-import multiprocessing
 import time
 from collections.abc import Iterable
 from concurrent.futures import CancelledError
-from functools import partial
-from pathlib import Path
 
 import hivemind
-import torch
 from hivemind.averaging.control import StepControl
-from hivemind.compression import BlockwiseQuantization, Float16Compression, SizeAdaptiveCompression
 from hivemind.p2p import PeerID
-from torch.optim.lr_scheduler import LambdaLR
 
-from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
-from src.access.auth import Identity
 from src.access.ownership import MAX_LIFETIME
 from src.access.record_limits import befriend
 from src.metrics.records import Round, StateDownload
-from src.optim.lamb import CPULAMB8Bit
-from src.optim.schedules import learning_rate_factor
 from src.swarm.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
-    correct_step_cancellation,
-    end_searches_without_waiting,
 )
-from src.swarm.dht import LEAVE_SECONDS
-from src.swarm.matchmaking import Attendance
-from src.swarm.probe import ask_epoch, reachable, tell_epoch
 from src.swarm.progress import LeanProgressTracker
-from src.swarm.rounds import SHORTEST_ROUND, Patience
+from src.swarm.rounds import Patience
 
 logger = logging.getLogger(__name__)
 
-# Smaller tensors travel as float16: they cost little, and norms and biases are delicate.
-EIGHT_BIT_THRESHOLD = 2**16 + 1
 MAX_DOWNLOAD_PAUSE_SECONDS = 2.0
-# At the end of an epoch a trainer waits for its rounds so much longer than --next_chunk_timeout. When that time is used
-# up, a second round whose group waits already still gets the shortest time: with 8 s, 12.7 s in all.
-PATIENCE_ALLOWANCE = 2.0
 ASSISTANTS_AHEAD = 10.0  # times --matchmaking_time, see `RoundReporting.assist`
-SEARCH_ALLOWANCE = 5.0  # a search lasts --matchmaking_time, and so much longer if the network is slow
-
-
-def patience_seconds(*, matchmaking_time: float, next_chunk_timeout: float) -> float:
-    """How long a trainer waits at the end of an epoch for all its searches and rounds together."""
-    return max(
-        next_chunk_timeout + PATIENCE_ALLOWANCE,
-        matchmaking_time + SEARCH_ALLOWANCE + SHORTEST_ROUND * next_chunk_timeout,
-    )
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Parameters that need a gradient, in two groups: weight decay applies to all but biases and norms."""
-    decayed, exempt = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (exempt if name.endswith("bias") or "norm" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-
-
-def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
-    """8-bit LAMB with the run's hyperparameters; it may use up the gradients, which nobody reads after the step."""
-    return CPULAMB8Bit(
-        params,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        clamp_value=args.clamp_value,
-        min_8bit_size=args.min_8bit_size,
-        max_grad_norm=args.max_grad_norm or None,
-        reuse_grad_buffers=True,
-        kernel="auto",
-    )
-
-
-def make_learning_rate(args: HFTrainerArguments):
-    """The share of the peak learning rate as a function of the epoch. Raises ValueError for options that contradict."""
-    min_lr_ratio = 0.02 if args.min_learning_rate is None else args.min_learning_rate / args.learning_rate
-    factor = partial(
-        learning_rate_factor,
-        total_steps=args.total_steps,
-        warmup_steps=args.warmup_steps,
-        num_zero_steps=args.num_zero_lr_steps,
-        min_lr_ratio=min_lr_ratio,
-    )
-    factor(0)  # checks the options
-    return factor
 
 
 class LeanOptimizer(hivemind.Optimizer):
@@ -296,93 +227,3 @@ class LeanOptimizer(hivemind.Optimizer):
     def finished_rounds(self) -> list[Round]:
         """Averaging rounds of gradients and parameters that ended since the last call."""
         return self.grad_averager.finished_rounds() + self.state_averager.finished_rounds()
-
-
-def make_collaborative_optimizer(
-    model: torch.nn.Module,
-    dht: hivemind.DHT,
-    *,
-    peer: PeerArguments,
-    collaboration: CollaborationArguments,
-    training: HFTrainerArguments,
-    auxiliary: bool = False,
-    shares_state: bool = True,
-    metrics_path: Path | None = None,
-    identity: Identity | None = None,
-) -> LeanOptimizer:
-    """Start the averagers of this peer. Must be called on the main thread, before other threads or data loaders start.
-
-    They add what they are about to do to the file ``metrics_path``. An auxiliary peer has no gradients, so nothing of
-    its own can be delayed; hivemind fails if asked to. One that has no state worth sharing yet passes
-    ``shares_state=False``, and calls `LeanOptimizer.share_state` when it has.
-    """
-    learning_rate = make_learning_rate(training)
-    membership = None if identity is None else identity.membership
-    correct_step_cancellation()
-    end_searches_without_waiting()
-    request_timeout = min(3.0, collaboration.matchmaking_time * 0.8)  # must be shorter, or peers wait for each other
-    vain_search = multiprocessing.Value("d", float("-inf"))
-    patience = patience_seconds(
-        matchmaking_time=collaboration.matchmaking_time, next_chunk_timeout=collaboration.next_chunk_timeout
-    )
-    averager_options = {
-        "min_vector_size": peer.min_vector_size,
-        "bandwidth": peer.bandwidth,
-        "request_timeout": request_timeout,
-        # hivemind would wait for a silent reducer twice as long as for a silent sender. A reducer answers when it has
-        # given up the slowest sender, so that it must be waited for a little longer, but not longer than promised.
-        "sender_timeout": 0.75 * collaboration.next_chunk_timeout,
-        "reducer_timeout": collaboration.next_chunk_timeout,
-        "progress_key": f"{peer.run_id}_progress",
-        "patience": Patience(math.inf if auxiliary else patience),
-        "attendance": Attendance(),
-        "vain_search": vain_search,
-        "phases_path": metrics_path,
-        "membership": membership,
-    }
-    # Blockwise, not uniform: with one scale for a whole tensor, the small gradients of rare words drown in the error
-    # (24 % of a row's norm in the median against 4 %), which LAMB then blows up to full steps.
-    compression = SizeAdaptiveCompression(
-        threshold=EIGHT_BIT_THRESHOLD, less=Float16Compression(), greater_equal=BlockwiseQuantization()
-    )
-    delay_step = collaboration.delay_optimizer_step and not auxiliary
-    refresh = min(10.0, max(1.0, collaboration.matchmaking_time / 2))
-    return LeanOptimizer(
-        dht=dht,
-        run_id=peer.run_id,
-        target_batch_size=collaboration.target_batch_size,
-        params=parameter_groups(model, training.weight_decay),
-        optimizer=lambda params: make_lamb(params, training),
-        scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
-        matchmaking_time=collaboration.matchmaking_time,
-        next_chunk_timeout=collaboration.next_chunk_timeout,
-        averaging_timeout=collaboration.averaging_timeout,
-        average_state_every=collaboration.average_state_every,
-        offload_optimizer=collaboration.offload_optimizer,
-        delay_optimizer_step=delay_step,
-        delay_grad_averaging=collaboration.delay_grad_averaging and delay_step,
-        delay_state_averaging=delay_step,
-        reuse_grad_buffers=collaboration.reuse_grad_buffers and not auxiliary,
-        grad_compression=compression,
-        # parameters, unlike gradients, keep the error: after a round in 8 bits two peers would differ by 1.3 %
-        state_averaging_compression=Float16Compression(),
-        grad_averager_factory=partial(
-            LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averager_options
-        ),
-        averager_opts={**averager_options, "allow_state_sharing": None if shares_state else False},
-        tracker_opts={
-            "min_refresh_period": min(0.5, refresh / 4),
-            "default_refresh_period": min(3.0, refresh),
-            "max_refresh_period": refresh,
-            "vain_search": vain_search,
-            "private_key": None if identity is None else identity.private_key,
-            "is_member": None if membership is None else lambda owner: not membership.is_revoked(owner),
-            "ask_epoch": partial(ask_epoch, dht, peer.initial_peers),
-            "tell_epoch": partial(tell_epoch, dht),
-            "reachable": partial(reachable, dht),
-        },
-        shutdown_timeout=LEAVE_SECONDS,
-        client_mode=peer.client_mode,
-        auxiliary=auxiliary,
-        verbose=logger.isEnabledFor(logging.DEBUG),
-    )

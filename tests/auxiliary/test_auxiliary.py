@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, files, load_tokenizer
-from src.auxiliary import auxiliary
+from src.auxiliary import uploader as uploader_module
 from src.auxiliary.assistant import AveragingAssistant
 from src.auxiliary.checkpoints import CheckpointNotice, CheckpointStore
 from src.auxiliary.evaluator import Evaluator
@@ -386,8 +386,8 @@ def test_uploader_that_has_no_time_left_says_so(tmp_path):
 
 
 def test_uploader_gives_up_an_attempt_that_does_not_end_and_makes_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(auxiliary, "ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(auxiliary, "SLOW_UPLINK", 1e12)
+    monkeypatch.setattr(uploader_module, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(uploader_module, "SLOW_UPLINK", 1e12)
     hub, goes_on = FakeHub(), threading.Event()
     uploader, upload_folder = make_uploader(tmp_path, hub), hub.upload_folder
     uploader.store.update(timeout=60.0)

@@ -42,9 +42,9 @@ from src.swarm.averagers import (
     correct_step_cancellation,
     end_searches_without_waiting,
 )
+from src.swarm.compression import EIGHT_BIT_THRESHOLD
 from src.swarm.contributions import Judge
 from src.swarm.matchmaking import Attendance
-from src.swarm.optimizer import EIGHT_BIT_THRESHOLD
 from src.swarm.rounds import (
     MAX_REASON_LENGTH,
     MAX_REASONS,

@@ -19,7 +19,7 @@ import torch
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.auth import Identity
 from src.metrics.records import Round
-from src.swarm.optimizer import make_collaborative_optimizer
+from src.swarm.build import make_collaborative_optimizer
 from tests.reference.node import start_node
 from tests.reference.phantom import PhantomTrainer
 

@@ -19,14 +19,10 @@ from transformers import Trainer
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.optim.parameter_groups import parameter_groups
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.optimizer import (
-    LeanOptimizer,
-    make_collaborative_optimizer,
-    make_learning_rate,
-    parameter_groups,
-    patience_seconds,
-)
+from src.swarm.build import make_collaborative_optimizer, make_learning_rate, patience_seconds
+from src.swarm.optimizer import LeanOptimizer
 from src.swarm.rounds import SHORTEST_ROUND, Patience
 from tests.reference.node import start_node
 

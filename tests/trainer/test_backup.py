@@ -16,7 +16,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArg
 from src import LeanAlbertForMaskedLM
 from src.models.checkpoint import load_checkpoint
 from src.optim.lamb import CPULAMB8Bit
-from src.swarm.optimizer import make_collaborative_optimizer
+from src.swarm.build import make_collaborative_optimizer
 from src.trainer import backup
 from src.trainer.backup import (
     load_initial_weights,
