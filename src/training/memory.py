@@ -1,14 +1,15 @@
 """Give memory back that is used no more: a peer runs for weeks, and its processes allocate in many threads.
 
-Of what grew in the demo, by `python -m benchmarks.soak`:
+What grew in two demo trainers and an auxiliary peer (`python -m benchmarks.soak`), and what was done:
 
-- glibc gives each thread an arena of its own, up to eight a core, and returns only the top of each. Buffers that one
-  thread allocates and another frees, as in averaging, leave holes in all of them: two arenas, trimmed all the time.
-- Rounds of averaging end in reference cycles that hold their tensors. Python looks for those in all objects only when
-  a quarter has been added since the last time; a million come from imports, so that it took hours, and averagers grew
-  by 50 to 260 MB an hour. Those of before a fork are now left out, which makes a look cheap, and comes every minute.
-- oneDNN keeps code for each shape that it multiplies, see `src.models.linear_cross_entropy`: the main processes grew
-  by 480 MB an hour.
+- Averagers, by 50 to 260 MB an hour. Rounds end in reference cycles that hold their tensors, which Python looks for in
+  all objects only when a quarter has been added since the last time. A million objects come from imports, so that took
+  hours. They are left out of it from the first fork on, and each round is followed by a look, see `rounds`.
+- Main processes of trainers, by 480 MB an hour, slowly less. oneDNN keeps code for each shape that it multiplies, up to
+  0.4 MB for each, and the last rows of a batch's masked tokens had another number each time: `linear_cross_entropy`.
+- That of an auxiliary peer, by 18 MB an hour: a report read the whole file of metrics at once, see `history`.
+- All: glibc gives each thread an arena of its own, up to eight a core, and returns only the top of each. Buffers that
+  one thread allocates and another frees, as in averaging, leave holes in all of them: two arenas, trimmed all the time.
 """
 
 import ctypes
