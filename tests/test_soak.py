@@ -1,11 +1,14 @@
 """What the soak benchmark makes of its samples."""
 
+import itertools
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.soak import anonymous_megabytes, growth, summarise, table
+from benchmarks import soak
+from benchmarks.soak import anonymous_megabytes, growth, summarise, table, watch
 
 HOURLY = {"aux: main": 4.0, "trainer-1: main": 0.0}
 
@@ -42,3 +45,11 @@ def test_soak_that_was_too_short_says_so(tmp_path):
 
 def test_soak_reads_the_memory_of_a_process():
     assert 20 < anonymous_megabytes(os.getpid()) < 20_000
+
+
+def test_soak_overlooks_what_a_process_takes_for_a_moment(monkeypatch):
+    readings = itertools.cycle([400.0, *[450.0] * (soak.READINGS - 1)])
+    monkeypatch.setattr(soak, "processes_of", lambda peer: {peer: SimpleNamespace(pid=1)})
+    monkeypatch.setattr(soak, "anonymous_megabytes", lambda pid: next(readings))
+    moments, memory = watch(["aux"], seconds=0.2)
+    assert len(moments) > 2 and memory == {"aux": [400.0] * len(moments)}

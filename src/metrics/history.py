@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from src.metrics import records
-from src.metrics.journal import read_journal
+from src.metrics.journal import records_in
 from src.metrics.records import printable
 
 THIS_PEER = "this peer"
@@ -209,7 +209,7 @@ class RunHistory:
 def read_history(metrics: Path) -> RunHistory:
     """Raises ValueError if the file is not there, cannot be read, or holds no epoch and no peer of a run."""
     try:
-        history = RunHistory(read_journal(metrics))
+        history = RunHistory(records_in(metrics))  # a running peer does this again and again, and the file grows
     except OSError as error:
         raise ValueError(
             f"{metrics}: {error.strerror}; a run's file is OUTPUT_DIR/RUN_ID/ROLE/metrics.jsonl"

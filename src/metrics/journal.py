@@ -7,7 +7,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -194,12 +194,16 @@ def append_record(path: Path, record: Record) -> None:
             os.close(descriptor)
 
 
+def records_in(path: Path) -> Iterator[dict]:
+    """The complete records of a metrics file, one at a time; a last line cut off by a crash is left out."""
+    with Path(path).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):  # no JSON; a number of more than 4300 digits; nested too deeply
+                continue
+
+
 def read_journal(path: Path) -> list[dict]:
-    """All complete records of a metrics file; a last line cut off by a crash is left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):  # no JSON; a number of more than 4300 digits; nested too deeply
-            continue
-    return records
+    """All complete records of a metrics file."""
+    return list(records_in(path))

@@ -1,6 +1,7 @@
 """Cross-entropy of a linear layer's logits that never holds all logits."""
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .products import linear_product
@@ -55,7 +56,9 @@ def sum_and_gradients(inputs, weight, bias, labels, needed):
     for start in range(0, len(inputs), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         some, targets = inputs[part], labels[part, None]
-        logits = linear_product(some, weight, bias).to(dtype)  # [rows, out_features]
+        # oneDNN keeps code for every number of rows that it meets, for good, and each batch ends with another number.
+        product = linear_product if len(some) == ROWS_AT_ONCE else F.linear
+        logits = product(some, weight, bias).to(dtype)  # [rows, out_features]
         probabilities = torch.softmax(logits, dim=-1, out=buffer[: len(some)])
         # softmax is exp(logit - largest) / sum, and so 1 / sum where the logit is largest.
         largest, largest_probability = logits.amax(dim=-1, keepdim=True), probabilities.amax(dim=-1, keepdim=True)
@@ -67,7 +70,7 @@ def sum_and_gradients(inputs, weight, bias, labels, needed):
             grad_bias.addmv_(grad_logits.t(), ones[: len(some)])
         grad_logits = grad_logits.to(inputs.dtype)
         if needs_inputs:
-            grad_inputs[part] = linear_product(grad_logits, weight.t())
+            grad_inputs[part] = product(grad_logits, weight.t())
         if needs_weight and inputs.dtype == dtype:
             grad_weight.addmm_(grad_logits.t(), some)
         elif needs_weight:

@@ -6,6 +6,7 @@ A mixin for hivemind's averagers, whose own rounds end without a word when they 
 import asyncio
 import contextlib
 import contextvars
+import gc
 import itertools
 import logging
 import math
@@ -319,6 +320,7 @@ class RoundReporting(Gated):
     # -- only members of a private run may call, and are called
 
     def _run_internal(self) -> None:
+        gc.freeze()  # what this process was forked with lasts: it takes a second to search that for garbage
         type(self)._shunned = {}
         if self._membership is not None:
             look_up = partial(self.dht.get, latest=True, return_future=True)
@@ -490,6 +492,9 @@ class RoundReporting(Gated):
             self._num_active_steps -= 1
             given_up = limit.result() if limit.done() and not limit.cancelled() else ""
             limit.cancel()
+            # A round and its tensors end in reference cycles, of which Python may take notice after a hundred rounds:
+            # it counts objects, not bytes.
+            asyncio.get_running_loop().call_later(2 * LINGER_SECONDS, gc.collect)
             for since in OWNER_WAITS.get():
                 self.patience.spend(time.monotonic() - since)
             self._enter("idle")

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import threading
+import tracemalloc
 
 import pytest
 from rich.console import Console
@@ -150,6 +151,19 @@ def test_values_of_opposite_extremes_or_next_to_each_other_can_be_drawn(key):
     for low, high in ((-1e15, 1e15), (1e9, 1e9 + 1e-6), (5.0, math.nextafter(5.0, 6.0)), (1e-9, 2e-9), (0.0, 0.0)):
         records = [{**record, key: value} for record, value in zip(EVERY_KIND[1:4], (low, high, low), strict=True)]
         assert make_report(RunHistory([EVERY_KIND[0], *records])).endswith("</html>\n")
+
+
+def test_reading_a_long_file_takes_no_memory_for_what_no_report_shows(tmp_path):
+    """A report of a running peer is made every two minutes, for weeks."""
+    path = tmp_path / "metrics.jsonl"
+    phases = ({"event": "phase", "time": 1.0, "phase": "idle", "step": step} for step in range(20_000))
+    path.write_text("".join(json.dumps(record) + "\n" for record in (epoch(1, 1.0), *phases)), encoding="utf-8")
+    tracemalloc.start()
+    try:
+        assert len(read_history(path).epochs) == 1
+        assert tracemalloc.get_traced_memory()[1] < path.stat().st_size / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_history_can_be_read_while_another_thread_adds_to_it():

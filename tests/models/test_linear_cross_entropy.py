@@ -39,6 +39,16 @@ def test_linear_cross_entropy_gradients_match_finite_differences():
     assert torch.autograd.gradcheck(lambda *inputs: LinearCrossEntropy.apply(*inputs, labels), tensors)
 
 
+def test_linear_cross_entropy_asks_onednn_for_full_parts_only(monkeypatch):
+    """It keeps code for every number of rows, and each batch leaves another one."""
+    asked, onednn = [], subject.linear_product
+    monkeypatch.setattr(subject, "linear_product", lambda *tensors: asked.append(len(tensors[0])) or onednn(*tensors))
+    for num_rows in (4, 5, 9):
+        tensors, labels = make_inputs(num_rows)
+        linear_cross_entropy(*tensors, labels)
+    assert set(asked) == {subject.ROWS_AT_ONCE}
+
+
 @pytest.mark.parametrize("frozen", range(3))
 def test_linear_cross_entropy_skips_gradients_that_nobody_needs(frozen):
     tensors, labels = make_inputs(5)

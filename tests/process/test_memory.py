@@ -1,4 +1,4 @@
-"""Memory that is free goes back to the system, in a process and in those that it forks."""
+"""Memory that is free goes back to the system, and garbage is found, in a process and in those that it forks."""
 
 import subprocess
 import sys
@@ -43,3 +43,33 @@ def test_free_memory_goes_back_in_every_process(where):
     )
     before, after = map(float, done.stdout.split())
     assert before > 100 and after < 0.5 * before, "glibc keeps pages between pieces that are in use, unless asked"
+
+
+COLLECTING = """
+import gc, os, sys, weakref
+from src.process import memory
+
+class Ring:
+    def __init__(self):
+        self.itself = self
+
+lasting = [[] for _ in range(500_000)]  # the imports of a trainer leave a million objects
+gc.collect()
+if sys.argv[1] == "limited":
+    memory.limit_memory()
+if os.fork() != 0:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+ring = Ring()
+kept = [[] for _ in range(20_000)]  # until then it is in use, and so no young garbage, which is found at once
+ring = weakref.ref(ring)
+kept += [[] for _ in range(100_000)]
+print("freed" if ring() is None else "kept", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "found"), [("limited", "freed"), ("plainly", "kept")])
+def test_garbage_is_searched_for_among_what_is_newer_than_the_process(how, found):
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECTING, how], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == found

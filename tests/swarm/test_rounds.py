@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import time
+import weakref
 from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
@@ -191,6 +193,49 @@ def test_who_keeps_rounds_waiting_again_and_again_is_left_alone_for_longer_each_
     for number in range(2 * rounds.MAX_SHUNNED):
         averager._note_waits(set(), {PeerID(number.to_bytes(4, "big"))})
     assert len(averager._waits) == rounds.MAX_SHUNNED
+
+
+class Ring:
+    """Something that refers to itself, as a round of averaging does, and so holds its tensors."""
+
+    def __init__(self):
+        self.itself = self
+
+
+class LeavesRing:
+    """In place of hivemind's averager: a round that leaves nothing but a ring."""
+
+    def _run_internal(self):
+        self.num_inherited = gc.get_freeze_count()
+
+    async def _step(self, *, step, future_for_init):
+        self.ring = weakref.ref(Ring())
+
+
+class RingAverager(RoundReporting, LeavesRing):
+    pass
+
+
+def test_what_a_round_leaves_behind_is_freed_soon_after_it(monkeypatch):
+    """Also when Python sees no reason to look for garbage; what an averager's process was forked with is left out."""
+    monkeypatch.setattr(rounds, "LINGER_SECONDS", 0.02)
+    step, averager = SimpleNamespace(done=lambda: True, cancelled=lambda: True, _result=None), RingAverager()
+    gc.collect()
+    gc.disable()
+    try:
+        averager._run_internal()
+        assert averager.num_inherited > 10_000
+
+        async def take_part():
+            await averager._step(step=step, future_for_init=None)
+            assert averager.ring() is not None, "who takes part in the round may still use it"
+            await asyncio.sleep(0.2)
+
+        asyncio.run(take_part())
+        assert averager.ring() is None
+    finally:
+        gc.unfreeze()
+        gc.enable()
 
 
 # -- whole rounds -----------------------------------------------------------------------------------------------------
