@@ -213,8 +213,6 @@ def sift_dictionaries() -> None:
     that whoever holds one hides those of all others. And it takes the dictionary's own expiration unseen (:324, in
     `call_find`): the latest ends a search at once, and what was found is then kept as the newest for ever.
     """
-    if hasattr(DHTProtocol, "find_unsifted"):
-        return  # done already
     DHTProtocol.find_unsifted = DHTProtocol.call_find
 
     def _validate_dictionary(self, key_bytes: bytes, dictionary: DictionaryDHTValue) -> bool:

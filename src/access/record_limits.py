@@ -91,14 +91,17 @@ def befriend(dht, peers: Iterable[PeerID]) -> None:
     dht.run_coroutine(partial(_befriend, peers=[peer.to_bytes() for peer in peers]), return_future=True)
 
 
-def limit_records(acquaintances: Acquaintances, run_id: str) -> None:
-    """For the node that is started next in this process; to be called before its own is forked."""
-    DictionaryDHTValue.acquaintances, DHTLocalStorage.own_lists = acquaintances, lists_of_run(run_id)
-    if hasattr(DictionaryDHTValue, "store_unlimited"):
-        return  # done already
+def limit_records() -> None:
+    """Let all lists of this process' nodes have bounds; whom they know says `know`."""
     DictionaryDHTValue.store_unlimited, DictionaryDHTValue.store = DictionaryDHTValue.store, _store_entry
     DictionaryDHTValue.worst_kept = math.inf
     DHTLocalStorage.store_unlimited, DHTLocalStorage.store = DHTLocalStorage.store, _store_list
+    know(Acquaintances(()), "")
+
+
+def know(acquaintances: Acquaintances, run_id: str) -> None:
+    """Of the node that is started next in this process: whom it knows, and which run's lists are its own."""
+    DictionaryDHTValue.acquaintances, DHTLocalStorage.own_lists = acquaintances, lists_of_run(run_id)
 
 
 def _store_entry(self: DictionaryDHTValue, subkey, value, expiration_time) -> bool:

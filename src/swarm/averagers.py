@@ -4,20 +4,17 @@ Names of these classes are part of the protocol (they name the remote calls): al
 """
 
 import asyncio
-import contextlib
 import logging
 import math
 import multiprocessing
 import random
 import secrets
 from collections import Counter
-from concurrent.futures import InvalidStateError
 from statistics import median_low
 
 import torch
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
-from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.compression import deserialize_torch_tensor, serialize_torch_tensor
 from hivemind.optim.grad_averager import GradientAverager
@@ -367,53 +364,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
             return None
 
 
-def correct_step_cancellation() -> None:
-    """Let `StepControl.cancel` mark a step as cancelled before it wakes the averager.
-
-    hivemind 1.1.12 wakes the averager's process first. If that looks at the step before it is marked, the round runs
-    although its owner no longer takes part, and that peer stays one averaging round off its partners.
-    """
-
-    def cancel(self: StepControl) -> bool:
-        was_cancelled = MPFuture.cancel(self)
-        if self._trigger is not None:
-            self._trigger.cancel()
-        if self._cancel is not None and not self._cancel.done():
-            with contextlib.suppress(InvalidStateError):  # the averager gave up at the same moment
-                self._cancel.set_result(None)
-        return was_cancelled
-
-    StepControl.cancel = cancel
-
-
-def end_searches_without_waiting() -> None:
-    """Let an averager begin its round at once when it has a group.
-
-    hivemind 1.1.12 first tells the DHT that the search is over and waits for the answers. When a node has died lately
-    that takes seconds, in which the other members of the group wait, and give up.
-    """
-    if hasattr(GroupKeyManager.declare_averager, "waiting"):
-        return  # done already
-    declare, in_the_background = GroupKeyManager.declare_averager, set()
-
-    async def declare_averager(
-        self: GroupKeyManager, group_key, peer_id, expiration_time, looking_for_group: bool = True
-    ) -> bool:
-        task = asyncio.ensure_future(declare(self, group_key, peer_id, expiration_time, looking_for_group))
-        if looking_for_group:
-            return await task
-        in_the_background.add(task)  # asyncio itself keeps no reference
-        task.add_done_callback(in_the_background.discard)
-        return True
-
-    declare_averager.waiting = declare
-    GroupKeyManager.declare_averager = declare_averager
-
-
 __all__ = [
     "LeanGradientAverager",
     "LeanStateAverager",
     "OwnProcess",
-    "correct_step_cancellation",
-    "end_searches_without_waiting",
 ]

@@ -16,10 +16,9 @@ from src.access.auth import Identity
 from src.optim.lamb import CPULAMB8Bit
 from src.optim.parameter_groups import parameter_groups
 from src.optim.schedules import learning_rate_factor
+from src.swarm import hivemind_fixes
 from src.swarm.averagers import (
     LeanGradientAverager,
-    correct_step_cancellation,
-    end_searches_without_waiting,
 )
 from src.swarm.compression import gradient_compression, parameter_compression
 from src.swarm.dht import LEAVE_SECONDS
@@ -101,8 +100,7 @@ def make_collaborative_optimizer(
     ``shares_state=False``, and calls `LeanOptimizer.share_state` when it has.
     """
     learning_rate = make_learning_rate(training)
-    correct_step_cancellation()
-    end_searches_without_waiting()
+    hivemind_fixes.apply()
     vain_search = multiprocessing.Value("d", float("-inf"))
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path

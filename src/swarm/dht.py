@@ -27,15 +27,15 @@ from src.access.auth import (
     Identity,
     MemberAuthorizer,
     MembershipKeeper,
-    bind_requests_to_callers,
     read_identity,
     write_key,
 )
-from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, names_in, sift_dictionaries
-from src.access.record_limits import Acquaintances, limit_records
+from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, names_in
+from src.access.record_limits import Acquaintances, know
 from src.metrics.records import printable
 from src.process.sockets import socket_directory
 from src.process.watchdog import START_SECONDS, watch, watch_daemon
+from src.swarm import hivemind_fixes
 from src.swarm.clock import keep_time
 from src.swarm.probe import offer_probe
 from src.swarm.progress import REPORT_SECONDS
@@ -190,7 +190,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
         for address in getattr(peer, flag):
             _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
     raise_open_file_limit()
-    sift_dictionaries()  # before the node's process is forked
+    hivemind_fixes.apply()  # before the node's process is forked
     keep_time()
     P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
     identity = identity if identity is not None else read_identity(peer)
@@ -199,8 +199,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
     records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)
     acquaintances.befriend([records.peer_id])
-    limit_records(acquaintances, peer.run_id)  # this, too
-    bind_requests_to_callers()
+    know(acquaintances, peer.run_id)  # this, too
     try:
         with _identity_file(peer, identity) as options:
             dht = WatchedDHT(

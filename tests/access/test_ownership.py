@@ -22,9 +22,10 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 from arguments import PeerArguments
 from src.access import record_limits
 from src.access.auth import load_identity
-from src.access.ownership import MAX_BYTES, MAX_LIFETIME, OwnedRecords, name_of, peer_id_of, peer_of, sift_dictionaries
-from src.access.record_limits import Acquaintances, befriend, limit_records
+from src.access.ownership import MAX_BYTES, MAX_LIFETIME, OwnedRecords, name_of, peer_id_of, peer_of
+from src.access.record_limits import Acquaintances, befriend, know
 from src.swarm import dht as dht_module
+from src.swarm import hivemind_fixes
 from src.swarm.dht import start_dht
 from tests.reference.node import LOOPBACK, start_node
 
@@ -158,8 +159,8 @@ def dictionary(*records: DHTRecord, claims: float) -> DictionaryDHTValue:
 
 
 def test_one_bad_entry_leaves_the_others_of_a_dictionary(own, keys):
-    limit_records(own.acquaintances, "r")
-    sift_dictionaries()
+    hivemind_fixes.apply()
+    know(own.acquaintances, "r")
     protocol = DHTProtocol(_initialized_with_create=True)
     protocol.record_validator = CompositeValidator([OwnedRecords(keys[1], "r")])
     good = signed(own, record(own.peer_id))
@@ -174,7 +175,7 @@ def test_one_bad_entry_leaves_the_others_of_a_dictionary(own, keys):
 
 
 def test_answer_that_claims_to_be_the_newest_for_ever_does_not_end_all_searches(own, keys, monkeypatch):
-    sift_dictionaries()
+    hivemind_fixes.apply()
     good, key = signed(own, record(own.peer_id)), DHTID.generate(source=KEY)
 
     async def find_unsifted(protocol, peer, keys):
@@ -250,7 +251,8 @@ def test_stranger_replaces_nothing_that_peers_publish(swarm, key, value, how):
 def room(monkeypatch):
     """Few entries, so that tests need few keys."""
     monkeypatch.setattr(record_limits, "MAX_ENTRIES", 4)
-    limit_records(known := Acquaintances(), "r")
+    hivemind_fixes.apply()
+    know(known := Acquaintances(), "r")
     return known
 
 
