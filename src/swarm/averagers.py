@@ -27,11 +27,12 @@ from hivemind.utils.streaming import combine_from_streaming
 
 from src.access.ownership import names_in
 from src.process.watchdog import START_SECONDS, watch
-from src.swarm.contributions import Judge, check_wire_tensor
+from src.swarm.contributions import Judge
 from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
 from src.swarm.state_check import check_state, far_apart, sample_parameters
 from src.swarm.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
+from src.swarm.wire import check_wire_tensor
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,9 @@ from src.swarm.compression import gradient_compression, parameter_compression
 from src.swarm.dht import LEAVE_SECONDS
 from src.swarm.matchmaking import Attendance
 from src.swarm.optimizer import LeanOptimizer
+from src.swarm.patience import Patience
 from src.swarm.probe import ask_epoch, reachable, tell_epoch
-from src.swarm.rounds import SHORTEST_ROUND, Patience
+from src.swarm.rounds import SHORTEST_ROUND
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from src.swarm.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
 )
+from src.swarm.patience import Patience
 from src.swarm.progress import LeanProgressTracker
-from src.swarm.rounds import Patience
 
 logger = logging.getLogger(__name__)
 

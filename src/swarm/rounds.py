@@ -32,8 +32,10 @@ from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 from src.access.auth import Gated, MemberGate, Membership
 from src.metrics.journal import append_record
 from src.metrics.records import Phase, Round, printable
-from src.swarm.contributions import Judge, JudgingAllReduce, Schedule
+from src.swarm.allreduce import JudgingAllReduce, Schedule
+from src.swarm.contributions import Judge
 from src.swarm.matchmaking import Attendance, LeanMatchmaking, is_trainer
+from src.swarm.patience import Patience
 from src.swarm.state_transfer import Handouts
 
 logger = logging.getLogger(__name__)
@@ -84,61 +86,6 @@ class _FailureCollector(logging.Handler):
     def take(self) -> tuple[str, ...]:
         failures, self.failures = tuple(self.failures), []
         return failures
-
-
-class Patience:
-    """How long a peer still waits for others at the end of an epoch: ``seconds`` for all its rounds and searches.
-
-    Its averagers' processes share it, so it must be made before they are forked.
-    """
-
-    def __init__(self, seconds: float = float("inf")):
-        self.seconds, self._spent = seconds, multiprocessing.Value("d", 0.0)
-        self._is_over = multiprocessing.RawValue("b", False)  # without a lock: a signal handler may set it
-        self._owner_is_blocked = multiprocessing.RawValue("b", False)
-
-    @property
-    def spent(self) -> float:
-        return float("inf") if self.is_over else self._spent.value
-
-    @property
-    def is_over(self) -> bool:
-        """Whether this peer leaves, and waits for nobody any more."""
-        return bool(self._is_over.value)
-
-    @property
-    def left(self) -> float:
-        """Seconds; below any number once this peer has given up."""
-        return self.seconds - self.spent if self.spent < float("inf") else -float("inf")
-
-    @property
-    def owner_is_blocked(self) -> bool:
-        """Whether this peer stands still because of a round, instead of computing the next batch."""
-        return bool(self._owner_is_blocked.value)
-
-    @contextlib.contextmanager
-    def blocking(self):
-        """For the time in which the owner stands still."""
-        self._owner_is_blocked.value = True
-        try:
-            yield
-        finally:
-            self._owner_is_blocked.value = False
-
-    def renew(self) -> None:
-        self._spent.value = 0.0
-
-    def spend(self, seconds: float) -> None:
-        with self._spent.get_lock():
-            self._spent.value += seconds
-
-    def give_up(self) -> None:
-        """Until renewed: wait for no search, and for no round longer than it takes at least."""
-        self._spent.value = float("inf")
-
-    def end(self) -> None:
-        """As `give_up`, but for good."""
-        self._is_over.value = True
 
 
 def objection_to_member(gathered: bytes) -> str:
@@ -600,4 +547,4 @@ class RoundReporting(Gated):
             self._enter("served", peer=str(context.remote_id))
 
 
-__all__ = ["Patience", "RoundReporting"]
+__all__ = ["RoundReporting"]

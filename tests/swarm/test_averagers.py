@@ -34,6 +34,7 @@ from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import as_aiter
 
 from src.metrics.journal import read_journal
+from src.metrics.records import Round
 from src.swarm import hivemind_fixes
 from src.swarm.averagers import (
     LeanGradientAverager,
@@ -43,13 +44,12 @@ from src.swarm.averagers import (
 from src.swarm.compression import EIGHT_BIT_THRESHOLD
 from src.swarm.contributions import Judge
 from src.swarm.matchmaking import Attendance
+from src.swarm.patience import Patience
 from src.swarm.rounds import (
     MAX_REASON_LENGTH,
     MAX_REASONS,
     OWNER_WAITS,
     SEARCH_PAUSE,
-    Patience,
-    Round,
     RoundReporting,
     _FailureCollector,
 )

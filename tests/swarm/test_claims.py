@@ -16,7 +16,7 @@ from src.auxiliary.monitor import MetricsMonitor
 from src.swarm.claims import MAX_REFUSALS, BoundedProgressTracker
 from src.swarm.dht import TrainerMetrics
 from src.swarm.optimizer import LeanOptimizer
-from src.swarm.rounds import Patience
+from src.swarm.patience import Patience
 from tests.reference.node import start_node
 
 TARGET = 1000

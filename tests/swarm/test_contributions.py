@@ -27,20 +27,11 @@ from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils.asyncio import as_aiter
 
+from src.swarm.allreduce import CheckedContainer, JudgingAllReduce, JudgingReducer, Schedule
 from src.swarm.averagers import LeanStateAverager, OwnProcess
-from src.swarm.contributions import (
-    FIRST_WHOLE_RATIO,
-    MAX_WHOLE_RATIO,
-    CheckedContainer,
-    Judge,
-    JudgingAllReduce,
-    JudgingReducer,
-    Schedule,
-    check_wire_tensor,
-    checked_messages,
-    objection_message,
-)
+from src.swarm.contributions import FIRST_WHOLE_RATIO, MAX_WHOLE_RATIO, Judge
 from src.swarm.rounds import RoundReporting
+from src.swarm.wire import check_wire_tensor, checked_messages, objection_message
 
 SIZE = 400
 SHAPE = torch.Size([SIZE])

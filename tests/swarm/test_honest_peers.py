@@ -15,8 +15,9 @@ from hivemind.averaging.partition import AllreduceException
 from hivemind.compression import Float16Compression
 from hivemind.p2p import PeerID
 
+from src.swarm.allreduce import JudgingAllReduce
 from src.swarm.averagers import LeanGradientAverager
-from src.swarm.contributions import Judge, JudgingAllReduce
+from src.swarm.contributions import Judge
 from tests.reference.honest_gradients import Peers
 
 ROUNDS = 200

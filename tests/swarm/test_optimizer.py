@@ -18,7 +18,8 @@ from src.optim.parameter_groups import parameter_groups
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.build import make_collaborative_optimizer, make_learning_rate, patience_seconds
 from src.swarm.optimizer import LeanOptimizer
-from src.swarm.rounds import SHORTEST_ROUND, Patience
+from src.swarm.patience import Patience
+from src.swarm.rounds import SHORTEST_ROUND
 from tests.reference.node import start_node
 
 

@@ -21,10 +21,11 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import MSGPackSerializer
 
 from src.swarm import rounds
+from src.swarm.allreduce import CheckedContainer, JudgingAllReduce
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.contributions import CheckedContainer, JudgingAllReduce
 from src.swarm.matchmaking import Attendance
-from src.swarm.rounds import Patience, RoundReporting, objection_to_member
+from src.swarm.patience import Patience
+from src.swarm.rounds import RoundReporting, objection_to_member
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 NODE = AveragingMode.NODE.value

@@ -12,7 +12,8 @@ from hivemind.compression import Float16Compression
 from hivemind.p2p import P2P, P2PContext
 from hivemind.proto import averaging_pb2
 
-from src.swarm.contributions import Judge, JudgingAllReduce, _CheckedStub
+from src.swarm.allreduce import JudgingAllReduce, _CheckedStub
+from src.swarm.contributions import Judge
 from src.swarm.rounds import LINGER_SECONDS
 
 NUM_PARTS = 3
