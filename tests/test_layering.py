@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments", "command_line"}
 ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
-    "src/access/auth.py",
+    "src/access/membership.py",
     "src/auxiliary/build.py",
     "src/swarm/build.py",
     "src/swarm/dht.py",

@@ -31,7 +31,7 @@ from arguments import (
     TrainerPeerArguments,
 )
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
-from src.access.auth import load_key, public_key_of
+from src.access.keys import load_key, public_key_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # In the order in which their commands are run; later ones build on what earlier ones made.

@@ -20,16 +20,8 @@ from pathlib import Path
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
-from src.access.auth import (
-    REVOCATIONS_FILE,
-    create_key,
-    fingerprint,
-    load_key,
-    public_key_of,
-    sign_revocations,
-    sign_token,
-    write_token_file,
-)
+from src.access.keys import create_key, fingerprint, load_key, public_key_of
+from src.access.tokens import REVOCATIONS_FILE, sign_revocations, sign_token, write_token_file
 
 DAY = 86_400.0
 MIN_DAYS, MAX_DAYS = 0.001, 36_500

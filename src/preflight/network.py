@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from src.access.auth import load_identity
+from src.access.membership import load_identity
 from src.preflight.check import FAILED, OK, WARNING, Check, attempt
 from src.swarm.dht import start_dht, visible_addresses
 from src.swarm.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping

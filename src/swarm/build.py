@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
-from src.access.auth import Identity
+from src.access.membership import Identity
 from src.optim.lamb import CPULAMB8Bit
 from src.optim.parameter_groups import parameter_groups
 from src.optim.schedules import learning_rate_factor

@@ -23,13 +23,9 @@ from hivemind.utils import MPFuture, get_dht_time
 from hivemind.utils.multiaddr import Multiaddr
 
 from arguments import PeerArguments
-from src.access.auth import (
-    Identity,
-    MemberAuthorizer,
-    MembershipKeeper,
-    read_identity,
-    write_key,
-)
+from src.access.gate import MemberAuthorizer
+from src.access.keys import write_key
+from src.access.membership import Identity, MembershipKeeper, read_identity
 from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, names_in
 from src.access.record_limits import Acquaintances, know
 from src.metrics.records import printable

@@ -26,7 +26,7 @@ from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.utils import MPFuture
 from hivemind.utils.auth import AuthRPCWrapper
 
-from src.access.auth import bind_requests_to_callers
+from src.access.gate import bind_requests_to_callers
 from src.access.ownership import sift_dictionaries
 from src.access.record_limits import limit_records
 
@@ -125,7 +125,7 @@ FIXES = (
         fault="a signed request names neither side, so whoever has seen one may pass it on as its own",
         where="utils/auth.py, AuthRPCWrapper, as used by dht/protocol.py",
         remedy="a request or an answer counts only from the peer whose token it carries",
-        test="tests/access/test_auth.py",
+        test="tests/access/test_private_runs.py",
         changes={AuthRPCWrapper: "aa460d272db764b9"},
         make=bind_requests_to_callers,
     ),

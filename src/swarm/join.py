@@ -13,7 +13,7 @@ from pathlib import Path
 import hivemind
 import torch
 
-from src.access.auth import Identity, load_identity
+from src.access.membership import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
 from src.swarm.build import make_collaborative_optimizer

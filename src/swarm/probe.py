@@ -21,7 +21,7 @@ from hivemind.proto import dht_pb2
 from hivemind.proto.runtime_pb2 import Tensor
 from hivemind.utils import get_dht_time
 
-from src.access.auth import Gated, MemberAuthorizer, MemberGate
+from src.access.gate import Gated, MemberAuthorizer, MemberGate
 from src.access.ownership import names_in
 from src.metrics.records import printable
 

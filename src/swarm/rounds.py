@@ -29,7 +29,8 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
 from hivemind.utils.asyncio import achain, anext, as_aiter, azip
 
-from src.access.auth import Gated, MemberGate, Membership
+from src.access.gate import Gated, MemberGate
+from src.access.membership import Membership
 from src.metrics.journal import append_record
 from src.metrics.records import Phase, Round, printable
 from src.swarm.allreduce import JudgingAllReduce, Schedule

@@ -21,7 +21,7 @@ from hivemind.utils.timed_storage import ValueWithExpiration
 
 from arguments import PeerArguments
 from src.access import record_limits
-from src.access.auth import load_identity
+from src.access.membership import load_identity
 from src.access.ownership import MAX_BYTES, MAX_LIFETIME, OwnedRecords, name_of, peer_id_of, peer_of
 from src.access.record_limits import Acquaintances, befriend, know
 from src.swarm import dht as dht_module

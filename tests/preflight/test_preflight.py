@@ -20,7 +20,8 @@ from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
 from src import LeanAlbertConfig
-from src.access.auth import Identity, create_key, load_identity
+from src.access.keys import create_key
+from src.access.membership import Identity, load_identity
 from src.models.memory import predict_memory
 from src.preflight import check as check_module
 from src.preflight import machine, network

@@ -4,7 +4,7 @@ import hivemind
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
-from src.access.auth import Identity
+from src.access.membership import Identity
 from src.swarm.dht import start_dht
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"

@@ -5,7 +5,7 @@ import threading
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.utils import get_dht_time
 
-from src.access.auth import Identity
+from src.access.membership import Identity
 from src.swarm.dht import fetch_progress
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
-from src.access.auth import Identity
+from src.access.membership import Identity
 from src.metrics.records import Round
 from src.swarm.build import make_collaborative_optimizer
 from tests.reference.node import start_node

@@ -15,7 +15,7 @@ from hivemind.utils import get_dht_time
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
-from src.access.auth import Identity
+from src.access.membership import Identity
 from src.process import watchdog
 from src.swarm import dht as dht_module
 from src.swarm.dht import (

@@ -14,7 +14,7 @@ import torch
 from hivemind.optim.state_averager import dump_optimizer_state, load_optimizer_state
 from hivemind.utils.crypto import RSAPrivateKey
 
-from src.access.auth import public_key_of
+from src.access.keys import public_key_of
 from src.access.ownership import peer_id_of
 from src.optim.lamb import CPULAMB8Bit
 from src.swarm.averagers import LeanStateAverager

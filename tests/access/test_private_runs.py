@@ -25,21 +25,12 @@ from hivemind.utils.auth import AuthRole
 from hivemind.utils.crypto import RSAPrivateKey
 
 from arguments import PeerArguments
-from src.access import auth, organiser
-from src.access.auth import (
-    GatedStub,
-    MemberGate,
-    Membership,
-    MembershipKeeper,
-    create_key,
-    load_identity,
-    load_key,
-    public_key_of,
-    sign_revocations,
-    sign_token,
-    write_token_file,
-)
+from src.access import gate, keys, organiser
+from src.access.gate import GatedStub, MemberGate
+from src.access.keys import create_key, load_key, public_key_of
+from src.access.membership import Membership, MembershipKeeper, load_identity
 from src.access.ownership import peer_id_of
+from src.access.tokens import sign_revocations, sign_token, write_token_file
 from src.preflight.machine import Workload
 from src.preflight.run import run_checks
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
@@ -121,7 +112,7 @@ def test_changing_any_field_of_a_token_invalidates_it(office):
 def test_revocations_are_believed_only_if_signed_for_this_run_and_newer(office):
     organiser, membership = load_key(office / "organiser.key"), membership_of(office, "anna")
     boris = membership_of(office, "boris").token
-    fingerprints = [auth.fingerprint(boris.public_key)]
+    fingerprints = [keys.fingerprint(boris.public_key)]
 
     def learn(key=organiser, run_id=RUN, serial=5, revoked=fingerprints) -> str:
         membership.learn_revocations(sign_revocations(key, run_id=run_id, serial=serial, fingerprints=revoked))
@@ -355,8 +346,8 @@ def gate_of_strangers(look_up) -> MemberGate:
 
 
 def test_gate_remembers_a_bounded_number_of_strangers(monkeypatch):
-    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", -1.0)
-    monkeypatch.setattr(auth, "MAX_REMEMBERED", 50)
+    monkeypatch.setattr(gate, "LOOK_UP_SECONDS", -1.0)
+    monkeypatch.setattr(gate, "MAX_REMEMBERED", 50)
 
     async def look_up(key):
         return None
@@ -407,7 +398,7 @@ class Member:
 @pytest.fixture(scope="module")
 def members(office):
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-        patch.setattr(auth, "REFRESH_SECONDS", 0.5)
+        patch.setattr(gate, "REFRESH_SECONDS", 0.5)
         anna = Member(office, "anna", 1.0)
         stack.callback(anna.shutdown)
         boris = Member(office, "boris", 1.2, anna.addresses)
@@ -521,7 +512,7 @@ def token_authorizer(office, kind: str):
     if kind == "stolen":
         token = membership_of(office, "vera").token
     membership = SimpleNamespace(private_key=key, token=token, objection=lambda token: "")
-    return auth.MemberAuthorizer(membership)
+    return gate.MemberAuthorizer(membership)
 
 
 @pytest.mark.timeout(240)
@@ -533,7 +524,7 @@ def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, k
         p2p = await P2P.create(initial_peers=anna.addresses[:1], identity_path=str(tmp_path / "stranger.key"))
         try:
             if kind == "relayed":  # what a member has signed, as it comes to whomever it asks
-                authorizer = auth.MemberAuthorizer(boris.membership)
+                authorizer = gate.MemberAuthorizer(boris.membership)
             else:
                 authorizer = None if kind == "stranger" else token_authorizer(office, kind)
             assert_refused(await call_dht(p2p, anna.dht.peer_id, authorizer))
@@ -553,7 +544,7 @@ def test_who_has_no_valid_token_gets_nothing_from_any_handler(members, office, k
 def test_answer_of_a_member_that_somebody_else_passes_on_is_none(members):
     """Nobody stands between two members."""
     anna, boris = members
-    signs, asks = auth.MemberAuthorizer(anna.membership), auth.MemberAuthorizer(boris.membership)
+    signs, asks = gate.MemberAuthorizer(anna.membership), gate.MemberAuthorizer(boris.membership)
 
     async def passed_on_by(peer: PeerID):
         async def rpc_ping(request):
@@ -563,7 +554,7 @@ def test_answer_of_a_member_that_somebody_else_passes_on_is_none(members):
             return response
 
         stub = SimpleNamespace(_peer=peer, rpc_ping=rpc_ping)
-        return await auth.BoundToCaller(stub, AuthRole.CLIENT, asks).rpc_ping(dht_pb2.PingRequest())
+        return await gate.BoundToCaller(stub, AuthRole.CLIENT, asks).rpc_ping(dht_pb2.PingRequest())
 
     assert asyncio.run(passed_on_by(anna.dht.peer_id)) is not None
     assert asyncio.run(passed_on_by(peer_id_of(public_key_of(RSAPrivateKey())))) is None
@@ -576,7 +567,7 @@ def test_members_reach_each_other_and_average(members):
     async def scenario():
         p2p = await connection_of(boris)
         answers = await call_averagers(p2p, anna.dht.peer_id)
-        answers.update(await call_dht(p2p, anna.dht.peer_id, auth.MemberAuthorizer(boris.membership)))
+        answers.update(await call_dht(p2p, anna.dht.peer_id, gate.MemberAuthorizer(boris.membership)))
         return answers
 
     answers = asyncio.run(scenario())
@@ -680,7 +671,7 @@ STRANGERS = [f"stranger {number}" for number in range(20)]
 
 
 def test_strangers_look_together_and_no_member_waits_for_their_number(monkeypatch):
-    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", 0.3)
+    monkeypatch.setattr(gate, "LOOK_UP_SECONDS", 0.3)
     directory = Directory("known")
 
     async def scenario():
@@ -696,8 +687,8 @@ def test_strangers_look_together_and_no_member_waits_for_their_number(monkeypatc
 
 
 def test_known_member_is_not_kept_by_a_slow_look(monkeypatch):
-    monkeypatch.setattr(auth, "REFRESH_SECONDS", 0.0)
-    monkeypatch.setattr(auth, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr(gate, "PATIENCE_SECONDS", 0.2)
     directory = Directory("known")
 
     async def scenario():
@@ -710,7 +701,7 @@ def test_known_member_is_not_kept_by_a_slow_look(monkeypatch):
 
 
 def test_caller_that_hangs_up_does_not_take_the_look_with_it(monkeypatch):
-    monkeypatch.setattr(auth, "LOOK_UP_SECONDS", 0.2)
+    monkeypatch.setattr(gate, "LOOK_UP_SECONDS", 0.2)
     directory = Directory("new", seconds=0.2)
 
     async def scenario():
@@ -773,7 +764,7 @@ def test_revoked_member_is_shut_out_while_the_run_goes_on(members, office):
             await asyncio.sleep(0.5)
         careless = SimpleNamespace(**vars(boris.membership))  # he himself knows by now, and would ask nobody
         careless.objection = lambda token: ""
-        answers.update(await call_dht(p2p, anna.dht.peer_id, auth.MemberAuthorizer(careless)))
+        answers.update(await call_dht(p2p, anna.dht.peer_id, gate.MemberAuthorizer(careless)))
         answers.update(await call_probe(p2p, anna.dht.peer_id))
         return answers
 
