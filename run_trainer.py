@@ -40,7 +40,7 @@ def main() -> int:
     from src.swarm.reconnect import KeepInTouch
     from src.trainer.build import STOP_SECONDS, build, build_follower, check, train
     from tasks.mlm import task
-    from tasks.mlm.sources import TextError
+    from tasks.mlm.text_errors import TextError
 
     alone = not set(sys.argv[1:]) - {"--check"}
     argv = ["@demo/trainer.args", *sys.argv[1:]] if alone else sys.argv[1:]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import run_trainer
 from src.trainer import hf_trainer
 from src.trainer.hf_trainer import StoppableLoader, StoppedWaiting
-from tasks.mlm.sources import TextError
+from tasks.mlm.text_errors import TextError
 from tests.reference.fake_swarm import FakeOptimizer, make_trainer, tiny_items, tiny_model
 
 

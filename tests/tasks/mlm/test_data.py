@@ -186,7 +186,7 @@ print(json.dumps(list(itertools.islice(dataset, 20)), default=list))
 
 
 def test_trainers_with_different_seeds_begin_with_different_text(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("tasks.mlm.sources.SHARD_BYTES", 3000)
+    monkeypatch.setattr("tasks.mlm.text_files.SHARD_BYTES", 3000)
     source = write_corpus(tmp_path / "a.txt", num_documents=300)
     starts = []
     for seed in range(3):

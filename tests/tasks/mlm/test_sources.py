@@ -18,8 +18,10 @@ from huggingface_hub import HfFileSystem
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 
-from tasks.mlm import sources
-from tasks.mlm.sources import DocumentStream, HubDataset, LocalFiles, derive_seed, iterate_documents, open_source
+from tasks.mlm import hub_text, sources, text_errors, text_files
+from tasks.mlm.hub_text import HubDataset
+from tasks.mlm.sources import DocumentStream, derive_seed, iterate_documents, open_source
+from tasks.mlm.text_files import LocalFiles
 
 TEXTS = [f"Документ {number}.\nВторой абзац." for number in range(40)]
 
@@ -50,7 +52,7 @@ def read_once(source, *, seed=1, worker=0, num_workers=1, position=None):
 @pytest.fixture(params=[*WRITERS, "hub", "hub of one shard"])
 def any_source(request, tmp_path, monkeypatch):
     """A source of 40 documents in each format, the plain files in several shards."""
-    monkeypatch.setattr(sources, "SHARD_BYTES", 300)
+    monkeypatch.setattr(text_files, "SHARD_BYTES", 300)
     if request.param in WRITERS:
         return open_source(WRITERS[request.param](tmp_path / request.param))
     num_files = 8 if request.param == "hub" else 1
@@ -59,7 +61,7 @@ def any_source(request, tmp_path, monkeypatch):
     dataset = datasets.load_dataset(
         "parquet", data_files=str(tmp_path / "*.parquet"), split="train", streaming=True, cache_dir=str(tmp_path)
     )
-    monkeypatch.setattr(sources, "MAX_SKIPPED_DOCUMENTS", 60)
+    monkeypatch.setattr(hub_text, "MAX_SKIPPED_DOCUMENTS", 60)
     return HubDataset("local", dataset)
 
 
@@ -107,12 +109,12 @@ def test_text_documents_lie_between_blank_lines_at_any_shard_size(tmp_path, monk
     path.write_bytes("\n \nПервый.\r\nЕщё.\n\n\n  \nВторой.\n\t\nТретий.".encode())
     expected = ["Первый.\r\nЕщё.", "Второй.", "Третий."]
     for shard_bytes in range(1, 60):
-        monkeypatch.setattr(sources, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(text_files, "SHARD_BYTES", shard_bytes)
         assert list(iterate_documents(str(path))) == expected, shard_bytes
 
 
 def test_text_without_blank_lines_is_cut_at_a_line_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 100)
     path = tmp_path / "book.txt"
     lines = [f"Строка номер {number}.\n" for number in range(50)]
     path.write_text("".join(lines), encoding="utf-8")
@@ -141,7 +143,7 @@ def test_stream_gives_every_document_once_per_epoch_in_changing_order(any_source
 
 
 def test_parts_of_a_corpus_come_in_another_order_in_each_epoch(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 300)
+    monkeypatch.setattr(text_files, "SHARD_BYTES", 300)
     stream = make_stream(open_source(write_text(tmp_path / "a.txt")), buffer_size=1)
     epochs = [[next(stream) for _ in TEXTS] for _ in range(2)]
     assert epochs[0] != epochs[1]
@@ -239,8 +241,8 @@ def test_hub_dataset_that_does_not_load_is_one_line(monkeypatch):
 
 
 def test_text_without_blank_lines_is_not_searched_for_one_to_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 2000)
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 500)
+    monkeypatch.setattr(text_files, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 500)
     path = tmp_path / "lines.txt"
     path.write_text("".join(f"Строка номер {number}.\n" for number in range(2000)), encoding="utf-8")
     source = open_source(str(path))
@@ -250,7 +252,7 @@ def test_text_without_blank_lines_is_not_searched_for_one_to_its_end(tmp_path, m
     num_bytes = []
     monkeypatch.setattr(sources, "open", functools.partial(Counted, num_bytes), raising=False)
     shard = source.shards[3]
-    list(sources.read_text_documents(shard, 0.0))
+    list(text_files.read_text_documents(shard, 0.0))
     assert sum(num_bytes) < 3 * 2000
 
 
@@ -285,12 +287,12 @@ class Counted:
 
 @pytest.mark.parametrize("blank", [" ", ""])
 def test_text_of_one_gigantic_line_is_cut_between_words_or_at_least_characters(tmp_path, monkeypatch, blank):
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 160)
+    monkeypatch.setattr(text_files, "MAX_DOCUMENT_BYTES", 160)
     path = tmp_path / "line.txt"
     text = blank.join(f"слово{number}" for number in range(500))
     path.write_text(text, encoding="utf-8")
     for shard_bytes in (100, 237, 1000, 10**6):
-        monkeypatch.setattr(sources, "SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(text_files, "SHARD_BYTES", shard_bytes)
         documents = list(iterate_documents(str(path)))
         assert blank.join(documents) == text
         assert max(len(document.encode()) for document in documents) <= 320
@@ -346,7 +348,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("case", BAD_LINES)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_bad_line_amid_good_ones_is_left_out_and_said(tmp_path, monkeypatch, caplog, case, name):
-    monkeypatch.setattr(sources, "MAX_LINE_BYTES", 200_000)
+    monkeypatch.setattr(text_files, "MAX_LINE_BYTES", 200_000)
     content, reason = BAD_LINES[case]
     path = tmp_path / name
     good = write_json_lines(tmp_path / "good.jsonl")
@@ -380,7 +382,9 @@ def test_documents_left_out_are_counted_in_tenfold_steps_and_too_many_are_an_err
     counts = [record.getMessage() for record in caplog.records]
     assert len(counts) == 3 and "a.jsonl: 10 documents" in counts[1] and "a.jsonl: 100 documents" in counts[2]
     path.write_bytes((good + bad * 2) * 200)
-    with pytest.raises(sources.TextError, match=r"a\.jsonl: 100 of 151 documents cannot be read; .*line 150: field"):
+    with pytest.raises(
+        text_errors.TextError, match=r"a\.jsonl: 100 of 151 documents cannot be read; .*line 150: field"
+    ):
         list(iterate_documents(str(path)))
 
 
@@ -436,7 +440,7 @@ def test_cut_gzip_is_an_error_with_its_place_where_it_ends(tmp_path):
     write_json_lines(path, [f"{number} " + derive_text(number) for number in range(2000)])
     path.write_bytes(path.read_bytes()[:-50_000])
     source, documents = open_source(str(path)), []
-    with pytest.raises(sources.TextError, match=r"a\.jsonl\.gz after line \d+: not a complete gzip file"):
+    with pytest.raises(text_errors.TextError, match=r"a\.jsonl\.gz after line \d+: not a complete gzip file"):
         for text, _ in source.read(seed=None, worker=0, num_workers=1, position=None):
             documents.append(text)
     assert len(documents) > 100
@@ -447,7 +451,7 @@ def test_damaged_parquet_is_an_error_with_its_place(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", row_group_size=500)
     size = (tmp_path / "a.parquet").stat().st_size
     damage(tmp_path / "a.parquet", size // 2, size // 2 + 100)
-    with pytest.raises(sources.TextError, match=r"a\.parquet, row \d+ of row group [12]: the file is damaged"):
+    with pytest.raises(text_errors.TextError, match=r"a\.parquet, row \d+ of row group [12]: the file is damaged"):
         list(iterate_documents(str(tmp_path)))
 
 
@@ -457,7 +461,7 @@ def test_silent_damage_of_parquet_is_found_by_its_checksums(tmp_path):
         table, tmp_path / "a.parquet", compression="none", use_dictionary=False, write_page_checksum=True
     )
     damage(tmp_path / "a.parquet", 300, 302)
-    with pytest.raises(sources.TextError, match=r"a\.parquet, row 0 of row group 0: the file is damaged"):
+    with pytest.raises(text_errors.TextError, match=r"a\.parquet, row 0 of row group 0: the file is damaged"):
         list(iterate_documents(str(tmp_path)))
 
 
@@ -480,17 +484,17 @@ def test_file_that_goes_away_is_one_line(tmp_path):
     write_text(tmp_path / "a.txt")
     source = open_source(str(tmp_path))
     (tmp_path / "a.txt").unlink()
-    with pytest.raises(sources.TextError, match=r"a\.txt: cannot be read \(No such file"):
+    with pytest.raises(text_errors.TextError, match=r"a\.txt: cannot be read \(No such file"):
         read_once(source)
 
 
 def raise_text_error(worker):
-    raise sources.TextError("a.txt: damaged\nhere")
+    raise text_errors.TextError("a.txt: damaged\nhere")
 
 
 def test_text_error_of_a_data_worker_is_its_one_line(tmp_path):
     loader = torch.utils.data.DataLoader([0], collate_fn=raise_text_error, num_workers=1)
-    with pytest.raises(sources.TextError) as caught:
+    with pytest.raises(text_errors.TextError) as caught:
         list(loader)
     assert str(caught.value) == "a.txt: damaged here"
 
@@ -546,7 +550,7 @@ FINAL = {
 @pytest.fixture(params=[1, 8], ids=["one shard", "eight shards"])
 def hub_source(request, monkeypatch):
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(sources, "MAX_SKIPPED_DOCUMENTS", 20)
+    monkeypatch.setattr(hub_text, "MAX_SKIPPED_DOCUMENTS", 20)
     monkeypatch.setattr(Trouble, "errors", {})
     shards = [TEXTS[number :: request.param] for number in range(request.param)]
     dataset = datasets.IterableDataset.from_generator(stream_with_trouble, gen_kwargs={"shards": shards})
@@ -572,7 +576,7 @@ def test_hub_in_trouble_is_asked_again_with_one_line_and_nothing_is_lost(hub_sou
 def test_hub_that_refuses_is_one_line(hub_source, caplog, kind):
     make, reason = FINAL[kind]
     Trouble.errors = {TEXTS[25]: [make()]}
-    with pytest.raises(sources.TextError) as caught:
+    with pytest.raises(text_errors.TextError) as caught:
         read_once(hub_source)
     assert reason in str(caught.value) and str(caught.value).startswith("me/texts: ") and not caplog.records
 
@@ -581,7 +585,7 @@ def test_hub_that_never_answers_is_given_up(hub_source, monkeypatch):
     clock = itertools.count(0.0, 50.0)
     monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
     Trouble.errors = {TEXTS[25]: [refused(500) for _ in range(1000)]}
-    with pytest.raises(sources.TextError, match=r"has not answered for 6[05]0 s"):
+    with pytest.raises(text_errors.TextError, match=r"has not answered for 6[05]0 s"):
         read_once(hub_source)
 
 
