@@ -17,6 +17,7 @@ from src.training.console import Progress
 from src.training.dht import MAX_REASON_LENGTH, TrainerMetrics, fetch_checkpoint_epochs, store_metrics
 from src.training.hf_trainer import LossMeter, LossScaler
 from src.training.journal import Journal, report_refusals
+from src.training.rounds import GIVEN_UP
 from src.training.schedules import sequence_length
 from src.training.swarm import Swarm
 from src.training.sync import LocalWorkers
@@ -317,9 +318,11 @@ class CollaborativeCallback(TrainerCallback):
 
     def _record_rounds(self) -> None:
         for averaging_round in self.optimizer.finished_rounds():
-            self.rounds.append(averaging_round)
             self.journal.write("round", epoch=self.optimizer.local_epoch, complete=averaging_round.complete,
                                **vars(averaging_round))  # fmt: skip
+            if averaging_round.error == GIVEN_UP:
+                continue  # nothing has failed, nor was stepped
+            self.rounds.append(averaging_round)
             if averaging_round.kind == "gradients" and averaging_round.error:
                 self._stepped_alone(averaging_round)
             elif not averaging_round.complete:

@@ -310,6 +310,16 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
     assert type(optimizer.state_averager.allreduce_kwargs["compression"]) is Float16Compression
 
 
+def test_schedule_follows_the_epoch_that_a_state_is_counted_as(start_optimizer, monkeypatch):
+    """hivemind counts it as one of the next epoch when the swarm is about to be there."""
+    optimizer = start_optimizer()
+    monkeypatch.setattr(
+        hivemind.Optimizer, "load_state_from_peers", lambda self: setattr(self.state_averager, "local_epoch", 5)
+    )
+    optimizer.load_state_from_peers()
+    assert optimizer.state_averager.scheduler._step_count - 1 == optimizer.local_epoch == 5
+
+
 USED_INTERNALS = {
     # owner: what src/training overrides or calls although its name says that it may go in any release
     hivemind.Optimizer: (
