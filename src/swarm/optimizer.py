@@ -195,6 +195,9 @@ class LeanOptimizer(hivemind.Optimizer):
         epoch, samples, started = self.local_epoch, self.grad_averager.local_samples_accumulated, time.monotonic()
         was_apart = self.tracker.is_apart
         super().load_state_from_peers(**kwargs)
+        # hivemind counts the state of whoever is about to end an epoch as that of the next, but not in its schedule, by
+        # which a backup tells of which epoch it is.
+        self.state_averager._update_scheduler()
         was_apart = was_apart and self.local_epoch > epoch
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:

@@ -50,6 +50,7 @@ LINGER_SECONDS = 1.0
 SEARCH_PAUSE = 0.2  # seconds; hivemind 1.1.12 asks for partners some hundred times a second while there are none
 LAST_CALL = 1.0  # seconds in which a leader whose patience is used up begins with those who are there
 LEAVING = "this peer is leaving"
+GIVEN_UP = "the search was given up"  # for a state that was taken instead
 SHORTEST_ROUND = 1 / 3  # of the timeouts, however long the search for the group has taken
 # An averager's process must not wait until its owner has read what it reports: a pipe holds 64 KiB.
 MAX_REASONS, MAX_REASON_LENGTH = 100, 300
@@ -504,7 +505,7 @@ class RoundReporting(Gated):
         if self.patience.is_over:
             return LEAVING
         if self.patience.spent == float("inf"):
-            return "the search was given up"
+            return GIVEN_UP
         lean = self._matchmaking if isinstance(self._matchmaking, LeanMatchmaking) else None
         if self._seconds_left() >= self._shortest_round():
             if lean is not None and lean.is_in_vain(step):

@@ -9,6 +9,7 @@ from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import LoneEpoch, Round, TrainerEpoch
 from src.swarm.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.swarm.join import Swarm
+from src.swarm.rounds import GIVEN_UP
 from src.trainer.hf_trainer import LossMeter
 
 
@@ -65,8 +66,10 @@ class EpochReport:
     def record_rounds(self) -> None:
         """Rounds that have ended, and what was not believed."""
         for averaging_round in self.optimizer.finished_rounds():
-            self.rounds.append(averaging_round)
             self.journal.record(replace(averaging_round, epoch=self.optimizer.local_epoch))
+            if averaging_round.error == GIVEN_UP:
+                continue  # nothing has failed, nor was stepped
+            self.rounds.append(averaging_round)
             if averaging_round.kind == "gradients" and averaging_round.error:
                 self._stepped_alone(averaging_round)
             elif not averaging_round.complete:

@@ -20,8 +20,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from src.models.tokenizer import raw_tokenizer
 from tasks.mlm.encoding import SentenceEncoder
 from tasks.mlm.hub_text import HubDataset
+from tasks.mlm.seeds import derive_seed
 from tasks.mlm.sentences import split_sentences
-from tasks.mlm.sources import DEFAULT_SOURCE, DocumentStream, derive_seed, open_source
+from tasks.mlm.sources import DEFAULT_SOURCE, DocumentStream, open_source
 from tasks.mlm.text_files import LocalFiles
 
 logger = logging.getLogger(__name__)

@@ -3,22 +3,17 @@
 The order of a source's shards depends on the seed, so trainers with different seeds begin in different places.
 """
 
-import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tasks.mlm.hub_text import HubDataset, load_hub_dataset
+from tasks.mlm.seeds import derive_seed
 from tasks.mlm.text_files import LocalFiles, find_files
 
 FIRST_BLOCK_DOCUMENTS = 256  # the shuffle buffer starts small and doubles: training need not wait until it is full
 MAX_BLOCK_CHARACTERS = 2**25  # 64 MB of Russian text, whatever the number of documents
 DEFAULT_SOURCE = str(Path(__file__).resolve().parents[2] / "demo" / "corpus" / "*.txt")
-
-
-def derive_seed(*parts) -> int:
-    """A 63-bit seed that is the same in every process (`hash` is not) and differs when any of the parts does."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def open_source(source: str) -> LocalFiles | HubDataset:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.mlm.sources import derive_seed
+from tasks.mlm.seeds import derive_seed
 from tasks.mlm.text_errors import LeftOut, TextError, first_line
 from tasks.surrogates import replace_lone_surrogates
 

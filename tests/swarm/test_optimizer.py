@@ -302,6 +302,16 @@ def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
     assert type(optimizer.state_averager.allreduce_kwargs["compression"]) is Float16Compression
 
 
+def test_schedule_follows_the_epoch_that_a_state_is_counted_as(start_optimizer, monkeypatch):
+    """hivemind counts it as one of the next epoch when the swarm is about to be there."""
+    optimizer = start_optimizer()
+    monkeypatch.setattr(
+        hivemind.Optimizer, "load_state_from_peers", lambda self: setattr(self.state_averager, "local_epoch", 5)
+    )
+    optimizer.load_state_from_peers()
+    assert optimizer.state_averager.scheduler._step_count - 1 == optimizer.local_epoch == 5
+
+
 def test_trainer_still_has_the_internals_we_build_on():
     for name in ("_clip_grad_norm", "_get_grad_norm", "training_step", "compute_loss", "get_train_dataloader"):
         assert hasattr(Trainer, name), f"transformers' Trainer.{name} is gone; look for its uses in src/trainer"

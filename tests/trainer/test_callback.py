@@ -16,6 +16,7 @@ from src.metrics.journal import read_journal
 from src.metrics.records import Round, StateDownload
 from src.swarm import join as swarm
 from src.swarm.dht import fetch_metrics, store_checkpoint_epoch
+from src.swarm.rounds import GIVEN_UP
 from src.trainer import backup, hand_over
 from src.trainer import callback as callback_module
 from src.trainer.backup import read_backup, save_backup
@@ -768,6 +769,17 @@ def test_callback_reports_rounds_that_are_not_complete(tmp_path):
     assert partial.startswith("averaging gradients was partial: 50.0% of the values came back from 3 peers, 1 failed")
     assert failed == "averaging parameters failed after 30 s: no group found"
     assert describe_incomplete(SimpleNamespace(error="x", kind="gradients", seconds=2.4)).endswith("after 2 s: x")
+
+
+def test_callback_counts_no_lone_epoch_when_a_search_was_given_up_for_anothers_state(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_callback(tmp_path, optimizer)
+    optimizer.rounds = [Round("gradients", 0.1, error=GIVEN_UP), Round("parameters", 0.1, error=GIVEN_UP)]
+    for _ in range(2):  # an epoch
+        local_step(callback)
+    assert journal_of(tmp_path, "lone_epoch") == [] and "alone" not in said_by(callback)
+    assert [epoch["failed_rounds"] for epoch in journal_of(tmp_path, "epoch")] == [0]
+    assert [one["error"] for one in journal_of(tmp_path, "round")][:2] == [GIVEN_UP, GIVEN_UP]
 
 
 def test_callback_says_and_counts_epochs_that_were_stepped_alone_although_others_train(tmp_path):

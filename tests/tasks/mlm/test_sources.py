@@ -20,7 +20,8 @@ from huggingface_hub.utils import httpx
 
 from tasks.mlm import hub_text, sources, text_errors, text_files
 from tasks.mlm.hub_text import HubDataset
-from tasks.mlm.sources import DocumentStream, derive_seed, iterate_documents, open_source
+from tasks.mlm.seeds import derive_seed
+from tasks.mlm.sources import DocumentStream, iterate_documents, open_source
 from tasks.mlm.text_files import LocalFiles
 
 TEXTS = [f"Документ {number}.\nВторой абзац." for number in range(40)]
