@@ -21,7 +21,7 @@ ARGUMENTS_READERS = {
     "src/trainer/callback.py",
     "src/trainer/hf_trainer.py",
 }
-# room of src -> rooms that its files may import from, beside src/files.py and src/compiled.py, which import no other
+# room of src -> rooms that its files may import from; what stands beside the rooms, in COMMON, imports no other
 ROOMS = {
     "models": (),
     "process": (),
@@ -34,6 +34,7 @@ ROOMS = {
     "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "swarm"),
     "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "swarm"),
 }
+COMMON = {"files", "compiled", "version"}
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 PRETRAINING = {f"src.{room}" for room in ROOMS if room != "models"}
 # path prefix -> modules (and all below them) that files there must not import
@@ -82,7 +83,7 @@ def imported_modules(name):
 def test_rooms_import_only_from_those_they_may(name):
     room = name.split("/")[1]
     modules = {module.split(".")[1] for module in imported_modules(name)[0] if module.startswith("src.")}
-    allowed = {room, "files", "compiled", *ROOMS[room]}
+    allowed = {room, *COMMON, *ROOMS[room]}
     assert modules <= allowed | ({"models"} if room == "models" else set())
 
 
@@ -95,8 +96,8 @@ def test_rooms_form_no_circle():
 
 
 def test_what_all_rooms_use_uses_none():
-    for name in ("src/files.py", "src/compiled.py"):
-        assert not {module for module in imported_modules(name)[0] if is_below(module, "src")}
+    for name in COMMON:
+        assert not {module for module in imported_modules(f"src/{name}.py")[0] if is_below(module, "src")}
 
 
 def is_below(module, parent):

@@ -15,6 +15,7 @@ from src.files import replaced_directory, settle
 from src.models.checkpoint import give_usual_mode
 from src.swarm.dht import store_checkpoint_epoch
 from src.swarm.optimizer import LeanOptimizer
+from src.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ POLL_SECONDS = 0.5
 NOTICE_SECONDS, NOTICE_EXPIRES_SECONDS = 5.0, 20.0
 
 
-ORIGIN_FILE = "checkpoint.json"  # {"run_id": ..., "epoch": ...}
+ORIGIN_FILE = "checkpoint.json"  # {"run_id": ..., "epoch": ..., "version": of this software}
 # What the files of a checkpoint begin with, in whatever version of transformers it was written.
 CHECKPOINT_FILES = (ORIGIN_FILE, "config", "model", "tokenizer", "special_tokens", "spiece", "added_tokens", "vocab",
                     "merges")  # fmt: skip
@@ -114,7 +115,7 @@ class CheckpointStore:
         self.model.config.sparse_prediction = False  # a training option; users want logits everywhere
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        origin = json.dumps({"run_id": self.run_id, "epoch": epoch}) + "\n"
+        origin = json.dumps({"run_id": self.run_id, "epoch": epoch, "version": VERSION}) + "\n"
         (folder / ORIGIN_FILE).write_text(origin, encoding="utf-8")
         give_usual_mode(folder)
 

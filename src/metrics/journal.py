@@ -70,7 +70,7 @@ class Journal:
         wandb_project: str | None = None,
         tensorboard_dir: str | None = None,
         run_name: str | None = None,
-        config=None,
+        config: dict | None = None,
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
@@ -83,7 +83,7 @@ class Journal:
         if wandb_project is not None:
             self._add_sink(WandbSink(wandb_project, run_name, config))
         if tensorboard_dir is not None:
-            self._add_sink(TensorBoardSink(tensorboard_dir, run_name))
+            self._add_sink(TensorBoardSink(tensorboard_dir, run_name, config))
 
     def _add_sink(self, sink) -> None:
         self._sinks.append(sink)
@@ -164,12 +164,14 @@ class WandbSink:
 class TensorBoardSink:
     """Writes a journal's figures, by epoch, for TensorBoard. Raises ValueError if the package is not installed."""
 
-    def __init__(self, directory: str, run_name: str | None):
+    def __init__(self, directory: str, run_name: str | None, config: dict | None = None):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError("--tensorboard_dir needs a package: pip install tensorboard==2.21.0") from error
         self._writer = SummaryWriter(str(Path(directory).expanduser() / (run_name or "run")))
+        lines = [f"    {name}: {value}" for name, value in sorted((config or {}).items())]  # Markdown, as it stands
+        self._writer.add_text("configuration", "\n".join(lines))
 
     def write(self, record: dict) -> None:
         for name, value in numbers_of(record).items():

@@ -21,6 +21,7 @@ from src.swarm.dht import start_dht
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
 from src.swarm.run_card import RunCard, make_run_card
+from src.version import VERSION
 
 WAIT_FOR_WEIGHTS_SECONDS = 300.0  # the first trainer of a run may still be reading its data; its card lives 150 s
 
@@ -138,6 +139,7 @@ def start_averaging(
         wandb_project=peer.wandb_project,
         tensorboard_dir=peer.tensorboard_dir,
         run_name=f"{peer.run_id}-aux" if auxiliary else peer.run_id,
+        config={**node.settings, "version": VERSION},
     )
     return Swarm(node.dht, node.public_key, optimizer, node.run_card), journal
 
@@ -145,4 +147,4 @@ def start_averaging(
 def record_start(journal: Journal, settings: dict, *, role: str) -> None:
     """A metrics file's first record; to be written when nothing of the start can fail any more."""
     named = {name: settings[name] for name in ("run_id", "total_steps", "target_batch_size")}
-    journal.record(Start(role=role, **named, arguments=settings))
+    journal.record(Start(role=role, **named, arguments=settings, version=VERSION))

@@ -20,6 +20,7 @@ from arguments import shared_flags
 from src.access.ownership import MAX_BYTES, name_of, names_in
 from src.metrics.records import printable
 from src.models import LeanAlbertConfig
+from src.version import COMPATIBLE
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, traine
     ``settings``: {flag: value}, of which those that a run has in common are taken; ``init_checkpoint``, if there, is
     a fingerprint.
     """
-    card = {"protocol": PROTOCOL}
+    card = {"protocol": PROTOCOL, "version": COMPATIBLE}
     for option in dataclasses.fields(LeanAlbertConfig):
         if option.name in LeanAlbertConfig.__annotations__ and option.name not in OWN_OPTIONS:
             card[f"model.{option.name}"] = str(getattr(config, option.name))

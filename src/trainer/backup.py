@@ -14,6 +14,7 @@ from src.files import write_atomically
 from src.models.checkpoint import fingerprint, load_strictly, read_pytorch, read_state_dict
 from src.swarm.optimizer import LeanOptimizer
 from src.trainer.gradient_buffers import all_finite
+from src.version import VERSION
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,7 @@ def _write_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer) 
         "model": {n: newest.get(id(t), t).detach() for n, t in model.state_dict(keep_vars=True).items()},
         "optimizer": averager.optimizer.state_dict(),
         "scheduler": {key: value for key, value in averager.scheduler.state_dict().items() if key != "lr_lambdas"},
+        "version": VERSION,
         "epoch": min(averager.local_epoch, averager.scheduler._step_count - 1),
     }
     write_atomically(path, lambda file: torch.save(state, file))

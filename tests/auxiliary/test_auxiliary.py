@@ -21,6 +21,7 @@ from src.metrics.console import Progress
 from src.metrics.journal import Journal, read_journal
 from src.metrics.records import Round
 from src.swarm.dht import fetch_checkpoint_epochs
+from src.version import VERSION
 from tests.reference.fake_swarm import FakeDHT, FakeOptimizer, tiny_model
 from tests.reference.full_disk import file_size_limit
 
@@ -92,7 +93,9 @@ def test_checkpoint_may_be_read_by_whoever_may_read_new_files(tmp_path, umask):
 def test_checkpoint_says_its_epoch_and_the_store_goes_on_from_it_after_a_restart(tmp_path):
     make_store(tmp_path).update(timeout=60.0)
     store = make_store(tmp_path, every_epochs=5)
-    assert json.loads((store.path / "checkpoint.json").read_text()) == {"run_id": "run", "epoch": 7}
+    assert json.loads((store.path / "checkpoint.json").read_text()) == {
+        "run_id": "run", "epoch": 7, "version": VERSION,
+    }  # fmt: skip
     assert store.last_epoch == 7
     assert [store.is_due(epoch) for epoch in (7, 11, 12)] == [False, False, True]
     assert store.snapshot(tmp_path / "upload") == 7
