@@ -10,7 +10,7 @@ STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a s
 FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
 
 
-def main() -> int:
+def main() -> int:  # noqa: PLR0915 (read once, in order)
     limit_memory()
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading

@@ -13,7 +13,7 @@ from src.process.supervisor import install_stop_handler, leave_at_once, run_supe
 KILL_SECONDS = 28.0  # after a stop, until the supervisor kills
 
 
-def main() -> int:
+def main() -> int:  # noqa: PLR0915 (read once, in order)
     limit_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.

@@ -127,7 +127,7 @@ def byte_rows(device):
     return rows
 
 
-def time_rows(hidden_size, length, *, device, rounds, claim, names, autocast=False, compiled=False, targets=None):
+def time_rows(hidden_size, length, *, device, rounds, claim, names, autocast=False, compiled=False, targets=None):  # noqa: PLR0913 (what a case consists of)
     inputs = torch.randn(1, length, hidden_size, device=device)
     sides = make_sides(hidden_size, device, names)
     if compiled:

@@ -107,7 +107,7 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         a whole one at a time; others go through bitsandbytes.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (an optimizer's options)
         self,
         params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,

@@ -20,7 +20,7 @@ from src.preflight.machine import (
 from src.preflight.network import check_network
 
 
-def run_checks(
+def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     peer,
     *,
     output_dir: str,

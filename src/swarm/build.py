@@ -82,7 +82,7 @@ def make_learning_rate(args: HFTrainerArguments):
     return factor
 
 
-def make_collaborative_optimizer(
+def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optimizer come together)
     model: torch.nn.Module,
     dht: hivemind.DHT,
     *,

@@ -133,7 +133,7 @@ def build(
     return TrainerProgram(trainer, callback, swarm, journal)
 
 
-def make_callback(
+def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)
     swarm: Swarm,
     model: torch.nn.Module,
     journal: Journal,

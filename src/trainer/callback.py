@@ -33,7 +33,7 @@ class CollaborativeCallback(TrainerCallback):
     last backup or, without one, by another peer's state. ``current_length``: of sequences, which the data follow.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (the trainer's parts)
         self,
         swarm: Swarm,
         buffers: GradientBuffers,

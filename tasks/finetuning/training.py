@@ -252,7 +252,7 @@ def tensorboard_callback(directory: Path) -> TensorBoardCallback:
     return TensorBoardCallback(SummaryWriter(str(directory)))
 
 
-def _fit(model_factory, task, data, settings, *, seed, directory, report_to, batch_size, grad_acc_steps) -> list[dict]:
+def _fit(model_factory, task, data, settings, *, seed, directory, report_to, batch_size, grad_acc_steps) -> list[dict]:  # noqa: PLR0913 (options of a training)
     arguments = training_arguments(
         settings, directory, seed=seed, batch_size=batch_size, grad_acc_steps=grad_acc_steps, report_to=report_to
     )

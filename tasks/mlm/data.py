@@ -314,7 +314,7 @@ class InstanceStream:
 class TrainingDataset(IterableDataset):
     """Endless stream of instances; for the arguments see `make_training_dataset`."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (options of the data)
         self,
         tokenizer,
         sources: list[LocalFiles | HubDataset],
@@ -457,7 +457,7 @@ def check_tokenizer(tokenizer) -> None:
         raise ValueError(f"the tokenizer has no {', '.join(missing)}; name it in its special_tokens_map.json")
 
 
-def make_training_dataset(
+def make_training_dataset(  # noqa: PLR0913 (options of the data)
     tokenizer,
     *,
     sources: Sequence[str] | None = None,
