@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from command_line import ArgumentParser, refuse_files
-from tasks.finetuning.console import InputError, fail, quiet_libraries
+from src.console import quiet_libraries
+from tasks.finetuning.console import InputError, fail
 
 PROGRAM = "finetune_mlm.py"
 BASELINES = ("majority", "tfidf")
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     # Heavy imports come after the command line has been understood, so that --help is quick.
     from tasks import evaluation
 
-    quiet_libraries()
+    quiet_libraries("tasks")
     baseline = options.model_name.lower() if (options.model_name or "").lower() in BASELINES else None
     try:
         refuse_files(output_dir=options.output_dir, predictions_dir=options.predictions_dir)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from command_line import ArgumentParser, refuse_files
-from tasks.finetuning.console import InputError, fail, quiet_libraries
+from src.console import quiet_libraries
+from tasks.finetuning.console import InputError, fail
 
 PROGRAM = "predict_on_lidirus.py"
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from tasks.finetuning.experiment import open_run
     from tasks.registry import TASKS
 
-    quiet_libraries()
+    quiet_libraries("tasks")
     lidirus, terra = TASKS["lidirus"], TASKS["terra"]
     try:
         refuse_files(output_dir=options.output_dir, predictions_dir=options.predictions_dir)

@@ -16,11 +16,12 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     import threading
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
-    from src.metrics import console
+    from src.console import quiet_libraries
 
-    console.quiet_libraries()  # before they are loaded
+    quiet_libraries()  # before they are loaded
     from src.auxiliary.build import build, check
     from src.auxiliary.monitor import Watch
+    from src.metrics.console import Progress
     from src.metrics.history import read_history
     from src.metrics.terminal import TerminalView
     from src.process.watchdog import Watchdog, may_start_again
@@ -33,7 +34,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     alone = not set(sys.argv[1:]) - {"--check"}  # without a word on the run: the demo's
     peer, collaboration, training = parser.parse([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
-    progress, stop = TerminalView() if sys.stdout.isatty() else console.Progress(), threading.Event()
+    progress, stop = TerminalView() if sys.stdout.isatty() else Progress(), threading.Event()
     if peer.check:
         leave_at_once(check(peer, collaboration, training, task=task, make_scorer=checkpoint_scorer, say=progress.say))
     peer.restart = may_start_again(peer.restart)

@@ -31,9 +31,10 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     if {"-h", "--help"} & set(sys.argv[1:]):
         parser.parse(sys.argv[1:])  # prints and exits: no need to load hivemind for it
-    from src.metrics import console
+    from src.console import quiet_libraries
 
-    console.quiet_libraries()  # before they are loaded
+    quiet_libraries()  # before they are loaded
+    from src.metrics.console import Progress
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
     from src.swarm.dht import short_peer_name, visible_addresses
@@ -45,7 +46,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     alone = not set(sys.argv[1:]) - {"--check"}
     argv = ["@demo/trainer.args", *sys.argv[1:]] if alone else sys.argv[1:]
     peer, collaboration, training = parser.parse(argv)
-    progress, stop = console.Progress(), threading.Event()
+    progress, stop = Progress(), threading.Event()
     if training.process_index > 0:  # torchrun has started several processes of this script
         if peer.check:
             return 0

@@ -35,7 +35,7 @@ from benchmarks.fault_report import (
     write_report,
 )
 from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
-from src.metrics.console import quiet_libraries
+from src.console import quiet_libraries
 from src.optim.parameter_groups import parameter_groups
 from src.swarm.build import make_lamb, make_learning_rate
 from src.trainer.backup import read_backup

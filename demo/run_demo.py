@@ -108,7 +108,7 @@ def report(run: Path, *, seconds: float) -> None:
     curve = draw_learning_curve(run / "trainer" / "metrics.jsonl", run / "learning_curve.png")
     print(f"""
 {summary.epochs} epochs in {seconds:.0f} s, start-up included
-masked words: loss {summary.first_loss:.3f} at first, {summary.last_loss:.3f} at the end
+masked-token loss: {summary.first_loss:.3f} at first, {summary.last_loss:.3f} at the end
 {summary.rounds_with_partner} of {summary.rounds} rounds averaged gradients of both trainers, {summary.partial} partial
 parameters of the two trainers differ by {difference.relative:.1e} (relative), {difference.largest:.1e} at most
 learning curve: {curve}
@@ -140,7 +140,7 @@ def fill_masks(checkpoint: Path, epoch: int) -> None:
     from transformers import pipeline
 
     from src import LeanAlbertForMaskedLM, load_tokenizer
-    from src.metrics.console import quiet_libraries
+    from src.console import quiet_libraries
 
     quiet_libraries()
     fill = pipeline(

@@ -34,7 +34,7 @@ ROOMS = {
     "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "swarm"),
     "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "swarm"),
 }
-COMMON = {"files", "compiled", "version"}
+COMMON = {"files", "compiled", "console", "version"}
 STANDARD_LIBRARY = set(sys.stdlib_module_names)
 PRETRAINING = {f"src.{room}" for room in ROOMS if room != "models"}
 # path prefix -> modules (and all below them) that files there must not import

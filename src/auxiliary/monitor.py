@@ -6,7 +6,8 @@ from collections.abc import Callable
 from statistics import median_high, median_low
 
 from src.auxiliary.checkpoints import CheckpointStore
-from src.metrics.console import Progress, counted, rate
+from src.console import counted, rate
+from src.metrics.console import Progress
 from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import Checkpoint, PeerReport, SwarmEpoch, printable
 from src.swarm.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name

@@ -10,9 +10,10 @@ from pathlib import Path
 from huggingface_hub import close_session
 
 from src.auxiliary.checkpoints import CheckpointStore
+from src.console import format_seconds
 from src.export.export import complete, what_stays
 from src.export.model_card import CURVE_FILE, draw_curve, held_out_curve, learning_curve, model_card
-from src.metrics.console import Progress, format_seconds
+from src.metrics.console import Progress
 from src.metrics.journal import read_journal
 from src.models.hub import LOOK_AT_THE_NETWORK, SLOW_UPLINK, explain_hub_error
 

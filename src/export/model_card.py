@@ -58,7 +58,7 @@ def _number(record: Mapping, name: str) -> float | None:
 
 
 def learning_curve(records: Sequence[Mapping]) -> list[tuple[int, float]]:
-    """(epoch, loss of masked words): the whole swarm's where an auxiliary peer recorded it, else one trainer's."""
+    """(epoch, masked-token loss): the whole swarm's where an auxiliary peer recorded it, else one trainer's."""
     for event in ("swarm_epoch", "epoch"):
         points = {
             int(_number(record, "epoch")): _number(record, "mlm_loss")
@@ -132,8 +132,8 @@ def _training_sections(metrics: Sequence[Mapping], data: str | None) -> list[str
     curve, held_out = learning_curve(metrics), held_out_curve(metrics)
     if curve:
         picture = f"![Learning curve]({CURVE_FILE})"
-        rows = [(str(epoch), f"{loss:.3f}") for epoch, loss in thin_out(curve, NUM_CURVE_ROWS)]
-        sections.append(f"## Learning curve\n\n{picture}\n\n" + table(("epoch", "loss of masked words, nats"), rows))
+        rows = [(str(epoch), f"{loss:.3f}") for epoch, loss in evenly_spaced(curve, NUM_CURVE_ROWS)]
+        sections.append(f"## Learning curve\n\n{picture}\n\n" + table(("epoch", "masked-token loss, nats"), rows))
     if held_out:
         last = held_out[-1]
         rows = [(text, f"{last[key]:.3f}") for key, text in HELD_OUT_SCORES.items() if last[key] is not None]
@@ -182,7 +182,7 @@ def rows_of_model(ledger: Sequence[Mapping], path: Path, model: str | None) -> l
     return rows
 
 
-def thin_out(points: Sequence, number: int) -> list:
+def evenly_spaced(points: Sequence, number: int) -> list:
     """At most so many of the points, evenly spaced, the first and the last among them."""
     if len(points) <= number:
         return list(points)
@@ -195,7 +195,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) -> str:
-    """An SVG picture of the loss of masked words by epoch, with the held-out loss where there is one."""
+    """An SVG picture of the masked-token loss by epoch, with the held-out loss where there is one."""
     points = [(record["epoch"], record["loss"]) for record in held_out if record.get("loss") is not None]
     epochs, losses = zip(*curve, *points, strict=True)
     low, high, last = math.floor(min(losses)), math.ceil(max(losses)), max(1, *epochs)
@@ -212,11 +212,11 @@ def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) 
         shapes.append(f'<path d="M{x} {y}H{end}" stroke="#ddd"/><text x="50" y="{y}" text-anchor="end">{loss}</text>')
     shapes += [f'<text x="60" y="310">0</text><text x="620" y="310" text-anchor="end">{last}</text>',
                '<text x="340" y="330" text-anchor="middle">epoch (global step)</text>',
-               '<text x="60" y="18" fill="#1f5fa8">loss of masked words, nats</text>',
-               line([place(*point) for point in thin_out(curve, 500)], "#1f5fa8")]  # fmt: skip
+               '<text x="60" y="18" fill="#1f5fa8">masked-token loss, nats</text>',
+               line([place(*point) for point in evenly_spaced(curve, 500)], "#1f5fa8")]  # fmt: skip
     if points:
         shapes += ['<text x="300" y="18" fill="#b4441f">held-out text</text>',
-                   line([place(*point) for point in thin_out(points, 500)], "#b4441f")]  # fmt: skip
+                   line([place(*point) for point in evenly_spaced(points, 500)], "#b4441f")]  # fmt: skip
     style = 'viewBox="0 0 640 340" font-family="sans-serif" font-size="13"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {style}>' + "".join(shapes) + "</svg>\n"
 

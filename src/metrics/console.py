@@ -1,51 +1,12 @@
-"""What the person at the terminal sees: progress lines, quiet libraries."""
+"""What the person at the terminal sees of a peer: progress, in lines or in place."""
 
-import logging
-import os
 import sys
 import time
-import warnings
 
-import transformers
 from hivemind.utils import get_dht_time
 
+from src.console import counted, format_seconds, rate
 from src.metrics.records import Round, TrainerEpoch
-
-
-def quiet_libraries() -> None:
-    """Only errors from the libraries: what matters in their warnings is reported by this project in its own words."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive hivemind's forks
-    warnings.filterwarnings("ignore")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    for name in ("transformers", "accelerate", "bitsandbytes", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for name, variable in (("datasets", "DATASETS_VERBOSITY"), ("huggingface_hub", "HF_HUB_VERBOSITY")):
-        logging.getLogger(name).propagate = False  # it prints by itself; the root logger would print the line again
-        if variable not in os.environ:  # the library's own switch, for whoever wants to see it try again
-            os.environ[variable] = "error"  # read when it is imported, which may be still to come
-            logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
-        logging.getLogger("hivemind").setLevel(logging.CRITICAL)
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def format_seconds(seconds: float) -> str:
-    """A duration as people write it: 45 s, 12 min, 3.5 h, 2.1 d."""
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / divisor:.0f} {unit}" if divisor < 3600 else f"{seconds / divisor:.1f} {unit}"
-    return f"{seconds / 86_400:.1f} d"
-
-
-def counted(number: int, what: str) -> str:
-    """``1 peer``, ``2 peers``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def rate(per_second: float) -> str:
-    """Figures a second; a slow machine's, too, has digits that say something."""
-    return f"{per_second:.1f}/s" if per_second >= 1 or per_second == 0 else f"{per_second:.2g}/s"
 
 
 class Progress:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from src.console import counted, format_seconds
 from src.files import write_atomically
-from src.metrics.console import counted, format_seconds
 from src.metrics.history import Failure, RunHistory, read_history
 from src.metrics.svg_chart import Series, line_chart, short_number
 

@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from src.metrics.console import Progress, counted, format_seconds
+from src.console import counted, format_seconds
+from src.metrics.console import Progress
 from src.metrics.history import RunHistory, read_history
 from src.metrics.svg_chart import short_number
 

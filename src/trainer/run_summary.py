@@ -11,7 +11,7 @@ from src.trainer.backup import read_backup
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One trainer's view of a run. ``rounds`` are averaging rounds of gradients; the losses are of masked words."""
+    """One trainer's view of a run. ``rounds`` are averaging rounds of gradients; the losses are of masked tokens."""
 
     epochs: int
     first_loss: float
@@ -58,7 +58,7 @@ def compare_parameters(first: Path, second: Path) -> ParameterDifference:
 
 
 def draw_learning_curve(metrics: Path, picture: Path) -> Path:
-    """Loss of masked words and of sentence order by epoch, with failed rounds marked; returns ``picture``."""
+    """Masked-token and sentence-order loss by epoch, with failed rounds marked; returns ``picture``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,10 +70,10 @@ def draw_learning_curve(metrics: Path, picture: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot([r["epoch"] for r in epochs], [r["mlm_loss"] for r in epochs], color="tab:blue")
     axes.set_xlabel("epoch (global step)")
-    axes.set_ylabel("loss of masked words, nats", color="tab:blue")
+    axes.set_ylabel("masked-token loss, nats", color="tab:blue")
     order = axes.twinx()
     order.plot([r["epoch"] for r in epochs], [r["sop_loss"] for r in epochs], color="tab:orange", alpha=0.6)
-    order.set_ylabel("loss of sentence order, nats", color="tab:orange")
+    order.set_ylabel("sentence-order loss, nats", color="tab:orange")
     for epoch in incomplete:
         axes.axvline(epoch, color="tab:red", linewidth=0.8, linestyle=":")
     axes.set_title("Learning curve" + (" (dotted: rounds of averaging not complete)" if incomplete else ""))

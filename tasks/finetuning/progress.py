@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from src.console import format_seconds
 from tasks.finetuning.base import FinetuningTask
 
 
@@ -65,9 +66,3 @@ def shown_metrics(task: FinetuningTask, scores: Mapping) -> list[str]:
     """The metrics worth a place in a line: the main one and two others."""
     names = [name for name in scores if name not in ("epoch", "loss", task.main_metric) and "/" not in name]
     return [task.main_metric, *names[:2]]
-
-
-def format_seconds(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

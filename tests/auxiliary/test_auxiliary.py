@@ -529,7 +529,7 @@ def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
         ("held_out", 7, 4.5, 0.5), ("held_out", 12, 4.5, 0.5),
     ]  # fmt: skip
     assert opened == [300, 300]
-    line = "epoch 7 on held-out text: loss 4.500, 25.0% of the words, 50.0% of the orders right"
+    line = "epoch 7 on held-out text: masked-token loss 4.500, accuracy 25.0%; sentence-order accuracy 50.0%"
     assert evaluator.progress.stream.getvalue().splitlines()[0] == line
     assert entries(evaluator.store.path.parent) == {"checkpoint"}
 

@@ -49,7 +49,7 @@ def test_end_scores_uploads_and_reports_before_three_lines_on_the_model(tmp_path
     lines = finish(make_end(tmp_path, store=store, evaluator=make_evaluator(tmp_path, lambda folder: SCORES),
                             uploader=make_uploader(tmp_path, hub, interval=43_200.0)))  # fmt: skip
     assert sorted(lines[:2]) == [
-        "epoch 7 on held-out text: loss 4.500, 25.0% of the words, 50.0% of the orders right",
+        "epoch 7 on held-out text: masked-token loss 4.500, accuracy 25.0%; sentence-order accuracy 50.0%",
         "uploaded epoch 7 to org/name",
     ]
     complete, where, how = lines[2:]

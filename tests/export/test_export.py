@@ -24,7 +24,7 @@ from transformers import pipeline
 
 from src import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertForPreTraining, files, load_tokenizer
 from src.export.export import code_files, main
-from src.export.model_card import thin_out
+from src.export.model_card import evenly_spaced
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
@@ -263,7 +263,7 @@ def test_model_card_thins_a_long_curve_out(checkpoint, metrics, tmp_path):
     card = (tmp_path / "lean" / "README.md").read_text(encoding="utf-8")
     rows = [line for line in card.partition("nats |")[2].splitlines() if line[2:3].isdigit()]
     assert len(rows) == 12 and rows[0] == "| 1 | 7.990 |" and rows[-1] == "| 200 | 6.000 |"
-    assert thin_out([1, 2, 3], 12) == [1, 2, 3]
+    assert evenly_spaced([1, 2, 3], 12) == [1, 2, 3]
 
 
 def test_model_card_takes_the_ledgers_rows_of_a_model_by_name(checkpoint, ledger, tmp_path, capsys):

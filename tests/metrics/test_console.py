@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hivemind.utils import get_dht_time
 
-from src.metrics.console import Progress, format_seconds, quiet_libraries
+from src.console import format_seconds, quiet_libraries
+from src.metrics.console import Progress
 from src.metrics.records import Round, TrainerEpoch
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 
@@ -133,7 +134,7 @@ def test_console_leaves_hivemind_to_its_own_switch(monkeypatch):
 @pytest.mark.parametrize(("verbosity", "times"), [(None, 0), ("warning", 1)])
 def test_console_shows_what_the_hub_libraries_retry_at_most_once(verbosity, times):
     code = (
-        "from src.metrics.console import quiet_libraries; import logging; quiet_libraries()\n"
+        "from src.console import quiet_libraries; import logging; quiet_libraries()\n"
         "import datasets, huggingface_hub\n"
         "logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s [Retry 1/5].')\n"
         "logging.getLogger('datasets.utils.file_utils').warning('Retrying in 5sec [1/20]')\n"
