@@ -2,13 +2,20 @@
 PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
 
+# Tests get a processor each; swarms, in which time matters, run one at a time.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest
+ALONE = -n 2 --dist loadfile -m "not swarm and not slow and not gpu"
+
 demo: .venv/installed
 	.venv/bin/python demo/run_demo.py
 
-# Models and tasks need a processor each; swarms, and what measures time, run one at a time.
 test: lint
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile tests/models tests/tasks
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --ignore tests/models --ignore tests/tasks
+	$(PYTEST) $(ALONE)
+	$(PYTEST) tests/swarm/test_join.py -k test_swarm_of_two_trainers
+
+test-all: lint
+	$(PYTEST) $(ALONE)
+	$(PYTEST) -m "swarm and not slow and not gpu"
 
 chaos: .venv/installed
 	.venv/bin/python -m benchmarks.swarm_faults
@@ -26,4 +33,4 @@ lint: .venv/installed
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test bench chaos lint
+.PHONY: demo test test-all bench chaos lint

@@ -20,6 +20,17 @@ SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
 
 torch.set_num_threads(1)
 
+# Fixtures in which two or more peers meet; modules and tests in which they do otherwise are marked where they stand.
+SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running", "start_peers", "start_swarm", "swarm",
+                  "two_nodes"}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SWARM_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("swarm")
+
 
 def _directory_or_skip(path: Path, what: str) -> Path:
     if not path.is_dir():

@@ -14,6 +14,9 @@ from benchmarks.fault_report import MAX_STALL, Fault, epoch_errors, judge
 from benchmarks.fault_swarm import FaultyPeer, file_size_limit
 from benchmarks.swarm_faults import LONG, SHORT, Faults, schedule
 
+pytestmark = pytest.mark.swarm
+
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -315,6 +315,7 @@ def test_monitor_that_most_keys_have_misled_finds_back_and_is_not_misled_if_it_k
     assert [summary and summary.epoch for summary in summaries[2:]] == list(range(17, 25))
 
 
+@pytest.mark.swarm
 @pytest.mark.timeout(120)
 def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
     """Over a real DHT: two peers count samples and epochs while a stranger claims the impossible under its own key."""
@@ -379,6 +380,7 @@ def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
             node.shutdown()
 
 
+@pytest.mark.swarm
 def test_client_that_is_the_first_to_end_an_epoch_ends_it_for_the_others():
     tracker = bare_tracker(epoch=5)
     assert parse(tracker, client={"client_mode": True, "samples_accumulated": 30}).samples_accumulated == 30

@@ -79,6 +79,7 @@ def test_peer_that_is_alone_goes_by_its_machine_and_back_when_others_know_better
     assert abs(swarm_time() - time.time()) < 1.0
 
 
+@pytest.mark.swarm
 def test_hivemind_goes_by_the_swarm_s_time_in_all_its_processes(machine, shut_down_at_end):
     first = shut_down_at_end(start_node("run")[0])
     second = shut_down_at_end(start_node("run", first)[0])

@@ -20,6 +20,9 @@ from src.swarm.averagers import LeanGradientAverager
 from src.swarm.contributions import Judge
 from tests.reference.honest_gradients import Peers
 
+pytestmark = pytest.mark.swarm
+
+
 ROUNDS = 200
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 POOL = 24  # gradients of a kind, of which each round takes one by chance

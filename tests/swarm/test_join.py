@@ -25,6 +25,9 @@ from src.process.sockets import remove_abandoned
 from src.trainer.backup import read_backup
 from src.trainer.run_summary import compare_parameters, summarise_run
 
+pytestmark = pytest.mark.swarm
+
+
 EPOCHS = 8
 MODEL = {
     "model_type": "lean_albert",

@@ -284,6 +284,7 @@ class Garbling:
         return b"\xc1\xff" if isinstance(value, (list, tuple)) and len(value) == 3 else MSGPackSerializer.dumps(value)
 
 
+@pytest.mark.swarm
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("fault", "bandwidth"), [("garbles", None), ("integers", None), ("drips", None), ("drips", 6.0)]
@@ -340,6 +341,7 @@ def test_honest_peers_average_in_time_with_a_bad_member_and_name_it(shut_down_at
     assert max(one.seconds for one in reported) < 2.0 + 2.0 + 2.0 + 1.5, reported
 
 
+@pytest.mark.swarm
 @pytest.mark.timeout(120)
 def test_member_that_claims_another_epoch_does_not_prevent_a_round_of_parameters(shut_down_at_end):
     nodes, averagers = [], []
@@ -382,6 +384,7 @@ def test_member_that_claims_another_epoch_does_not_prevent_a_round_of_parameters
             torch.testing.assert_close(averaged, torch.full((5000,), 1.0005))
 
 
+@pytest.mark.swarm
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_client_that_joins_every_round_and_is_silent_keeps_only_some_of_them_waiting(shut_down_at_end, monkeypatch):

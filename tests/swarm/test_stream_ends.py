@@ -16,6 +16,9 @@ from src.swarm.allreduce import JudgingAllReduce, _CheckedStub
 from src.swarm.contributions import Judge
 from src.swarm.rounds import LINGER_SECONDS
 
+pytestmark = pytest.mark.swarm
+
+
 NUM_PARTS = 3
 
 

@@ -16,6 +16,9 @@ from src.trainer.hf_trainer import LossMeter
 from src.trainer.local_workers import LocalWorkers
 from tests.swarm.test_join import ONE_THREAD, TRAINER, ending_all, family, still_alive, swarm_arguments
 
+pytestmark = pytest.mark.swarm
+
+
 BATCH, RANKS = 4, 2
 
 
