@@ -12,11 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .activations import get_activation
 from .butterfly import ButterflyMatrix
 from .config import LeanAlbertConfig
 from .linear_cross_entropy import linear_cross_entropy
 from .shared_linear import SharedLinear, SharedMatrix
-from .transformer import LeanTransformer, get_activation
+from .transformer import LeanTransformer
 
 IGNORED_LABEL = -100
 DECODER_WEIGHT = "predictions.decoder.weight"

@@ -4,13 +4,12 @@ import dataclasses
 import math
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
+from .activations import FUSED_GELU, is_known
 from .recompute import LEVELS
 
 # Written by earlier releases of the pretraining code; they never influenced the computation.
 LEGACY_OPTIONS = ("inner_group_num", "num_memory_blocks")
-FUSED_GELU = "gelu_fused"
 POSITIVE_OPTIONS = (
     "hidden_size",
     "num_hidden_layers",
@@ -143,7 +142,7 @@ class LeanAlbertConfig(PreTrainedConfig):
             self._require(name, _is_number(getattr(self, name)) and 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         self._check_shapes()
         self._check_sharing()
-        known = self.hidden_act == FUSED_GELU or self.hidden_act in ACT2FN
+        known = is_known(self.hidden_act)
         self._require("hidden_act", known, f'must be "{FUSED_GELU}" or the name of a transformers activation')
         self._require("activation_memory", self.activation_memory in LEVELS, f"must be one of {LEVELS}")
         kinds = ("rotary", "absolute")

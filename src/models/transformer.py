@@ -2,19 +2,14 @@
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
+from .activations import get_activation
 from .attention import LeanSelfAttention
 from .butterfly import ButterflyMatrix
-from .config import FUSED_GELU
 from .ffn import LeanFFN
 from .recompute import checkpointed
 from .rotary import rotary_cos_sin
 from .shared_linear import SharedLinear, SharedMatrix, shared_matrix_index
-
-
-def get_activation(name):
-    return ACT2FN["gelu_pytorch_tanh" if name == FUSED_GELU else name]
 
 
 class LeanBlock(nn.Module):
