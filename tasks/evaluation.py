@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from src.files import write_atomically
 from tasks.finetuning import report
 from tasks.finetuning.backbone import Pretrained, max_positions
 from tasks.finetuning.base import FinetuningTask
@@ -110,7 +111,7 @@ def finetune(
     rows = run_missing_seeds(experiment, num_seeds=num_seeds, report_to=report_to)
     majority = benchmark.majority_scores()
     table = report.score_table(task, rows, majority, model=pretrained.name)
-    (experiment.directory / "scores.txt").write_text(table + "\n", encoding="utf-8")
+    write_atomically(experiment.directory / "scores.txt", table + "\n")
     picture = report.plot_scores(task, rows, majority, experiment.directory / "dev.png")
     print(f"\n{table}\n  curves: {picture}\n")
     best = best_row(rows, task.main_metric)

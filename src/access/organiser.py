@@ -22,6 +22,7 @@ from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
 from src.access.keys import create_key, fingerprint, load_key, public_key_of
 from src.access.tokens import REVOCATIONS_FILE, sign_revocations, sign_token, write_token_file
+from src.files import write_atomically
 
 DAY = 86_400.0
 MIN_DAYS, MAX_DAYS = 0.001, 36_500
@@ -114,9 +115,7 @@ class Office:
         serial, fingerprints = self.revoked()
         fingerprints |= {record["fingerprint"] for record in issued if record["name"] in names}
         signed = sign_revocations(self.key(), run_id=self.run_id, serial=serial + 1, fingerprints=sorted(fingerprints))
-        aside = self.revocations_file.with_suffix(".part")
-        aside.write_bytes(signed)
-        aside.replace(self.revocations_file)
+        write_atomically(self.revocations_file, signed)
         return len(fingerprints)
 
     def _read_token(self, name: str) -> dict | None:

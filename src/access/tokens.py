@@ -9,6 +9,8 @@ from pathlib import Path
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.crypto import RSAPrivateKey, RSAPublicKey
 
+from src.files import write_atomically
+
 EXPIRED, REVOKED = "has expired", "was revoked"
 REVOCATIONS_FILE = "revoked.txt"  # looked for beside the token
 
@@ -59,4 +61,4 @@ def write_token_file(path: Path, token: AccessToken, organiser: RSAPublicKey) ->
         "token": base64.b64encode(token.SerializeToString()).decode(),
         "organiser": organiser.to_bytes().decode(),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

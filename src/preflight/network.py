@@ -7,6 +7,9 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hivemind
+
+from arguments import PeerArguments
 from src.access.membership import load_identity
 from src.preflight.check import FAILED, OK, WARNING, Check, attempt
 from src.swarm.dht import start_dht, visible_addresses
@@ -155,7 +158,7 @@ def describe_speed(speed: Speed | None, way: str, given) -> Check:
     return Check("bandwidth", OK, found + ("" if given else f"; use --bandwidth {speed.bandwidth:.0f}, or auto"))
 
 
-def join(peer):
+def join(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
     """As the run would, in a private one with this peer's token; but a key that the run would make is not made here."""
     if peer.token_file is None and peer.identity_path and not Path(peer.identity_path).expanduser().exists():
         peer = copy.copy(peer)
@@ -163,7 +166,7 @@ def join(peer):
     return start_dht(peer, load_identity(peer))
 
 
-def check_run_card(dht, peer, owner: bytes, card: dict[str, str]) -> Check:
+def check_run_card(dht, peer: PeerArguments, owner: bytes, card: dict[str, str]) -> Check:
     """Whether the run would take this peer: all settings that peers must have in common."""
     found = RunCard(dht, peer.run_id, owner, card, initial_peers=peer.initial_peers).differences()
     if found:
@@ -171,7 +174,7 @@ def check_run_card(dht, peer, owner: bytes, card: dict[str, str]) -> Check:
     return Check("settings of the run", OK, "as those of the other peers")
 
 
-def check_network(peer, say: Callable[[Check], None], card: dict[str, str] | None = None) -> None:
+def check_network(peer: PeerArguments, say: Callable[[Check], None], card: dict[str, str] | None = None) -> None:
     """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would."""
     listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
     knocks = [check_initial_peer(address) for address in peer.initial_peers]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from arguments import PeerArguments
 from src.preflight.check import FAILED, WARNING, Check, attempt
 from src.preflight.machine import (
     Workload,
@@ -21,7 +22,7 @@ from src.preflight.network import check_network
 
 
 def run_checks(  # noqa: PLR0913 (what the two programs differ in)
-    peer,
+    peer: PeerArguments,
     *,
     output_dir: str,
     device: torch.device,

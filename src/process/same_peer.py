@@ -8,10 +8,11 @@ import json
 
 import hivemind
 
+from arguments import PeerArguments
 from src.process.sockets import socket_directory
 
 
-def take_up_identity(peer) -> None:
+def take_up_identity(peer: PeerArguments) -> None:
     """Let a peer without ``--identity_path`` have the key, and one with any free port the port, of its earlier life."""
     if peer.identity_path is None:
         peer.identity_path = str(socket_directory() / "identity.key")
@@ -20,7 +21,7 @@ def take_up_identity(peer) -> None:
         peer.host_maddrs = json.loads(listening.read_text(encoding="utf-8"))
 
 
-def keep_ports(peer, dht: hivemind.DHT) -> None:
+def keep_ports(peer: PeerArguments, dht: hivemind.DHT) -> None:
     """Write down where this peer listens, for its next life."""
     visible = [] if peer.client_mode or peer.announce_maddrs else map(str, dht.get_visible_maddrs())
     ports = {address.split("/")[4] for address in visible if address.split("/")[3] == "tcp"}

@@ -13,6 +13,7 @@ from pathlib import Path
 import hivemind
 import torch
 
+from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.membership import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
@@ -88,7 +89,7 @@ def join_run(
     tokenizer,
     settings: dict,
     *,
-    peer,
+    peer: PeerArguments,
     trainer: bool,
     say: Callable[[str], None],
 ) -> Node:
@@ -114,9 +115,9 @@ def start_averaging(
     model: torch.nn.Module,
     metrics_path: Path,
     *,
-    peer,
-    collaboration,
-    training,
+    peer: PeerArguments,
+    collaboration: CollaborationArguments,
+    training: HFTrainerArguments,
     auxiliary: bool = False,
 ) -> tuple[Swarm, Journal]:
     """Start this peer's averagers and open its metrics file, see `record_start`.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from src.files import write_atomically
 from src.models import load_tokenizer
 from tasks.finetuning.backbone import Pretrained, build_encoder
 from tasks.finetuning.base import FinetuningTask
@@ -86,7 +87,7 @@ class Experiment:
         }
         self.pretrained.config.save_pretrained(directory)
         self.pretrained.tokenizer.save_pretrained(directory)
-        (directory / RUN_FILE).write_text(json.dumps(row, ensure_ascii=False, indent=1), encoding="utf-8")
+        write_atomically(directory / RUN_FILE, json.dumps(row, ensure_ascii=False, indent=1))
         self.ledger.append(row)
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         (directory / MEMORY_FILE).unlink(missing_ok=True)

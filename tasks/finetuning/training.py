@@ -16,6 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from src.files import write_atomically
 from tasks.finetuning.base import FinetuningTask
 from tasks.finetuning.console import InputError
 from tasks.finetuning.encoding import EncodedSplit
@@ -233,7 +234,7 @@ def fit_seed(
         )
         shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MEMORY_FILE).write_text(json.dumps([batch_size, grad_acc_steps]))
+        write_atomically(directory / MEMORY_FILE, json.dumps([batch_size, grad_acc_steps]))
 
 
 def _read_batch(directory: Path, settings: Settings) -> tuple[int, int]:
