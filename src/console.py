@@ -4,8 +4,6 @@ import logging
 import os
 import warnings
 
-import transformers
-
 
 def quiet_libraries(*told: str) -> None:
     """Only errors from the libraries: what matters in their warnings is reported by this project in its own words.
@@ -24,7 +22,9 @@ def quiet_libraries(*told: str) -> None:
         if variable not in os.environ:  # the library's own switch, for whoever wants to see it try again
             os.environ[variable] = "error"  # read when it is imported, which may be still to come
             logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    from transformers.utils import logging as transformers_logging  # takes seconds, and --help needs it not
+
+    transformers_logging.disable_progress_bar()
     if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

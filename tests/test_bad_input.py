@@ -164,7 +164,7 @@ def trainer_cases() -> list[Case]:
         ("truncated archive", f"{SOURCE} a.jsonl.gz", ("a.jsonl.gz", "not a complete gzip file"),
          {"a.jsonl.gz": gzip.compress(b'{"text": "abc"}\n' * 99)[:-20]}),
         ("not a parquet file", f"{SOURCE} a.parquet", ("a.parquet", "not a parquet file"), {"a.parquet": "x" * 99}),
-        ("data set of the hub without network", f"{SOURCE} nobody/nothing:ru", ("nobody/nothing:ru", "neither")),
+        ("data set of the hub without network", f"{SOURCE} nobody/nothing:ru", ("nobody/nothing:ru", "no local file", "HF_ENDPOINT")),
         ("two weights for one source", f"{SOURCE} a.txt --dataset_weights 1 2", ("2 dataset weights", "1 dataset so"),
          {"a.txt": CYRILLIC}),
         ("negative weight", f"{SOURCE} a.txt --dataset_weights -1", ("dataset weights", "negative"),

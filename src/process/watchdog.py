@@ -24,6 +24,7 @@ from src.process.supervisor import DIED, START_AGAIN, children_of, kill_descenda
 
 logger = logging.getLogger(__name__)
 
+DAEMON = "the network daemon, p2pd,"
 POLL_SECONDS = 0.25
 STOPPED_SECONDS = 60.0  # a process that is stopped (SIGSTOP) may go on; after so long it counts as dead
 END_SECONDS = 40.0  # for the backup, once a process has died
@@ -53,7 +54,7 @@ def watch(name: str, pid: int, ask: Callable[[], object] | None = None) -> None:
 def watch_daemon(parent: int) -> None:
     """The same for p2pd, the child of the DHT's process."""
     daemons = [pid for pid in children_of(parent) if _status(pid)[0].startswith("p2pd")]
-    watch("the network daemon, p2pd,", daemons[0] if daemons else 0)
+    watch(DAEMON, daemons[0] if daemons else 0)
 
 
 def _status(pid: int) -> tuple[str, str]:
@@ -161,7 +162,8 @@ class Watchdog(threading.Thread):
                 try:
                     descriptor = os.pidfd_open(pid)
                 except OSError:
-                    self._ended.append(name)
+                    if self.asks or name == DAEMON:  # else it may have ended by itself, see `_has_died`
+                        self._ended.append(name)
                     continue
                 self._names[descriptor] = name
                 self._poll.register(descriptor, select.POLLIN)
@@ -185,7 +187,8 @@ class Watchdog(threading.Thread):
         asked_at = None
         while True:
             self._open_new_ones()
-            ended = self._ended + [self._names[descriptor] for descriptor, _ in self._poll.poll(1000 * POLL_SECONDS)]
+            ready = [descriptor for descriptor, _ in self._poll.poll(1000 * POLL_SECONDS)]
+            ended = self._ended + [self._names[descriptor] for descriptor in ready if self._has_died(descriptor)]
             if self.stop.is_set() and asked_at is None:
                 asked_at = time.monotonic()
             with self._lock:
@@ -200,6 +203,14 @@ class Watchdog(threading.Thread):
                         self._end(f"{name} {objection}")
                 if asked_at is not None and self.is_late(time.monotonic() - asked_at):
                     self._give_up_the_batch()
+
+    def _has_died(self, descriptor: int) -> bool:
+        """Not if it has ended by itself, as the DHT's process does when it cannot start: the main thread hears why."""
+        try:
+            status = os.waitid(os.P_PIDFD, descriptor, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+        except ChildProcessError:  # it is p2pd, no child of this process, or the main thread has waited for it
+            return self.asks or self._names[descriptor] == DAEMON
+        return status is None or (status.si_code, status.si_status) != (os.CLD_EXITED, 0)
 
     def _stopped_too_long(self) -> str | None:
         now = time.monotonic()

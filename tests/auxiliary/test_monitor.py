@@ -37,7 +37,7 @@ def test_monitor_sums_up_an_epoch_by_forward_passes():
                                    samples_per_second=3.0, alive_peers=2, failed_rounds=1)  # fmt: skip
     assert describe(summary) == (
         "epoch 3  loss 4.000 (words 3.400, order 0.600)  2 trainers, 50 samples, 3.0/s, "
-        "1 rounds of averaging not complete"
+        "1 round of averaging not complete"
     )
 
 

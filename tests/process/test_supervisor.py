@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-from supervisor import install_stop_handler, run_supervised
+from src.process.supervisor import install_stop_handler, run_supervised
 
 folder = Path(sys.argv[1])
 
@@ -106,9 +106,7 @@ class Program:
         text = PROGRAM.replace("BODY", body).replace("GRACE", str(grace_seconds))
         self.script.write_text(text.replace("BACK_OFF", str(back_off)))
         self.command = [sys.executable, str(self.script), str(folder)]
-        # `import src` loads torch and transformers, which takes seconds: import the module from its own folder
-        paths = REPOSITORY / "src" / "training", REPOSITORY
-        self.environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, paths)))
+        self.environment = dict(os.environ, PYTHONPATH=str(REPOSITORY))
         self.process = None
 
     def run(self, **options):

@@ -366,7 +366,13 @@ class ReportingFakeAverager(RoundReporting, FakeAverager):
         runner = asyncio.Future(loop=asyncio.new_event_loop())
         container = SimpleNamespace(failed_size=failed_size, total_size=1000)
         runner.set_result(
-            SimpleNamespace(tensor_part_container=container, banned_senders=set(banned), refused=tuple(refused))
+            SimpleNamespace(
+                tensor_part_container=container,
+                banned_senders=set(banned),
+                refused=tuple(refused),
+                ignored=frozenset(),
+                kept_waiting=(),
+            )
         )
         self._running_groups = {b"group": runner}
 

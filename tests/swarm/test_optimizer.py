@@ -216,7 +216,8 @@ def bare_optimizer(num_peers: int) -> LeanOptimizer:
     """An optimizer without processes whose epoch is about to end."""
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid = None  # hivemind's __del__ leaves it alone
-    optimizer.grad_averager, optimizer.state_averager = SimpleNamespace(), SimpleNamespace()
+    optimizer.grad_averager = SimpleNamespace()
+    optimizer.state_averager = SimpleNamespace(_update_scheduler=lambda: None)
     optimizer.tracker = SimpleNamespace(
         global_progress=SimpleNamespace(num_peers=num_peers), estimated_next_update_time=0.0, global_epoch=0
     )

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-import run_trainer
-from src.trainer import hf_trainer
+from src.trainer import build, hf_trainer
 from src.trainer.hf_trainer import StoppableLoader, StoppedWaiting
 from tasks.mlm.text_errors import TextError
 from tests.reference.fake_swarm import FakeOptimizer, make_trainer, tiny_items, tiny_model
@@ -94,14 +93,14 @@ def test_loader_still_takes_a_batch_that_comes_right_after_a_stop():
 def test_trainer_without_text_writes_a_backup_and_ends(tmp_path, monkeypatch, capfd, end, num_workers, code, said):
     monkeypatch.setattr(hf_trainer, "STOP_PATIENCE_SECONDS", 0.5)
     deadlines = []
-    monkeypatch.setattr(run_trainer, "start_deadline", deadlines.append)
+    monkeypatch.setattr(build, "start_deadline", deadlines.append)
     optimizer = FakeOptimizer(tiny_model())
     trainer, callback = make_trainer(tmp_path, optimizer, dataloader_num_workers=num_workers)
     trainer.train_dataset = Text(tiny_items(12), end)
     assert callback.stop is trainer.stop
     if end is hang:
         threading.Timer(3.0, trainer.stop.set).start()
-    assert run_trainer.train(trainer, callback.report.progress) == code
+    assert build.train(trainer, text_error=TextError, say=callback.say) == code
     assert len(optimizer.steps) == 3, "what was read before is used"
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL, "data workers are killed when the trainer leaves"
     assert (tmp_path / "backup.pth").exists() and trainer.stop.is_set() and len(deadlines) == 1

@@ -550,7 +550,7 @@ FINAL = {
 
 @pytest.fixture(params=[1, 8], ids=["one shard", "eight shards"])
 def hub_source(request, monkeypatch):
-    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(hub_text.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(hub_text, "MAX_SKIPPED_DOCUMENTS", 20)
     monkeypatch.setattr(Trouble, "errors", {})
     shards = [TEXTS[number :: request.param] for number in range(request.param)]
@@ -584,7 +584,7 @@ def test_hub_that_refuses_is_one_line(hub_source, caplog, kind):
 
 def test_hub_that_never_answers_is_given_up(hub_source, monkeypatch):
     clock = itertools.count(0.0, 50.0)
-    monkeypatch.setattr(sources.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(hub_text.time, "monotonic", lambda: next(clock))
     Trouble.errors = {TEXTS[25]: [refused(500) for _ in range(1000)]}
     with pytest.raises(text_errors.TextError, match=r"has not answered for 6[05]0 s"):
         read_once(hub_source)
