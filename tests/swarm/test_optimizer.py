@@ -441,7 +441,8 @@ def test_patience_leaves_time_for_a_round_after_a_whole_search(matchmaking_time,
 def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
     optimizer, seen = LeanOptimizer.__new__(LeanOptimizer), []
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
-    optimizer.state_averager, optimizer.scheduled_state = SimpleNamespace(local_epoch=4), None
+    optimizer.state_averager = SimpleNamespace(local_epoch=4, _update_scheduler=lambda: None)
+    optimizer.scheduled_state = None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience(10.0))
     optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True, is_apart=False)
     # what hivemind does first is to wait for them
