@@ -29,7 +29,7 @@ def step(model, batch_size):
 def status(field):
     return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
-small = {**options, "vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+small = {**options, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
 step(LeanAlbertForPreTraining(LeanAlbertConfig(**small)).train(), 1)  # libraries, their workspaces
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
 before = status("VmRSS")
@@ -43,6 +43,12 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
 def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(level):
     options = {**OPTIONS, "vocab_size": 5000, "sparse_prediction": True, "activation_memory": level}
+    measured = min(measure(options) for _ in range(2))  # whatever else happens in a process only adds to it
+    predicted = predict_memory(LeanAlbertConfig(**options), batch_size=16, length=256).device
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def measure(options: dict) -> int:
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps([options, 16, 256])],
         cwd=ROOT,
@@ -53,8 +59,7 @@ def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(level):
         check=True,
         timeout=250,
     )
-    predicted = predict_memory(LeanAlbertConfig(**options), batch_size=16, length=256).device
-    assert predicted == pytest.approx(int(result.stdout), rel=0.1)
+    return int(result.stdout)
 
 
 @pytest.mark.gpu
