@@ -165,6 +165,8 @@ class HeldOut(Record):
     loss: float | None = None
     accuracy: float | None = None  # share of masked tokens predicted
     order_accuracy: float | None = None  # share of sentence orders predicted
+    unigram_entropy: float | None = None  # nats; the plateau of a model that ignores the context
+    num_masked: int = 0  # tokens
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
         assert sum("p2pd" in process.name() for process in processes) == 3
         for trainer in trainers:
             assert trainer.process.wait(240) == 0, trainer.output()
-        auxiliary.wait_for_line(r"epoch 8 on held-out text: loss \d", timeout=60)
+        auxiliary.wait_for_line(r"epoch 8 on held-out text: masked-token loss \d", timeout=60)
         auxiliary.wait_for_line("evaluate it with", timeout=30)
         assert auxiliary.stop() == 0, auxiliary.output()
         assert not still_alive(processes, timeout=10)
