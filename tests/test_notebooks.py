@@ -37,6 +37,7 @@ def run_notebook(name: str, folder: Path, monkeypatch, **variables: str) -> str:
     return "\n".join(texts)
 
 
+@pytest.mark.swarm
 @pytest.mark.timeout(420)
 def test_notebook_joins_a_swarm_as_a_client(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
