@@ -1,4 +1,4 @@
-"""Who may import whom (see "Layout" in the README), and that the models need nothing but torch and transformers."""
+"""Who may import whom (see docs/architecture.md), and that the models need nothing but torch and transformers."""
 
 import ast
 import subprocess

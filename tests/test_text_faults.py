@@ -76,7 +76,7 @@ def hub(tmp_path):
     """A stand-in of the hub for the real clients: its address, and a function that lets requests fail."""
     folder = Path(os.environ.get("LEANALBERT_SHARED", "")) / "cases" / "hub"
     if not (folder / "hub.py").is_file():
-        pytest.skip("needs the stand-in of the hub")
+        pytest.skip("needs the stand-in of the hub: set LEANALBERT_SHARED to the folder that holds cases/hub")
     root = tmp_path / "root"
     root.mkdir()
     environment = {**os.environ, "PROJECT": str(REPOSITORY)}

@@ -7,7 +7,7 @@ What grew in two demo trainers and an auxiliary peer (`python -m benchmarks.soak
   hours. They are left out of it from the first fork on, and each round is followed by a look, see `rounds`.
 - Main processes of trainers, by 480 MB an hour, slowly less. oneDNN keeps code for each shape that it multiplies, up to
   0.4 MB for each, and the last rows of a batch's masked tokens had another number each time: `linear_cross_entropy`.
-- That of an auxiliary peer, by 18 MB an hour: a report read the whole file of metrics at once, see `history`.
+- That of an auxiliary peer, by 14 to 16 MB an hour: a report read the whole file of metrics at once, see `history`.
 - All: glibc gives each thread an arena of its own, up to eight a core, and returns only the top of each. Buffers that
   one thread allocates and another frees, as in averaging, leave holes in all of them: two arenas, trimmed all the time.
 """

@@ -17,9 +17,7 @@ from src.optim.lamb import CPULAMB8Bit
 from src.optim.parameter_groups import parameter_groups
 from src.optim.schedules import learning_rate_factor
 from src.swarm import hivemind_fixes
-from src.swarm.averagers import (
-    LeanGradientAverager,
-)
+from src.swarm.averagers import LeanGradientAverager
 from src.swarm.compression import gradient_compression, parameter_compression
 from src.swarm.dht import LEAVE_SECONDS
 from src.swarm.matchmaking import Attendance

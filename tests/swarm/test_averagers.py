@@ -765,7 +765,7 @@ def test_step_cancellation_marks_the_step_before_it_wakes_the_averager():
 
 
 def test_blockwise_compression_keeps_the_gradients_of_rare_words():
-    """Rows of an embedding's gradient differ by orders of magnitude; the figures are those in the README."""
+    """Rows of an embedding's gradient differ by orders of magnitude; figures: docs/differences-from-2022.md."""
     generator = torch.Generator().manual_seed(0)
     row_scales = torch.logspace(-4, 0, 8000)[torch.randperm(8000, generator=generator)]
     gradient = torch.randn(8000, 256, generator=generator) * row_scales[:, None]
