@@ -67,8 +67,8 @@ class OwnProcess:
         future.set_result(None)
 
     async def _shutdown(self, timeout: float | None) -> None:
-        try:
-            await super()._shutdown(timeout)
+        try:  # `shutdown` kills the process when the whole of ``timeout`` has passed, and its socket would stay
+            await super()._shutdown(timeout and timeout / 2)
         finally:
             await self._p2p.shutdown()
 
