@@ -34,9 +34,9 @@ from src.files import replaced_directory, settle
 from src.models import albert
 from src.models.albert import LeanAlbertForMaskedLM, LeanAlbertForPreTraining
 from src.models.checkpoint import check_size, give_usual_mode, load_strictly, read_state_dict
-from src.models.config import LeanAlbertConfig
+from src.models.companions import configs_in, places_of, read_config, tokenizers_in
 from src.models.hub import explain_hub_error, give_up_on_silence
-from src.models.tokenizer import OWN_CLASSES, PIPELINE_FILE, SUBFOLDER, has_vocabulary, load_tokenizer
+from src.models.tokenizer import OWN_CLASSES, PIPELINE_FILE, load_tokenizer
 
 PROGRAM = "python -m src.export"
 MODEL_FILE = Path(albert.__file__)
@@ -132,8 +132,13 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     if not path.exists():
         raise ValueError(f"{path}: no such file or directory; {WHAT_TO_PASS}")
     state = read_state_dict(path)
-    loaded = load_tokenizer(tokenizer or find_tokenizer(path))
-    config = read_config(model_config or find_config(path))
+    tokenizers, configs = tokenizers_in(places_of(path)), configs_in(places_of(path))
+    if not (tokenizer or tokenizers):
+        raise ValueError(f"{path}: no tokenizer with it; pass --tokenizer DIRECTORY (or a hub id)")
+    if not (model_config or configs):
+        raise ValueError(f"{path}: no config.json with it; pass --model-config FILE")
+    loaded = load_tokenizer(tokenizer or tokenizers[0])
+    config = read_config(model_config or configs[0])
     num_embeddings = next(iter(state[WORD_EMBEDDINGS].shape), 0) if WORD_EMBEDDINGS in state else 0
     if num_embeddings == len(loaded):  # the published model was resized to its tokenizer before it was trained
         config.vocab_size = num_embeddings
@@ -150,35 +155,6 @@ def open_checkpoint(checkpoint: str, model_config: Path | None, tokenizer: str |
     model = kind(config)
     load_strictly(model, state, source=path)
     return model.eval(), loaded
-
-
-def places_of(path: Path) -> list[Path]:
-    """Where the files may lie that belong to weights: with them, or with the auxiliary peer of the same run."""
-    return [path if path.is_dir() else path.parent, path.resolve().parent.parent / "aux" / "checkpoint"]
-
-
-def find_config(path: Path) -> Path:
-    for place in places_of(path):
-        if (place / "config.json").is_file():
-            return place / "config.json"
-    raise ValueError(f"{path}: no config.json with it; pass --model-config FILE")
-
-
-def find_tokenizer(path: Path) -> str:
-    for place in places_of(path):
-        for directory in (place, place / SUBFOLDER):
-            if has_vocabulary(directory):
-                return str(directory)
-    raise ValueError(f"{path}: no tokenizer with it; pass --tokenizer DIRECTORY (or a hub id)")
-
-
-def read_config(path: Path) -> LeanAlbertConfig:
-    if not path.is_file():
-        raise ValueError(f"--model-config {path}: no such file")
-    try:
-        return LeanAlbertConfig.from_dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
 
 
 def code_files() -> list[Path]:

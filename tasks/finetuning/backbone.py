@@ -22,14 +22,14 @@ from src.models.checkpoint import (
     read_state_dict,
     weight_files,
 )
+from src.models.companions import AUXILIARY_CHECKPOINT, configs_in, places_of, read_config, tokenizers_in
 from src.models.config import refuse_absurd_numbers
 from src.models.hub import STATE_FILE, download_model, explain_hub_error, first_line
-from src.models.tokenizer import has_vocabulary
 
 ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "demo"
-BACKUP_FILE, AUXILIARY_CHECKPOINT = "backup.pth", "aux/checkpoint"
+BACKUP_FILE = "backup.pth"
 # Parts of a path that say what kind of thing it is, not which model.
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -109,9 +109,10 @@ def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str
     """state.pth or backup.pth, which hold weights alone: configuration and tokenizer lie elsewhere."""
     shapes = {name: tuple(value.shape) for name, value in encoder_weights(read_state_dict(path)).items()}
     num_embeddings = next(iter(shapes.get(WORD_EMBEDDINGS, ())), None)
-    tokenizers = [tokenizer] if tokenizer else _nearby(path, "tokenizer")
+    places = [*places_of(path), Path(), DEMO]
+    tokenizers = [tokenizer] if tokenizer else tokenizers_in(places)
     loaded = _first_fitting_tokenizer(tokenizers, num_embeddings, path)
-    configs = [Path(model_config)] if model_config else _nearby(path, "config.json")
+    configs = [Path(model_config)] if model_config else configs_in(places)
     config_path, config = _first_fitting_config(configs, shapes, num_embeddings, len(loaded), path)
     if not model_config:
         notes.append(f"{path} is read with the configuration {config_path} (--model-config)")
@@ -119,17 +120,6 @@ def _from_file(source: str, path: Path, model_config, tokenizer, notes: list[str
         notes.append(f"and the tokenizer {loaded.name_or_path} (--tokenizer)")
     digest = _digest([path], config, loaded)
     return Pretrained(_local_name(path, digest), source, str(path), config, loaded, digest, notes)
-
-
-def _nearby(path: Path, name: str) -> list[Path]:
-    """Where a configuration or a tokenizer may lie: beside the weights, with the run's auxiliary peer, here, demo."""
-    run = path.resolve().parent.parent / AUXILIARY_CHECKPOINT
-    places = [path.parent, run, Path(), DEMO]
-    candidates = [place / name for place in places] if name == "config.json" else []
-    for place in places if name == "tokenizer" else []:
-        candidates += [place, place / name]
-    exists = Path.is_file if name == "config.json" else lambda place: place.is_dir() and has_vocabulary(place)
-    return list(dict.fromkeys(candidate for candidate in candidates if exists(candidate)))
 
 
 def _first_fitting_tokenizer(directories: list, num_embeddings: int | None, path: Path) -> PreTrainedTokenizerBase:
@@ -151,12 +141,7 @@ def _first_fitting_config(
         raise ValueError(f"{checkpoint}: no config.json beside it nor here; pass --model-config FILE")
     configs = []
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"--model-config {path}: no such file")
-        try:
-            config = LeanAlbertConfig.from_json_file(str(path))
-        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path}: not a LeanALBERT configuration ({error})") from error
+        config = read_config(path)
         if num_embeddings == vocabulary_size:
             config.vocab_size = num_embeddings
         configs.append((path, config))
