@@ -4,15 +4,15 @@ Everything comes from files that a run leaves: metrics.jsonl of its peers, runs.
 """
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from src.metrics.svg_chart import Series, chart_file
+
 NUM_CURVE_ROWS = 12
 CURVE_FILE = "learning_curve.svg"
 LARGEST_NUMBER = 1e6  # of epochs and losses
-NUM_CURVE_LINES = 12
 HELD_OUT_SCORES = {"loss": "loss of masked tokens, nats", "accuracy": "accuracy", "order_accuracy": "order accuracy"}
 GROUP_SEPARATOR = "/"  # in names of scores of a part of the records: "mcc/logic/Negation"
 LOADING = """```python
@@ -196,29 +196,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def draw_curve(curve: Sequence[tuple[int, float]], held_out: Sequence[Mapping]) -> str:
     """An SVG picture of the masked-token loss by epoch, with the held-out loss where there is one."""
+    series = [Series("training", curve)]
     points = [(record["epoch"], record["loss"]) for record in held_out if record.get("loss") is not None]
-    epochs, losses = zip(*curve, *points, strict=True)
-    low, high, last = math.floor(min(losses)), math.ceil(max(losses)), max(1, *epochs)
-
-    def place(epoch, loss):
-        return f"{60 + 560 * epoch / last:.1f},{30 + 260 * (high - loss) / max(1, high - low):.1f}"
-
-    def line(series, colour):
-        return f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{" ".join(series)}"/>'
-
-    shapes = ['<rect width="640" height="340" fill="white"/>']
-    for loss in range(low, high + 1, max(1, (high - low) // NUM_CURVE_LINES)):
-        (x, y), (end, _) = place(0, loss).split(","), place(last, loss).split(",")
-        shapes.append(f'<path d="M{x} {y}H{end}" stroke="#ddd"/><text x="50" y="{y}" text-anchor="end">{loss}</text>')
-    shapes += [f'<text x="60" y="310">0</text><text x="620" y="310" text-anchor="end">{last}</text>',
-               '<text x="340" y="330" text-anchor="middle">epoch (global step)</text>',
-               '<text x="60" y="18" fill="#1f5fa8">masked-token loss, nats</text>',
-               line([place(*point) for point in evenly_spaced(curve, 500)], "#1f5fa8")]  # fmt: skip
     if points:
-        shapes += ['<text x="300" y="18" fill="#b4441f">held-out text</text>',
-                   line([place(*point) for point in evenly_spaced(points, 500)], "#b4441f")]  # fmt: skip
-    style = 'viewBox="0 0 640 340" font-family="sans-serif" font-size="13"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {style}>' + "".join(shapes) + "</svg>\n"
+        series.append(Series("held-out text", points, dots=True))
+    return chart_file("masked-token loss, nats", series, x_label="epoch (global step)")
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no library, nothing to load, readable at the width of a phone."""
+"""Line charts as SVG, inline or in a file: no script, no library, nothing to load, readable at the width of a phone."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +8,10 @@ from html import escape
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 30
 MAX_POINTS, MAX_DOTS = 300, 60
+HEAD = 22  # room above a chart that is a file, for title and legend
+COLOURS = ("#2563eb", "#d9480f", "#0f8a5f")
+FILE_STYLE = """text { fill: #5b6570; font: 11px sans-serif } .end { text-anchor: end } .middle { text-anchor: middle }
+.grid { stroke: #dfe3e8 } path { fill: none; stroke-width: 1.8; stroke-linejoin: round } """
 
 Point = tuple[float, float | None]
 
@@ -65,7 +69,45 @@ def line_chart(
     marks: Sequence[tuple[float, str]] = (),
     format_y: Callable[[float], str] = short_number,
 ) -> str:
-    """A figure with title, legend and one line a series; ``marks`` are vertical lines with a tooltip each."""
+    """A figure of a page with title, legend and one line a series; ``marks`` are vertical lines with a tooltip each.
+
+    The page's style gives the classes their colours. Empty if no point is known.
+    """
+    drawn = _draw(series, x_label=x_label, from_zero=from_zero, marks=marks, format_y=format_y)
+    if not drawn:
+        return ""
+    legend = "".join(f'<span><i class="k{n}"></i>{escape(one.name)}</span>' for n, one in enumerate(series, 1))
+    legend += '<span><i class="kmark"></i>failed rounds</span>' if marks else ""
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{drawn}</svg>'
+    return f"<figure><figcaption>{escape(title)}<small>{legend}</small></figcaption>{picture}</figure>"
+
+
+def chart_file(title: str, series: Sequence[Series], *, x_label: str) -> str:
+    """The same chart as a file of its own, in colours that suit a white page. Empty if no point is known."""
+    drawn = _draw(series, x_label=x_label)
+    if not drawn:
+        return ""
+    style = FILE_STYLE + " ".join(f".s{n} {{ stroke: {c} }} .d{n} {{ fill: {c} }}" for n, c in enumerate(COLOURS, 1))
+    legend = "".join(
+        f'<tspan dx="12" style="fill: {colour}">{escape(one.name)}</tspan>'
+        for one, colour in zip(series, COLOURS, strict=False)
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-HEAD} {WIDTH} {HEIGHT + HEAD}"><style>{style}</style>'
+        f'<rect y="{-HEAD}" width="{WIDTH}" height="{HEIGHT + HEAD}" fill="white"/>'
+        f'<text x="{LEFT}" y="-6">{escape(title)}{legend}</text>{drawn}</svg>\n'
+    )
+
+
+def _draw(
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    from_zero: bool = False,
+    marks: Sequence[tuple[float, str]] = (),
+    format_y: Callable[[float], str] = short_number,
+) -> str:
+    """Grid, marks and lines, in a frame of WIDTH by HEIGHT; empty if no point is known."""
     lines = [(number, one, thin_out(one.points)) for number, one in enumerate(series, 1)]
     known = [(x, y) for _, _, points in lines for x, y in points if y is not None]
     if not known:
@@ -81,7 +123,7 @@ def line_chart(
     def at_y(y: float) -> float:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (y - ticks[0]) / (ticks[-1] - ticks[0])
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    parts = []
     for tick in ticks:
         y = at_y(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -102,10 +144,7 @@ def line_chart(
                     tip = f"{escape(one.name)}: {escape(format_y(y))} at {short_number(x)}"
                     where = f'cx="{at_x(x):.1f}" cy="{at_y(y):.1f}"'
                     parts.append(f'<circle class="d{number}" {where} r="3"><title>{tip}</title></circle>')
-    parts.append("</svg>")
-    legend = "".join(f'<span><i class="k{number}"></i>{escape(one.name)}</span>' for number, one, _ in lines)
-    legend += '<span><i class="kmark"></i>failed rounds</span>' if marks else ""
-    return f"<figure><figcaption>{escape(title)}<small>{legend}</small></figcaption>{''.join(parts)}</figure>"
+    return "".join(parts)
 
 
 def _path(points: Sequence[Point], at_x, at_y, *, steps: bool) -> str:

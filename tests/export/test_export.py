@@ -222,6 +222,9 @@ def ledger(tmp_path, checkpoint) -> Path:
     return write_lines(tmp_path / "runs.jsonl", rows)
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
 def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_path):
     aux = [{"event": "swarm_epoch", "epoch": e, "mlm_loss": 7.0 - e / 100} for e in (1, 2, 300)]
     aux += [{"event": "held_out", "epoch": e, "loss": 5.0 - e, "accuracy": 0.25, "order_accuracy": 0.5} for e in (1, 2)]
@@ -240,9 +243,10 @@ def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_pat
     assert "| RCB | f1 0.500 ± 0.354 | 2 |" in card, "the newest settings, mean and deviation over seeds"
     assert "| TERRa | accuracy 0.625 | 1 |" in card, "not the score of another model"
     picture = xml.etree.ElementTree.parse(tmp_path / "lean" / "learning_curve.svg").getroot()
-    lines = [element.get("points").split() for element in picture.iter("{http://www.w3.org/2000/svg}polyline")]
+    lines = [element.get("d").replace("M", "L").split("L")[1:] for element in picture.iter(f"{SVG}path")]
     assert [len(line) for line in lines] == [3, 2]
-    assert lines[0][-1] == "620.0,225.0", "4 on a scale from 7 (30 below the top) to 3 (290)"
+    assert lines[0][-1] == "348.0 137.5", "4 on a scale from 7 (10 below the top) to 3 (180)"
+    assert "".join(picture.find(f"{SVG}text").itertext()) == "masked-token loss, natstrainingheld-out text"
 
 
 @pytest.mark.parametrize("odd", ["1e308", "NaN", "1" * 400, '"x"', "[]", "null", "0"])
