@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -53,6 +55,7 @@ from src.swarm.rounds import (
     RoundReporting,
     _FailureCollector,
 )
+from src.trainer.epoch_report import explain
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SHAPES = ((300, 256), (17,))  # one above and one below the size from which tensors travel in eight bits
@@ -330,6 +333,50 @@ def test_who_is_refused_hears_of_it_at_once_and_with_the_reason(two_nodes, shut_
         assert "disliked" in reason and other.peer_id.to_base58() in reason
     with averagers[0].get_tensors() as (tensor,):
         assert float(tensor.max()) <= 1.5 and float(tensor.min()) == 1.0, "its own values stand in for the other's"
+
+
+class FailingJudge(Judge):
+    """Of a peer that fails when it is to average what it was sent; ``fail()`` is called in the averager's process."""
+
+    def __init__(self, fail):
+        super().__init__(max_weight=1.0)
+        self.fail = fail
+
+    def combine(self, *args, **kwargs):
+        self.fail()
+        return super().combine(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("fail", "explanation"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "ended"),
+        (lambda: time.sleep(20), "in time: it is overloaded or stopped"),
+    ],
+    ids=["it is killed", "it stands still"],
+)
+def test_hivemind_log_of_a_failure_is_understood(two_nodes, shut_down_at_end, temporary_directory, fail, explanation):
+    """`explain` reads hivemind's own words, which a new release may change."""
+    averagers = []
+    for number, node in enumerate(two_nodes):
+        options = averager_options(f"failing_{explanation[:5]}", NoCompression()) | {"start": False}
+        options.update(part_size_bytes=2000, sender_timeout=3.0, reducer_timeout=4.0)
+        averager = PlainAverager([torch.full((300_000,), float(number))], node, **options)
+        averager.judge = FailingJudge(fail) if number == 1 else Judge(max_weight=1.0)
+        sockets = set(temporary_directory.glob("p2pclient-*"))
+        averager.run_in_background(await_ready=True)
+        averagers.append(averager)
+    shut_down_at_end(averagers[0])
+    steps = [averager.step(wait=False, timeout=15, allow_retries=False) for averager in averagers]
+    with contextlib.suppress(Exception):
+        steps[0].result(30)
+    averagers[1].kill()
+    averagers[1].join(10)
+    for left in set(temporary_directory.glob("p2pclient-*")) - sockets:
+        left.unlink()
+    reasons = {reason: explain(reason) for one in reported_rounds(averagers[0]) for reason in one.reasons}
+    assert reasons and all(text != reason for reason, text in reasons.items()), reasons
+    assert any(explanation in text for text in reasons.values()), reasons
 
 
 class GroupThatDoesNotEnd:
