@@ -25,11 +25,17 @@ SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running",
                   "two_nodes"}  # fmt: skip
 
 
+# Files of a minute each, more or less. They come first, so that no worker is left alone with one of them at the end.
+LONG_FILES = ["test_bad_input.py", "test_watchdog.py", "test_finetune_scripts.py", "test_supervisor.py",
+              "test_transformer.py", "test_readme.py", "test_memory.py", "test_overfit.py"]  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SWARM_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("swarm")
+    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else len(LONG_FILES))
 
 
 def _directory_or_skip(path: Path, what: str) -> Path:

@@ -43,8 +43,10 @@ print(status("VmHWM") - before)
 @pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
 def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(level):
     options = {**OPTIONS, "vocab_size": 5000, "sparse_prediction": True, "activation_memory": level}
-    measured = min(measure(options) for _ in range(2))  # whatever else happens in a process only adds to it
     predicted = predict_memory(LeanAlbertConfig(**options), batch_size=16, length=256).device
+    measured = measure(options)
+    if measured > predicted / 0.9:  # whatever else happens in a process only adds to it: not twice
+        measured = measure(options)
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
