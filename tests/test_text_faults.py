@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from arguments import DEMO
+from tests.reference.hub import TOKEN, start_hub
 
 REPOSITORY = DEMO.parent
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
@@ -74,24 +74,9 @@ def test_files_that_are_cut_in_the_middle_of_a_run(tmp_path, num_workers):
 @pytest.fixture
 def hub(tmp_path):
     """A stand-in of the hub for the real clients: its address, and a function that lets requests fail."""
-    folder = Path(os.environ.get("LEANALBERT_SHARED", "")) / "cases" / "hub"
-    if not (folder / "hub.py").is_file():
-        pytest.skip("needs the stand-in of the hub: set LEANALBERT_SHARED to the folder that holds cases/hub")
-    root = tmp_path / "root"
-    root.mkdir()
-    environment = {**os.environ, "PROJECT": str(REPOSITORY)}
-    subprocess.run([sys.executable, folder / "seed.py", root], env=environment, check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, folder / "hub.py", str(port), root])
-    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_TOKEN": "hf_dummy", "HF_HUB_DISABLE_XET": "1"}
-    try:
-        time.sleep(2)
-        yield variables | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}, (root / "mode").write_text
-    finally:
-        server.kill()
-        server.wait()
+    with start_hub(tmp_path) as server:
+        variables = {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+        yield variables | {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}, server.fail
 
 
 @pytest.mark.parametrize(("fault", "num_workers"), [("403", 0), ("404", 2)])
