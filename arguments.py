@@ -248,6 +248,9 @@ class AuxiliaryPeerArguments(PeerArguments):
     eval_batches: int = option(
         16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.", topic=SERVICE
     )
+    eval_margin: float = option(
+        0.1, "Say so when a checkpoint's held-out loss is more than this above the best one's, in nats.", topic=SERVICE
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -255,6 +258,7 @@ class AuxiliaryPeerArguments(PeerArguments):
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
         check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
                        "report_interval")  # fmt: skip
+        check_range(self, 0, math.inf, "eval_margin")
         if self.eval_sources and not self.store_checkpoints:
             raise ValueError("--eval_sources needs --store_checkpoints: stored checkpoints are what is scored")
         if self.upload_interval is not None:

@@ -61,6 +61,7 @@ DEFAULTS = {
         "repo_url": None,
         "eval_sources": [],
         "eval_batches": 16,
+        "eval_margin": 0.1,
         "report_interval": 120.0,
     },
     CollaborationArguments: {
@@ -392,6 +393,7 @@ AUXILIARY_CONTRADICTIONS = {
     "--run_id a --refresh_period 0": "--refresh_period must be positive",
     "--run_id a --assist_refresh 0": "--assist_refresh must be positive",
     "--run_id a --save_checkpoint_epoch_interval 0": "--save_checkpoint_epoch_interval must be positive",
+    "--run_id a --eval_margin -1": "--eval_margin -1.0: must not be negative",
     "--run_id a --dataset_sources x": "unknown arguments: --dataset_sources x",
 }
 
