@@ -19,11 +19,18 @@ from arguments import (
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.models.memory import predict_memory
 from src.optim.schedules import learning_rate, sequence_length
+from src.preflight.machine import (
+    AUXILIARY_COPIES,
+    GPU_LIBRARY_BYTES,
+    LIBRARY_BYTES,
+    SHARED_COPIES,
+    TRAINER_COPIES,
+)
+from src.swarm.compression import EIGHT_BIT_THRESHOLD
 
 RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").iterdir())
 KINDS = {"trainer": TrainerPeerArguments, "aux": AuxiliaryPeerArguments}
 TEXT = ["--dataset_sources", "texts/*.txt"]
-# Where a recipe is one of ours, its flags are lines of these files; comments are not.
 PUBLISHED = {
     "target_batch_size": 16384, "total_steps": 15625, "warmup_steps": 3125, "num_zero_lr_steps": 50,
     "learning_rate": 2.5e-3, "initial_sequence_length": 256, "max_sequence_length": 2048,
@@ -126,6 +133,54 @@ def test_published_model_is_a_recipe_with_the_published_schedule():
     groups = parse("ruleanalbert", "trainer")
     found = {name: getattr(group, name) for name in PUBLISHED for group in groups if hasattr(group, name)}
     assert found == PUBLISHED
+
+
+def figures(recipe: str) -> dict[str, str]:
+    """What docs/recipes.md says of a recipe, from the recipe itself."""
+    _, collaboration, training = parse(recipe, "trainer")
+    config = config_of(recipe)
+    config.sparse_prediction = True
+    config.activation_memory = training.activation_memory or config.activation_memory
+    batch, length = training.per_device_train_batch_size, training.max_sequence_length
+    memory = predict_memory(config, batch_size=batch, length=length)
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters()]
+    # gradients in 8 bits, small ones in 16, every epoch; parameters in 16 bits now and then
+    sent = sum(size if size >= EIGHT_BIT_THRESHOLD else 2 * size for size in sizes)
+    sent += 2 * sum(sizes) / collaboration.average_state_every
+    samples = training.total_steps * collaboration.target_batch_size
+    of_machine = memory.optimizer + TRAINER_COPIES * memory.parameters + LIBRARY_BYTES
+    return {
+        "parameters": f"{sum(sizes) / 1e6:.1f} million",
+        "batch of a trainer": f"{batch} x {length} tokens",
+        "GPU memory of a trainer": f"{(memory.device + GPU_LIBRARY_BYTES) / 1e9:.1f} GB",
+        "and of its machine": f"{of_machine / 1e9:.1f} GB",
+        "memory of a trainer without a GPU": f"{(memory.device + of_machine) / 1e9:.1f} GB",
+        "memory of an auxiliary peer": f"{auxiliary_bytes(memory) / 1e9:.1f} GB",
+        "shared memory of each": f"{SHARED_COPIES * memory.parameters / 1e9:.1f} GB",
+        "sent in an epoch, and received: client": f"{sent / 1e6:.0f} MB",
+        "the same, one that can be reached": f"up to {2 * sent / 1e6:.0f} MB",
+        "samples a second to end in 7 days": f"{samples / 7 / 86400:.0f}",
+        "in 30 days": f"{samples / 30 / 86400:.0f}",
+        "in 90 days": f"{samples / 90 / 86400:.0f}",
+    }
+
+
+def auxiliary_bytes(memory) -> float:
+    return (
+        memory.optimizer + memory.parameters + memory.gradients + AUXILIARY_COPIES * memory.parameters + LIBRARY_BYTES
+    )
+
+
+def test_page_of_the_recipes_states_what_they_give():
+    page = (REPOSITORY / "docs" / "recipes.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    order = ["small", "base", "ruleanalbert"]
+    of = {recipe: figures(recipe) for recipe in order}
+    expected = {name: [of[recipe][name] for recipe in order] for name in of["small"]}
+    assert {name: cells for name, *cells in rows if name in expected} == expected, "\n".join(
+        f"| {name} | {' | '.join(cells)} |" for name, cells in expected.items()
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

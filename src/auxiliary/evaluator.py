@@ -11,7 +11,7 @@ from src.auxiliary.checkpoints import CheckpointStore, refuse_foreign_directory
 from src.files import replaced_directory
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, records_in
-from src.metrics.records import HeldOut
+from src.metrics.records import HeldOut, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -67,19 +67,16 @@ class Evaluator(threading.Thread):
             except OSError as error:  # such as a full disk; shutil's holds a list of them
                 self.progress.say(f"epoch {epoch} is the best so far, but cannot be kept in {self.best_path}: {error}")
         elif not loss <= self.best_loss + self.margin:  # NaN, too
+            kept = f", kept in {self.best_path}" if self.best_path.is_dir() else ""
             self.progress.say(
                 f"WORSE: the held-out loss of epoch {epoch} is {loss - self.best_loss:.3f} above the best, "
-                f"{self.best_loss:.3f} at epoch {self.best_epoch} (--eval_margin {self.margin:g}), which is kept in "
-                f"{self.best_path}; what to do: docs/operate.md"
+                f"{self.best_loss:.3f} at epoch {self.best_epoch}{kept} (--eval_margin {self.margin:g}); what to do: "
+                "docs/operate.md"
             )
 
 
 def best_score(journal: Journal) -> tuple[float, int]:
     """The least held-out loss that a metrics file tells of, and its epoch; (inf, 0) without one."""
-    records = (record for record in records_in(journal.path) if isinstance(record, dict))
-    scores = [
-        (record["loss"], record["epoch"])
-        for record in records
-        if record.get("event") == "held_out" and isinstance(record.get("loss"), (int, float))
-    ]
-    return min(scores, default=(math.inf, 0))
+    found = filter(None, map(read_record, records_in(journal.path)))
+    scores = (record for _, record in found if isinstance(record, HeldOut) and record.loss is not None)
+    return min(((score.loss, score.epoch) for score in scores), default=(math.inf, 0))
