@@ -2,6 +2,9 @@
 
 Every field is a flag. A line of the form ``@FILE`` on the command line reads more flags from that file (written as in a
 shell, ``#`` starts a comment); flags that come later win.
+
+``@demo/...`` and ``@recipes/...`` name files of this repository, wherever the program is started: flags to read if the
+name ends in ``.args``, else a path, as in ``--model_config_path @recipes/small/config.json``.
 """
 
 import argparse
@@ -16,7 +19,15 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from command_line import OneLineErrors
 
-DEMO = Path(__file__).resolve().parent / "demo"
+REPOSITORY = Path(__file__).resolve().parent
+DEMO = REPOSITORY / "demo"
+OWN_FILE = re.compile(r"(--[\w-]+=)?@((?:demo|recipes)/.*)")
+# What a run trains. Whoever starts one names it; whoever joins one without naming it gets the demo's.
+WHAT_TO_TRAIN = {
+    "model_config_path": str(DEMO / "config.json"),
+    "tokenizer_path": str(DEMO / "tokenizer"),
+    "dataset_sources": [str(DEMO / "corpus" / "*.txt")],
+}
 
 # Topics of --help, in this order.
 WHO = "who takes part, and how they reach each other"
@@ -113,12 +124,8 @@ class PeerArguments:
         "by default the file NAME.key beside NAME.token. False: an open run, anybody may join.",
         topic=WHO,
     )
-    model_config_path: str = option(
-        str(DEMO / "config.json"), "Model configuration (.json file).", topic=TEXT, scope=LINE
-    )
-    tokenizer_path: str = option(
-        str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.", topic=TEXT, scope=LINE
-    )
+    model_config_path: str | None = option(None, "Model configuration (.json file).", topic=TEXT, scope=LINE)
+    tokenizer_path: str | None = option(None, "Directory or hub id of the tokenizer.", topic=TEXT, scope=LINE)
     cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.", topic=TEXT)
     wandb_project: str | None = option(
         None,
@@ -170,8 +177,8 @@ class PeerArguments:
 class TrainerPeerArguments(PeerArguments):
     """What only a trainer needs: data, backups, metrics."""
 
-    dataset_sources: list[str] = option(
-        [str(DEMO / "corpus" / "*.txt")],
+    dataset_sources: list[str] | None = option(
+        None,
         "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets (name[:config])",
         topic=TEXT,
         scope=RUN,
@@ -241,6 +248,9 @@ class AuxiliaryPeerArguments(PeerArguments):
     eval_batches: int = option(
         16, "Batches of 32 sequences of 128 tokens on which a checkpoint is scored.", topic=SERVICE
     )
+    eval_margin: float = option(
+        0.1, "Say so when a checkpoint's held-out loss is more than this above the best one's, in nats.", topic=SERVICE
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -248,6 +258,7 @@ class AuxiliaryPeerArguments(PeerArguments):
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
         check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
                        "report_interval")  # fmt: skip
+        check_range(self, 0, math.inf, "eval_margin")
         if self.eval_sources and not self.store_checkpoints:
             raise ValueError("--eval_sources needs --store_checkpoints: stored checkpoints are what is scored")
         if self.upload_interval is not None:
@@ -448,9 +459,14 @@ def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
             name = word.partition("=")[0].removeprefix("--").replace("-", "_")
             flag = FLAGS.get(name) or FLAGS.get(name.removeprefix("no_"))
             keeping = flag is not None and flag.metadata["scope"] in HANDED_ON
-        if keeping or word.startswith("@"):
+        if keeping or names_flags(word):
             kept.append(word)
     return [*kept, "--initial_peers", *addresses]
+
+
+def names_flags(word: str) -> bool:
+    """Whether this word of a command line is a file of flags to be read."""
+    return word.startswith("@") and (word.endswith(".args") or not OWN_FILE.fullmatch(word))
 
 
 class ArgumentParser(OneLineErrors, HfArgumentParser):
@@ -496,15 +512,33 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             self.refuse_unknown(unknown)
         return tuple(instances)
 
+    def require_own_run(self, peer: PeerArguments) -> None:
+        """Ends the program if this peer starts a run and was not told what to train: the demo is for those who ask."""
+        missing = [name for name in WHAT_TO_TRAIN if getattr(peer, name, "") is None]
+        if missing and not peer.initial_peers:
+            role = "trainer" if isinstance(peer, TrainerPeerArguments) else "aux"
+            advice = [] if missing == ["dataset_sources"] else [f"take a recipe (@recipes/small/{role}.args)"]
+            advice += ["name your text (--dataset_sources 'texts/*.txt')"] if "dataset_sources" in missing else []
+            self.error(
+                f"run {peer.run_id} is started here (no --initial_peers), but --{', --'.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} not given: {' and '.join(advice)}, see docs/recipes.md; "
+                f"or train the demo's with @demo/{role}.args"
+            )
+        for name in missing:
+            setattr(peer, name, WHAT_TO_TRAIN[name])
+
     def read_files(self, words: list[str], within: tuple[Path, ...] = (), *, keep_own: bool = False) -> list[str]:
         """The words with each ``@FILE`` replaced by what it holds; ``keep_own``: not for this repository's files."""
         found = []
         for word in words:
-            if not word.startswith("@") or (keep_own and word.startswith("@demo/")):
+            own = OWN_FILE.fullmatch(word)
+            if (own and keep_own) or not (own or word.startswith("@")):
                 found.append(word)
                 continue
-            # @demo/... names a file of this repository, wherever the program is started
-            path = DEMO.parent / word[1:] if word.startswith("@demo/") else Path(word[1:])
+            if not names_flags(word):
+                found.append(f"{own[1] or ''}{REPOSITORY / own[2]}")
+                continue
+            path = REPOSITORY / own[2] if own else Path(word[1:])
             if path in within:
                 self.error(f"{word}: this file of flags names itself")
             try:

@@ -34,6 +34,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     alone = not set(sys.argv[1:]) - {"--check"}  # without a word on the run: the demo's
     peer, collaboration, training = parser.parse([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
+    parser.require_own_run(peer)
     progress, stop = TerminalView() if sys.stdout.isatty() else Progress(), threading.Event()
     if peer.check:
         leave_at_once(check(peer, collaboration, training, task=task, make_scorer=checkpoint_scorer, say=progress.say))

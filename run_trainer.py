@@ -46,6 +46,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     alone = not set(sys.argv[1:]) - {"--check"}
     argv = ["@demo/trainer.args", *sys.argv[1:]] if alone else sys.argv[1:]
     peer, collaboration, training = parser.parse(argv)
+    parser.require_own_run(peer)
     progress, stop = Progress(), threading.Event()
     if training.process_index > 0:  # torchrun has started several processes of this script
         if peer.check:

@@ -115,7 +115,9 @@ def build(
             progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")
         notice = CheckpointNotice(store, swarm.dht, peer.run_id, swarm.public_key, stop=stop)
         if evaluate is not None:
-            evaluator = Evaluator(store, evaluate, journal=journal, progress=progress, stop=stop)
+            evaluator = Evaluator(
+                store, evaluate, margin=peer.eval_margin, journal=journal, progress=progress, stop=stop
+            )
         if peer.repo_url:
             uploader = make_uploader(peer, store, metrics=journal.path, progress=progress, stop=stop)
     end = RunEnd(

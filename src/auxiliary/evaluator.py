@@ -1,14 +1,17 @@
 """Scores of stored checkpoints on held-out text."""
 
 import logging
+import math
 import os
 import shutil
 import threading
+from pathlib import Path
 
-from src.auxiliary.checkpoints import CheckpointStore
+from src.auxiliary.checkpoints import CheckpointStore, refuse_foreign_directory
+from src.files import replaced_directory
 from src.metrics.console import Progress
-from src.metrics.journal import Journal
-from src.metrics.records import HeldOut
+from src.metrics.journal import Journal, records_in
+from src.metrics.records import HeldOut, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +21,15 @@ POLL_SECONDS = 0.5
 class Evaluator(threading.Thread):
     """Scores each stored checkpoint on held-out text, in the background and with low priority.
 
-    ``evaluate(folder)`` gives the scores by name. When checkpoints come faster than scores, some are passed over.
+    ``evaluate(folder)`` gives the scores by name. When checkpoints come faster than scores, some are passed over. The
+    best one is kept next to the newest; one whose loss is more than ``margin`` nats above the best is named.
     """
 
-    def __init__(self, store: CheckpointStore, evaluate, *, journal: Journal, progress: Progress, stop):
+    def __init__(self, store: CheckpointStore, evaluate, *, margin: float, journal: Journal, progress: Progress, stop):
         super().__init__(name="evaluator", daemon=True)
+        self.best_path, self.margin = store.path.with_name(f"{store.path.name}-best"), margin
+        refuse_foreign_directory(self.best_path)  # it will be replaced as a whole
+        self.best_loss, self.best_epoch = best_score(journal)  # of an earlier start, too
         self.store, self.evaluate = store, evaluate
         self.journal, self.progress, self.stop = journal, progress, stop
         self.scored_epoch = 0
@@ -44,8 +51,32 @@ class Evaluator(threading.Thread):
                 f"epoch {epoch} on held-out text: masked-token loss {scores['loss']:.3f}, accuracy "
                 f"{scores['accuracy']:.1%}; sentence-order accuracy {scores['order_accuracy']:.1%}"
             )
+            self._compare(folder, epoch, scores["loss"])
         except Exception as error:  # whatever the data or the disk do, the peer goes on
             self.progress.say(f"no held-out scores for epoch {epoch}: {error or repr(error)}")
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self.scored_epoch = epoch  # last: who waits for the scores may read them now
+
+    def _compare(self, folder: Path, epoch: int, loss: float) -> None:
+        if loss < self.best_loss:
+            try:
+                with replaced_directory(self.best_path) as kept:
+                    shutil.copytree(folder, kept, copy_function=os.link, dirs_exist_ok=True)
+                self.best_loss, self.best_epoch = loss, epoch
+            except OSError as error:  # such as a full disk; shutil's holds a list of them
+                self.progress.say(f"epoch {epoch} is the best so far, but cannot be kept in {self.best_path}: {error}")
+        elif not loss <= self.best_loss + self.margin:  # NaN, too
+            kept = f", kept in {self.best_path}" if self.best_path.is_dir() else ""
+            self.progress.say(
+                f"WORSE: the held-out loss of epoch {epoch} is {loss - self.best_loss:.3f} above the best, "
+                f"{self.best_loss:.3f} at epoch {self.best_epoch}{kept} (--eval_margin {self.margin:g}); what to do: "
+                "docs/operate.md"
+            )
+
+
+def best_score(journal: Journal) -> tuple[float, int]:
+    """The least held-out loss that a metrics file tells of, and its epoch; (inf, 0) without one."""
+    found = filter(None, map(read_record, records_in(journal.path)))
+    scores = (record for _, record in found if isinstance(record, HeldOut) and record.loss is not None)
+    return min(((score.loss, score.epoch) for score in scores), default=(math.inf, 0))

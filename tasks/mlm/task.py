@@ -65,7 +65,7 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
         config = LeanAlbertConfig.from_dict(options)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"--model_config_path: {path}: {error}") from error
-    tokenizer = load_tokenizer(peer.tokenizer_path)
+    tokenizer = _load_tokenizer(peer, vocab_size=config.vocab_size)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"--tokenizer_path: {peer.tokenizer_path} has {len(tokenizer)} tokens, but vocab_size in {path} is "
@@ -82,6 +82,18 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
         raise ValueError(
             f"--model_config_path: {path}: there is not enough memory for this model ({reason})"
         ) from error
+
+
+def _load_tokenizer(peer: PeerArguments, *, vocab_size: int):
+    path = peer.tokenizer_path
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        if Path(path).expanduser().exists():
+            raise
+        make = f"make one: python -m tasks.mlm.train_tokenizer --sources TEXT --vocab_size {vocab_size} --output {path}"
+        advice = "ask the run's operator for this folder" if peer.initial_peers else make
+        raise ValueError(f"--tokenizer_path: {error}; or {advice}") from error
 
 
 def check_options(options) -> None:

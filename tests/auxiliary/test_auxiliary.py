@@ -502,7 +502,7 @@ SCORES = {"loss": 4.5, "accuracy": 0.25, "order_accuracy": 0.5}
 def make_evaluator(folder, evaluate):
     progress, stop = Progress(io.StringIO()), threading.Event()
     journal = Journal(folder / "metrics.jsonl")
-    return Evaluator(make_store(folder), evaluate, journal=journal, progress=progress, stop=stop)
+    return Evaluator(make_store(folder), evaluate, margin=0.1, journal=journal, progress=progress, stop=stop)
 
 
 def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
@@ -531,7 +531,7 @@ def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
     assert opened == [300, 300]
     line = "epoch 7 on held-out text: masked-token loss 4.500, accuracy 25.0%; sentence-order accuracy 50.0%"
     assert evaluator.progress.stream.getvalue().splitlines()[0] == line
-    assert entries(evaluator.store.path.parent) == {"checkpoint"}
+    assert entries(evaluator.store.path.parent) == {"checkpoint", "checkpoint-best"}
 
 
 def test_evaluator_goes_on_after_an_error(tmp_path):
@@ -545,6 +545,44 @@ def test_evaluator_goes_on_after_an_error(tmp_path):
     evaluator.store.update(timeout=60.0)
     evaluator.score()
     assert [record["epoch"] for record in read_journal(tmp_path / "metrics.jsonl")] == [12]
+
+
+def score(evaluator, *, epoch: int, loss: float) -> str:
+    """Stores and scores the state of an epoch; returns what was said about it, beside the scores."""
+    evaluator.store.optimizer.state_averager.epoch_of_peers = epoch
+    evaluator.evaluate = lambda folder: {**SCORES, "loss": loss}
+    evaluator.store.every_epochs = 1
+    evaluator.store.update(timeout=60.0)
+    said = len(evaluator.progress.stream.getvalue())
+    evaluator.score()
+    return evaluator.progress.stream.getvalue()[said:].partition("\n")[2]
+
+
+def kept_epoch(evaluator) -> int:
+    LeanAlbertForPreTraining.from_pretrained(evaluator.best_path)
+    return json.loads((evaluator.best_path / "checkpoint.json").read_text())["epoch"]
+
+
+def test_evaluator_says_when_a_checkpoint_is_worse_than_the_best_and_keeps_that_one(tmp_path):
+    evaluator = make_evaluator(tmp_path, None)
+    assert score(evaluator, epoch=7, loss=4.5) == "" and kept_epoch(evaluator) == 7
+    assert score(evaluator, epoch=8, loss=4.0) == "" and kept_epoch(evaluator) == 8
+    assert score(evaluator, epoch=9, loss=4.1) == "", "no more than the margin"
+    worse = score(evaluator, epoch=10, loss=4.25)
+    kept = f"kept in {evaluator.best_path} (--eval_margin 0.1)"
+    assert f"epoch 10 is 0.250 above the best, 4.000 at epoch 8, {kept}" in worse and kept_epoch(evaluator) == 8
+    assert "epoch 11 is nan above the best" in score(evaluator, epoch=11, loss=float("nan"))
+    # a peer that is started again knows what was best
+    again = make_evaluator(tmp_path, None)
+    assert "best, 4.000 at epoch 8" in score(again, epoch=12, loss=4.2)
+    assert score(again, epoch=13, loss=3.9) == "" and kept_epoch(again) == 13
+
+
+def test_evaluator_replaces_nobodys_directory(tmp_path):
+    (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-best" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="checkpoint-best"):
+        make_evaluator(tmp_path, None)
 
 
 # -- help with averaging ----------------------------------------------------------------------------------------------

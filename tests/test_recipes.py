@@ -1,0 +1,192 @@
+"""Recipes of real size: read by both scripts, built, and predicted; docs/recipes.md states the figures they give."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import (
+    FLAGS,
+    REPOSITORY,
+    ArgumentParser,
+    AuxiliaryPeerArguments,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+    shared_flags,
+)
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.models.memory import predict_memory
+from src.optim.schedules import learning_rate, sequence_length
+from src.preflight.machine import (
+    AUXILIARY_COPIES,
+    GPU_LIBRARY_BYTES,
+    LIBRARY_BYTES,
+    SHARED_COPIES,
+    TRAINER_COPIES,
+)
+from src.swarm.compression import EIGHT_BIT_THRESHOLD
+
+RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").iterdir())
+KINDS = {"trainer": TrainerPeerArguments, "aux": AuxiliaryPeerArguments}
+TEXT = ["--dataset_sources", "texts/*.txt"]
+PUBLISHED = {
+    "target_batch_size": 16384, "total_steps": 15625, "warmup_steps": 3125, "num_zero_lr_steps": 50,
+    "learning_rate": 2.5e-3, "initial_sequence_length": 256, "max_sequence_length": 2048,
+    "sequence_length_warmup_steps": 7000, "pad_to_multiple_of": 128,
+}  # fmt: skip
+
+
+def parse(recipe: str, role: str):
+    """The three dataclass instances with which a peer that starts a run of this recipe works."""
+    parser = ArgumentParser(KINDS[role], CollaborationArguments, HFTrainerArguments, prog="script.py")
+    peer, *others = parser.parse([f"@recipes/{recipe}/{role}.args", "--run_id", "mine", *TEXT[: 2 * (role != "aux")]])
+    parser.require_own_run(peer)
+    return peer, *others
+
+
+def config_of(recipe: str) -> LeanAlbertConfig:
+    return LeanAlbertConfig.from_json_file(REPOSITORY / "recipes" / recipe / "config.json")
+
+
+def test_there_are_three_recipes():
+    assert RECIPES == ["base", "ruleanalbert", "small"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("role", KINDS)
+def test_recipe_is_found_from_any_folder_and_names_a_model_but_nobodys_text(tmp_path, monkeypatch, recipe, role):
+    monkeypatch.chdir(tmp_path)
+    peer, _, training = parse(recipe, role)
+    assert Path(peer.model_config_path) == REPOSITORY / "recipes" / recipe / "config.json"
+    assert Path(peer.tokenizer_path) == Path("tokenizer")  # of the person who starts it, not the demo's
+    assert training.total_steps > training.warmup_steps > training.num_zero_lr_steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_peers_of_a_recipe_share_what_they_must(recipe):
+    def values(role):
+        groups = parse(recipe, role)
+        return {
+            name: getattr(group, name)
+            for name in shared_flags(trainer=True)
+            for group in groups
+            if hasattr(group, name)
+        }
+
+    assert values("trainer") == values("aux")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_says_itself_what_its_peers_share(recipe):
+    """Whoever reads it sees the schedule, and a later default does not change the run."""
+    words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
+    left_to_defaults = {"clamp_value", "min_8bit_size", "min_learning_rate"}
+    own = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert own >= {"model_config_path", "tokenizer_path", *shared_flags(trainer=True)} - left_to_defaults
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_schedules_of_a_recipe_reach_their_ends(recipe):
+    _, _, training = parse(recipe, "trainer")
+    rate = {name: getattr(training, name) for name in ("min_learning_rate", "warmup_steps", "total_steps")}
+    rates = [
+        learning_rate(
+            epoch, peak_learning_rate=training.learning_rate, num_zero_steps=training.num_zero_lr_steps, **rate
+        )
+        for epoch in (training.warmup_steps, training.total_steps)
+    ]
+    assert rates == pytest.approx([training.learning_rate, 0.02 * training.learning_rate])
+    names = ("max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of")
+    lengths = {name: getattr(training, name) for name in names}
+    assert sequence_length(0, **lengths) == training.initial_sequence_length
+    assert sequence_length(training.total_steps // 2, **lengths) == training.max_sequence_length
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_model_of_a_recipe_is_built_and_a_trainer_of_it_predicted(recipe):
+    config = config_of(recipe)
+    with torch.device("meta"):
+        model = LeanAlbertForPreTraining(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _, _, training = parse(recipe, "trainer")
+    config.sparse_prediction = True
+    config.activation_memory = training.activation_memory or config.activation_memory
+    memory = predict_memory(
+        config, batch_size=training.per_device_train_batch_size, length=training.max_sequence_length
+    )
+    assert memory.parameters == 4 * count
+    assert 2 * memory.parameters < memory.device < 10e9
+
+
+def test_smallest_recipe_is_the_size_for_first_experiments():
+    config = config_of("small")
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (6, 512, 2048)
+    LeanAlbertForPreTraining(config)
+
+
+def test_published_model_is_a_recipe_with_the_published_schedule():
+    config = config_of("ruleanalbert")
+    assert (config.hidden_size, config.num_hidden_layers, config.num_hidden_groups) == (4096, 32, 32)
+    assert (config.share_large_matrices, config.intermediate_size, config.hidden_act_gated) == (1, 16384, True)
+    groups = parse("ruleanalbert", "trainer")
+    found = {name: getattr(group, name) for name in PUBLISHED for group in groups if hasattr(group, name)}
+    assert found == PUBLISHED
+
+
+def figures(recipe: str) -> dict[str, str]:
+    """What docs/recipes.md says of a recipe, from the recipe itself."""
+    _, collaboration, training = parse(recipe, "trainer")
+    config = config_of(recipe)
+    config.sparse_prediction = True
+    config.activation_memory = training.activation_memory or config.activation_memory
+    batch, length = training.per_device_train_batch_size, training.max_sequence_length
+    memory = predict_memory(config, batch_size=batch, length=length)
+    with torch.device("meta"):
+        sizes = [parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters()]
+    # gradients in 8 bits, small ones in 16, every epoch; parameters in 16 bits now and then
+    sent = sum(size if size >= EIGHT_BIT_THRESHOLD else 2 * size for size in sizes)
+    sent += 2 * sum(sizes) / collaboration.average_state_every
+    samples = training.total_steps * collaboration.target_batch_size
+    of_machine = memory.optimizer + TRAINER_COPIES * memory.parameters + LIBRARY_BYTES
+    return {
+        "parameters": f"{sum(sizes) / 1e6:.1f} million",
+        "batch of a trainer": f"{batch} x {length} tokens",
+        "GPU memory of a trainer": f"{(memory.device + GPU_LIBRARY_BYTES) / 1e9:.1f} GB",
+        "and of its machine": f"{of_machine / 1e9:.1f} GB",
+        "memory of a trainer without a GPU": f"{(memory.device + of_machine) / 1e9:.1f} GB",
+        "memory of an auxiliary peer": f"{auxiliary_bytes(memory) / 1e9:.1f} GB",
+        "shared memory of each": f"{SHARED_COPIES * memory.parameters / 1e9:.1f} GB",
+        "sent in an epoch, and received: client": f"{sent / 1e6:.0f} MB",
+        "the same, one that can be reached": f"up to {2 * sent / 1e6:.0f} MB",
+        "samples a second to end in 7 days": f"{samples / 7 / 86400:.0f}",
+        "in 30 days": f"{samples / 30 / 86400:.0f}",
+        "in 90 days": f"{samples / 90 / 86400:.0f}",
+    }
+
+
+def auxiliary_bytes(memory) -> float:
+    return (
+        memory.optimizer + memory.parameters + memory.gradients + AUXILIARY_COPIES * memory.parameters + LIBRARY_BYTES
+    )
+
+
+def test_page_of_the_recipes_states_what_they_give():
+    page = (REPOSITORY / "docs" / "recipes.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    order = ["small", "base", "ruleanalbert"]
+    of = {recipe: figures(recipe) for recipe in order}
+    expected = {name: [of[recipe][name] for recipe in order] for name in of["small"]}
+    assert {name: cells for name, *cells in rows if name in expected} == expected, "\n".join(
+        f"| {name} | {' | '.join(cells)} |" for name, cells in expected.items()
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_comments_of_a_recipe_name_commands_and_flags_that_exist(recipe):
+    for file in (REPOSITORY / "recipes" / recipe).glob("*.args"):
+        for flag in re.findall(r"--(\w+)", " ".join(re.findall("#.*", file.read_text()))):
+            assert flag in FLAGS or flag in ("sources", "vocab_size", "output"), f"{file}: --{flag}"
+    vocab_size = re.search(r"--vocab_size (\d+)", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text())[1]
+    assert int(vocab_size) <= config_of(recipe).vocab_size
