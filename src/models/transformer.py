@@ -158,13 +158,14 @@ class LeanTransformer(nn.Module):
 def make_attention_mask(attention_mask):
     """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], or None.
 
-    None, which allows the fastest kernels, is also the answer when nothing is masked. A query that may attend to
-    nothing (a row of padding only) attends to everything, because the softmax of an empty set is NaN.
+    None, which allows the fastest kernels, is also the answer when nothing is masked, if the mask is on the CPU: the
+    host would have to wait for another device, whose callers pass None themselves. A query that may attend to nothing
+    (a row of padding only) attends to everything, because the softmax of an empty set is NaN.
     """
     if attention_mask is None:
         return None
     attention_mask = attention_mask.bool()
-    if not torch.compiler.is_compiling() and attention_mask.all():
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.all():
         return None
     if attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :]  # [batch, 1, 1, key]
