@@ -109,16 +109,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time for all parts together")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "gpu.json", help="file of figures")
-    parser.add_argument("--only", metavar="PART", help="parts whose names begin so; the file then holds no others")
+    parser.add_argument("--only", metavar="PART", help="one part; the file then holds no others")
     parser.add_argument("--any_version", action="store_true", help="run with other versions than requirements.txt says")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command out")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: shows that it runs")
     options = parser.parse_args(argv)
     if not options.minutes > 0:
         parser.error(f"--minutes {options.minutes}: must be above zero")
-    if not any(part.name.startswith(options.only or "") for part in all_parts("cpu")):
-        names = ", ".join(part.name for part in all_parts("cpu"))
-        parser.error(f"--only {options.only}: no part begins so; there are: {names}")
+    names = [part.name for part in all_parts(options.device)]
+    if options.only not in (None, *names):
+        parser.error(f"--only {options.only!r}: there is no such part, only {', '.join(map(repr, names))}")
     return options
 
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     give_up_at = time.monotonic() + 60 * options.minutes
-    parts = [part for part in all_parts(options.device) if part.name.startswith(options.only or "")]
+    parts = [part for part in all_parts(options.device) if options.only in (None, part.name)]
     outcomes: list[Outcome] = []
     for number, part in enumerate(parts):
         left = give_up_at - time.monotonic() - GRACE_SECONDS
@@ -172,7 +172,10 @@ def try_part(part: Part, options: argparse.Namespace, *, seconds: float, num_dev
     """Run a part if it can be run here; says so before and after."""
     outcome = Outcome(part.name, "skipped")
     if num_devices < part.num_devices:
-        outcome.state, outcome.reason = "not for this machine", f"needs {part.num_devices} devices, there is one"
+        outcome.state, outcome.reason = (
+            "not for this machine",
+            f"needs {part.num_devices} devices, there are {num_devices}",
+        )
     elif unmet := unmet_needs(part.needs, any_version=options.any_version):
         outcome.reason = "; ".join(unmet)
     elif seconds < LEAST_SECONDS:

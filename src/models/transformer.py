@@ -155,12 +155,20 @@ class LeanTransformer(nn.Module):
         return hidden_states, (*all_hidden_states[:-1], hidden_states) if output_hidden_states else None
 
 
+def drop_idle_mask(inputs):
+    """A model's inputs by name, without an attention mask that hides nothing: on the CPU, this can be seen at once."""
+    mask = inputs.get("attention_mask")
+    if mask is None or not mask.all():
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
 def make_attention_mask(attention_mask):
     """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], or None.
 
-    None, which allows the fastest kernels, is also the answer when nothing is masked, if the mask is on the CPU: the
-    host would have to wait for another device, whose callers pass None themselves. A query that may attend to nothing
-    (a row of padding only) attends to everything, because the softmax of an empty set is NaN.
+    None, which allows the fastest kernels, is also the answer when nothing is masked, if the mask is on the CPU: for
+    another device the host would have to wait, see `drop_idle_mask`. A query that may attend to nothing (a row of
+    padding only) attends to everything, because the softmax of an empty set is NaN.
     """
     if attention_mask is None:
         return None

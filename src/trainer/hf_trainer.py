@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from src.models.transformer import drop_idle_mask
 from src.swarm.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
@@ -199,11 +200,8 @@ class CollaborativeTrainer(Trainer):
         )
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        """On the device; a mask that hides nothing stays behind: here one can look at it, there one would wait."""
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.all():
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        return super()._prepare_inputs(inputs)
+        """On the device, but for a mask that hides nothing, which is looked at here: there one would have to wait."""
+        return super()._prepare_inputs(drop_idle_mask(inputs))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's loss; one that is not finite is counted and replaced by zero, so that nothing of it is sent."""
