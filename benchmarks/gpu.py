@@ -251,7 +251,7 @@ def run_part(part: Part, options: argparse.Namespace, folder: Path, *, seconds: 
         reason,
         round(time.monotonic() - began, 1),
         rows=[row for each in tables for row in each["rows"]],
-        notes=[note for each in tables for note in each["notes"]],
+        notes=[note for each in tables for note in each["notes"]] or ([] if reason else [last_line(said)]),
         output=said.decode(errors="replace").splitlines()[-20:] if reason else [],
     )
 
@@ -285,7 +285,7 @@ def table(outcomes: list[Outcome]) -> str:
 
     cells = [("claim", "case", "side", "value", "ratio")]
     for row in (row for outcome in outcomes for row in outcome.rows):
-        relative = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
+        relative = "" if row["ratio"] is None else f"{row['ratio']:.3g} x {row['peer']}"
         cells.append((row["claim"], row["case"], row["side"], f"{number(row['value'])} {row['unit']}", relative))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

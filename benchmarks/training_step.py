@@ -201,7 +201,7 @@ def highest_rate(dtype, device, size):
         if device == "cuda":
             torch.cuda.synchronize()
 
-    fastest = interleave({"product": multiply}, rounds=8, warmup=2, clock=time.perf_counter, seconds=20)["product"].low
+    fastest = interleave({"product": multiply}, rounds=20, warmup=2, clock=time.perf_counter, seconds=20)["product"].low
     return STEPS * 2 * size**3 / fastest
 
 

@@ -25,7 +25,8 @@ gpu.look_at_machine = lambda device: ({"devices": 2}, "")
 gpu.required_versions = lambda: {"torch": "9.9", "no-such-package": "1.0"}
 figures = '''import sys
 from pathlib import Path
-row = '{"claim": "speed", "case": "small", "side": "ours", "value": 5, "unit": "tokens/s", "ratio": 2.5}'
+row = '{"claim": "speed", "case": "small", "side": "ours", "value": 5, "unit": "tokens/s", "ratio": 2.5, '
+row += '"peer": "theirs"}'
 folder = sys.argv[sys.argv.index('--results') + 1]
 Path(folder, 'x.json').write_text('{"rows": [' + row + '], "notes": ["a note"]}')'''
 arguments = "import sys; sys.exit(sys.argv[1] != 'cpu' or float(sys.argv[2]) <= 0)"
@@ -35,7 +36,7 @@ PARTS = [
     gpu.Part("broken", ("-c", "print('before'); raise RuntimeError('no kernel')"), (), figures=False),
     gpu.Part("lacking", ("-c", "pass"), ("torch", "no-such-package"), figures=False),
     gpu.Part("large", ("-c", "pass"), (), num_devices=9, figures=False),
-    gpu.Part("last", ("-c", arguments, "{device}", "{seconds}"), (), figures=False),
+    gpu.Part("last", ("-c", "print('3 passed');" + arguments, "{device}", "{seconds}"), (), figures=False),
 ]
 gpu.all_parts = lambda device: PARTS
 """
@@ -71,8 +72,12 @@ def test_every_part_is_named_with_what_came_of_it(tmp_path):
     }  # fmt: skip
     assert results["is_complete"] and results["machine"] == {"devices": 2}
     assert "before" in results["parts"][2]["output"] and results["parts"][0]["rows"][0]["value"] == 5
-    assert re.search(r"speed +small +ours +5 tokens/s +2.5\n", done.stdout), done.stdout
-    assert "good: a note" in done.stdout and "lacking: skipped, torch is" in done.stdout
+    assert re.search(r"speed +small +ours +5 tokens/s +2.5 x theirs\n", done.stdout), done.stdout
+    assert (
+        "good: a note" in done.stdout
+        and "last: 3 passed" in done.stdout
+        and "lacking: skipped, torch is" in done.stdout
+    )
     assert {path.name for path in tmp_path.rglob("*")} == {"gpu.json", "scratch"}
 
 

@@ -75,6 +75,18 @@ def test_offloaded_lamb_steps_as_lamb_does_and_hands_the_parameters_back():
     torch.testing.assert_close(results[1], results[0])
 
 
+def test_trainer_for_a_gpu_steps_with_lamb_in_main_memory(arguments):
+    tokenizer = load_tokenizer(str(whole_trainer.DEMO / "tokenizer"))
+    files = sorted(map(str, (whole_trainer.DEMO / "corpus").glob("*.txt")))
+    run, count = whole_trainer.ours(SIZES, tokenizer, files, LENGTH, {**arguments, "use_cpu": False})
+    model = run.trainer.model
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    run()
+    run.end()
+    assert run.failure is None and count.tokens > 0
+    assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
 def test_counting_tokens_does_not_wait_for_the_device():
     count = whole_trainer.TokenCount(torch.nn.Identity())
     count.add(
