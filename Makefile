@@ -23,6 +23,10 @@ chaos: .venv/installed
 bench: .venv/installed
 	.venv/bin/python -m benchmarks.run_all
 
+# Installs nothing: whatever is there is measured.
+gpu:
+	$(if $(wildcard .venv/bin/python),.venv/bin/python,$(PYTHON)) -m benchmarks.gpu --minutes 9 --results benchmarks/gpu.json
+
 lint: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -33,4 +37,4 @@ lint: .venv/installed
 	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test test-all bench chaos lint
+.PHONY: demo test test-all bench chaos gpu lint

@@ -1,6 +1,6 @@
 """Real tokens per CPU second of a whole trainer: text in, updated parameters out.
 
-    python -m benchmarks.whole_trainer
+    python -m benchmarks.whole_trainer [--device cuda]
 
 Three sides by turns, same text, tokenizer, sizes, sequence length, sequences in a step and threads. Tokens are counted
 where the model takes them, without padding: batches that a loader makes ahead and throws away do not count.
@@ -15,6 +15,9 @@ where the model takes them, without padding: batches that a loader makes ahead a
 
 Two texts: long documents (the corpus as it is) and, without HF, short ones: the corpus cut into pieces of log-normal
 lengths with a median of 1,200 characters. About three minutes.
+
+On a GPU: real tokens per second, without the original, which is restated for a CPU; larger batches under bf16 autocast
+where the GPU has it; many forward passes in a step, as in a run, with LAMB in main memory, as there.
 """
 
 import itertools
@@ -23,6 +26,7 @@ import random
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -46,6 +50,7 @@ from benchmarks.reference.instances import make_instances
 from benchmarks.reference.lean_layers import original_encoder
 from benchmarks.reference.whole_tensor_lamb import WholeTensorLAMB8Bit
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
+from src.models.transformer import drop_idle_mask
 from src.optim.lamb import CPULAMB8Bit
 from src.optim.parameter_groups import parameter_groups
 from tasks.mlm.data import make_training_dataset
@@ -56,6 +61,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 CORPUS = REPOSITORY.parent / "shared" / "data" / "corpus_ru" / "train.jsonl.gz"
 DEMO = REPOSITORY / "demo"
 MICRO_BATCH, MICRO_STEPS = 4, 2  # sequences in a forward pass, forward passes in a step
+GPU_BATCH, GPU_STEPS = 32, 32  # the same; in a run, too, some thousand sequences make a step
 TARGETS = {"original": ">= 2.5", "HF": ">= 1.35"}
 PACKED = "ours, packed"  # on short documents, beside "ours", whose batches hold instances of similar lengths
 LAMB = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-6, "max_grad_norm": 1.0}
@@ -74,11 +80,18 @@ class TokenCount:
     """Counts the tokens, without padding, that a model is given."""
 
     def __init__(self, model: torch.nn.Module):
-        self.tokens = 0
+        self.counted = torch.zeros((), dtype=torch.long)
         model.register_forward_pre_hook(self.add, with_kwargs=True)
 
+    @property
+    def tokens(self) -> int:
+        """Until now; waits for the device, which `add` does not."""
+        return int(self.counted)
+
     def add(self, model, args, inputs) -> None:
-        self.tokens += int(inputs["attention_mask"].sum())
+        mask = inputs.get("attention_mask")
+        more = inputs["input_ids"].numel() if mask is None else mask.sum()
+        self.counted = self.counted.to(inputs["input_ids"].device) + more
 
 
 class Stream(IterableDataset):
@@ -148,11 +161,34 @@ class PlainLoop:
         """Nothing runs between the steps."""
 
 
+class OffloadedLamb(CPULAMB8Bit):
+    """Steps on copies in main memory, as peers do: gradients come from the device, new parameters go back to it."""
+
+    def __init__(self, groups: list[dict], **options):
+        self.pairs = []  # of a parameter and its copy
+        for group in groups:
+            copies = [torch.nn.Parameter(parameter.detach().cpu().clone()) for parameter in group["params"]]
+            self.pairs += zip(group["params"], copies, strict=True)
+            group["params"] = copies
+        super().__init__(groups, **options)
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for parameter, copy in self.pairs:
+            copy.grad = parameter.grad.cpu()
+        super().step()
+        for parameter, copy in self.pairs:
+            parameter.copy_(copy)
+
+
 class OurTrainer(Trainer):
-    """As CollaborativeTrainer: a plain loader, and LAMB does the clipping."""
+    """As CollaborativeTrainer: a plain loader, no mask that hides nothing, and LAMB does the clipping."""
 
     def get_train_dataloader(self):
-        return DataLoader(self.train_dataset, batch_size=MICRO_BATCH, collate_fn=self.data_collator)
+        return DataLoader(self.train_dataset, batch_size=self._train_batch_size, collate_fn=self.data_collator)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        return super()._prepare_inputs(drop_idle_mask(inputs))
 
     def _clip_grad_norm(self, model) -> None:
         """LAMB clips."""
@@ -162,7 +198,9 @@ class OurTrainer(Trainer):
 
 
 def main() -> int:
-    flags = options(__doc__).parse_args()
+    parser = options(__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    flags = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     length = 64 if flags.quick else 512
@@ -170,35 +208,47 @@ def main() -> int:
     tokenizer = load_tokenizer(str(DEMO / "tokenizer"))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        arguments = {
-            "output_dir": folder,
-            "max_steps": 10**6,
-            "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": MICRO_BATCH,
-            "gradient_accumulation_steps": MICRO_STEPS,
-            "use_cpu": True,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "remove_unused_columns": False,
-            "logging_steps": 10**9,
-        }
+        arguments = trainer_arguments(folder, flags.device)
+        case = "1 thread" if flags.device == "cpu" else "GPU, bf16" if arguments["bf16"] else "GPU, fp32"
         for text, files in find_texts(Path(folder)).items():
             sides = {}
-            makers = {"ours": ours, "original": original}
+            makers = {"ours": ours} if flags.device == "cuda" else {"ours": ours, "original": original}
             # put end to end, texts are all alike to HF: short ones would tell nothing more about it
             makers |= {"HF": hugging_face} if text == "long" else {PACKED: partial(ours, pack_sequences=True)}
             for name, make in makers.items():
                 torch.manual_seed(0)
                 sides[name] = CountedSide(*make(sizes, tokenizer, files, length, arguments))
-            timings = interleave(sides, rounds=2 if text == "long" and not flags.quick else 1, seconds=70)
+            timings = interleave(
+                sides,
+                rounds=2 if text == "long" and not flags.quick else 1,
+                clock=time.process_time if flags.device == "cpu" else time.perf_counter,
+                seconds=70 if flags.device == "cpu" else 30,
+            )
             tokens = {name: side.tokens for name, side in sides.items()}
-            rows += make_rows(timings, tokens, f"length {length}, {text} documents, 1 thread")
-    notes = [
-        f"Text: {'corpus_ru' if CORPUS.exists() else 'demo/corpus'}; {MICRO_BATCH * MICRO_STEPS} sequences a step."
-    ]
+            unit = "CPU second" if flags.device == "cpu" else "second"
+            rows += make_rows(timings, tokens, f"length {length}, {text} documents, {case}", per=unit)
+    sequences = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    notes = [f"Text: {'corpus_ru' if CORPUS.exists() else 'demo/corpus'}; {sequences} sequences a step."]
     report("whole_trainer", "Whole trainer, one peer", rows, notes, flags.results)
     return 0
+
+
+def trainer_arguments(folder: str, device: str) -> dict:
+    on_cpu = device == "cpu"
+    return {
+        "output_dir": folder,
+        "max_steps": 10**6,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": MICRO_BATCH if on_cpu else GPU_BATCH,
+        "gradient_accumulation_steps": MICRO_STEPS if on_cpu else GPU_STEPS,
+        "use_cpu": on_cpu,
+        "bf16": not on_cpu and torch.cuda.is_bf16_supported(including_emulation=False),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "logging_steps": 10**9,
+    }
 
 
 def find_texts(folder: Path) -> dict[str, list[str]]:
@@ -220,10 +270,10 @@ class CountedSide:
         self.tokens.append(self.count.tokens - before)
 
 
-def make_rows(timings: dict[str, Timing], tokens: dict[str, list[int]], case: str) -> list[Row]:
+def make_rows(timings: dict[str, Timing], tokens: dict[str, list[int]], case: str, *, per: str) -> list[Row]:
     """Tokens over seconds, both summed over the rounds: the token counts of single steps differ."""
     speed = {name: sum(tokens[name][-len(t.samples) :]) / sum(t.samples) for name, t in timings.items()}
-    claim, unit = "whole trainer: real tokens per CPU second", "tokens/s"
+    claim, unit = f"whole trainer: real tokens per {per}", "tokens/s"
     rows = [
         Row(claim, case, "ours", speed["ours"], unit, speed["ours"] / speed[peer], target, None, peer)
         for peer, target in TARGETS.items()
@@ -245,12 +295,13 @@ def ours(sizes, tokenizer, files, length, arguments, *, pack_sequences=False):
         sources=files,
         shuffle_seed=0,
         max_sequence_length=length,
-        batch_size=MICRO_BATCH,
+        batch_size=arguments["per_device_train_batch_size"],
         pack_sequences=pack_sequences,
     )
     collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=8, seed=0)
     model = lean_model(sizes, sparse_prediction=True)
-    lamb = CPULAMB8Bit(parameter_groups(model, 0.01), kernel="auto", reuse_grad_buffers=True, **LAMB)
+    kind = CPULAMB8Bit if arguments["use_cpu"] else OffloadedLamb
+    lamb = kind(parameter_groups(model, 0.01), kernel="auto", reuse_grad_buffers=True, **LAMB)
     schedule = torch.optim.lr_scheduler.LambdaLR(lamb, lambda step: 1.0)
     trainer = OurTrainer(
         model=model,

@@ -52,6 +52,7 @@ PARSED = {
     "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.soak": "takes hours",
+    "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py",
 }  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.
 ELSEWHERE = {

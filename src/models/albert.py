@@ -240,6 +240,7 @@ def masked_lm_loss(head, hidden_states, labels, *, sparse):
         logits = head(hidden_states)
         return logits, mean_cross_entropy(logits.flatten(0, -2), labels.flatten())
     labels = labels.flatten()
+    # The host waits for a GPU here: the number of labels is the size of all that follows.
     labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # [num_labels]
     labels = labels.index_select(0, labelled)
     hidden_states = hidden_states.flatten(0, 1).index_select(0, labelled)  # [num_labels, hidden_size]

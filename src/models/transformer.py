@@ -155,16 +155,25 @@ class LeanTransformer(nn.Module):
         return hidden_states, (*all_hidden_states[:-1], hidden_states) if output_hidden_states else None
 
 
+def drop_idle_mask(inputs):
+    """A model's inputs by name, without an attention mask that hides nothing: on the CPU, this can be seen at once."""
+    mask = inputs.get("attention_mask")
+    if mask is None or not mask.all():
+        return inputs
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
+
+
 def make_attention_mask(attention_mask):
     """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], or None.
 
-    None, which allows the fastest kernels, is also the answer when nothing is masked. A query that may attend to
-    nothing (a row of padding only) attends to everything, because the softmax of an empty set is NaN.
+    None, which allows the fastest kernels, is also the answer when nothing is masked, if the mask is on the CPU: for
+    another device the host would have to wait, see `drop_idle_mask`. A query that may attend to nothing (a row of
+    padding only) attends to everything, because the softmax of an empty set is NaN.
     """
     if attention_mask is None:
         return None
     attention_mask = attention_mask.bool()
-    if not torch.compiler.is_compiling() and attention_mask.all():
+    if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.all():
         return None
     if attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :]  # [batch, 1, 1, key]

@@ -1,6 +1,7 @@
 """What Hugging Face's Trainer must do differently when hivemind owns the optimizer; each change with its reason."""
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -12,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from src.models.transformer import drop_idle_mask
 from src.swarm.optimizer import LeanOptimizer
 
 logger = logging.getLogger(__name__)
@@ -197,16 +199,23 @@ class CollaborativeTrainer(Trainer):
             stop=self.stop,
         )
 
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """On the device, but for a mask that hides nothing, which is looked at here: there one would have to wait."""
+        return super()._prepare_inputs(drop_idle_mask(inputs))
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The batch's loss; one that is not finite is counted and replaced by zero, so that nothing of it is sent."""
         outputs = model(**inputs)
         loss = outputs.loss
         batch_size = len(inputs.get("sentence_order_label", inputs["input_ids"]))  # packed rows hold several instances
         self.meter.unreported_batches += 1
-        if bool(torch.isfinite(loss)):
-            self.meter.loss += loss.item()
-            self.meter.mlm_loss += float(outputs.mlm_loss)
-            self.meter.sop_loss += float(outputs.sop_loss or 0.0)
+        parts = (part for part in (loss, outputs.mlm_loss, outputs.sop_loss) if part is not None)
+        # All at once: for each number that is asked for, the host waits until the device has nothing left to do.
+        value, mlm_loss, *sop_loss = torch.stack([part.detach() for part in parts]).tolist()
+        if math.isfinite(value):
+            self.meter.loss += value
+            self.meter.mlm_loss += mlm_loss
+            self.meter.sop_loss += sum(sop_loss)
             self.meter.mini_steps += 1
             self.meter.samples += batch_size
             self.meter.unreported_samples += batch_size
@@ -214,7 +223,7 @@ class CollaborativeTrainer(Trainer):
         else:
             self.meter.dropped += batch_size
             self.meter.unreported_dropped += 1
-            logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, loss.item())
+            logger.warning("dropped a batch of %d samples: its loss is %s", batch_size, value)
             if self.args.world_size == 1:
                 loss = torch.zeros((), device=loss.device, requires_grad=True)
             # else all ranks must take part in the backward pass; its gradients are not finite on any, and are dropped

@@ -59,3 +59,41 @@ def test_padding_changes_nothing_in_the_original_layers():
         padded = original_encoder(transformer, states, mask)[:, :4]
         torch.testing.assert_close(padded, original_encoder(transformer, states[:, :4]))
         torch.testing.assert_close(padded, transformer(states, mask)[0][:, :4])
+
+
+def test_offloaded_lamb_steps_as_lamb_does_and_hands_the_parameters_back():
+    results = []
+    for kind in (whole_trainer.CPULAMB8Bit, whole_trainer.OffloadedLamb):
+        torch.manual_seed(0)
+        model = whole_trainer.lean_model(SIZES, sparse_prediction=True)
+        lamb = kind(whole_trainer.parameter_groups(model, 0.01), **whole_trainer.LAMB)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        lamb.step()
+        results.append(list(model.parameters()))
+    assert set(lamb.param_groups[0]["params"]).isdisjoint(model.parameters())
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_trainer_for_a_gpu_steps_with_lamb_in_main_memory(arguments):
+    tokenizer = load_tokenizer(str(whole_trainer.DEMO / "tokenizer"))
+    files = sorted(map(str, (whole_trainer.DEMO / "corpus").glob("*.txt")))
+    run, count = whole_trainer.ours(SIZES, tokenizer, files, LENGTH, {**arguments, "use_cpu": False})
+    model = run.trainer.model
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    run()
+    run.end()
+    assert run.failure is None and count.tokens > 0
+    assert any(not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_counting_tokens_does_not_wait_for_the_device():
+    count = whole_trainer.TokenCount(torch.nn.Identity())
+    count.add(
+        None, (), {"input_ids": torch.ones(2, 3, device="meta"), "attention_mask": torch.ones(2, 3, device="meta")}
+    )
+    assert count.counted.device.type == "meta"
+    count = whole_trainer.TokenCount(torch.nn.Identity())
+    count.add(None, (), {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])})
+    count.add(None, (), {"input_ids": torch.ones(2, 3)})  # a mask that hides nothing has been left out
+    assert count.tokens == 11

@@ -74,6 +74,20 @@ def test_attention_mask_is_none_when_nothing_is_padded():
     assert mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
 
 
+def test_attention_mask_on_another_device_is_not_looked_at():
+    """A tensor on the meta device holds no numbers: whoever asks for one, and would have to wait, gets an error."""
+    assert make_attention_mask(torch.ones(2, 5, device="meta")).shape == (2, 1, 1, 5)
+
+
+def test_mask_that_hides_nothing_changes_nothing(tiny_config, randomise, encoder_inputs, monkeypatch):
+    model = randomise(LeanAlbertModel(tiny_config())).eval()
+    encoder_inputs["attention_mask"][:] = 1
+    expected = model(**encoder_inputs).last_hidden_state
+    on_gpu = torch.ones(2, 1, 1, 11, dtype=torch.bool)  # what is made of it there
+    monkeypatch.setattr("src.models.transformer.make_attention_mask", lambda attention_mask: on_gpu)
+    torch.testing.assert_close(model(**encoder_inputs).last_hidden_state, expected)
+
+
 def test_pairwise_mask_separates_packed_texts(tiny_config, randomise, encoder_inputs):
     model = randomise(LeanAlbertModel(tiny_config())).eval()
     ids = encoder_inputs["input_ids"][:1]

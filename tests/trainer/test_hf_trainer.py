@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer
 
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, NoOptimizer, ReportedSchedule
@@ -74,7 +75,8 @@ def test_hf_trainer_does_not_change_parameters(tmp_path):
 
 
 def test_hf_trainer_overrides_methods_that_transformers_still_calls():
-    for name in ("_clip_grad_norm", "_get_grad_norm", "get_train_dataloader", "compute_loss"):
+    for name in ("_clip_grad_norm", "_get_grad_norm", "get_train_dataloader", "compute_loss",
+                 "_prepare_inputs"):  # fmt: skip
         assert name in vars(CollaborativeTrainer)
         assert callable(getattr(Trainer, name))
 
@@ -160,6 +162,43 @@ def test_hf_trainer_losses_in_the_meter_are_those_of_the_model(tmp_path):
     for name, total in (("loss", callback.meter.loss), ("mlm_loss", callback.meter.mlm_loss),
                         ("sop_loss", callback.meter.sop_loss)):  # fmt: skip
         assert total == pytest.approx(sum(float(getattr(output, name)) for output in outputs), rel=1e-5), name
+
+
+class CountWaits(TorchFunctionMode):
+    """Counts how often numbers are asked for, for which the host would wait until a GPU has nothing left to do."""
+
+    ASKING = {getattr(torch.Tensor, name) for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu",
+                                                       "numpy")}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.waits += function in self.ASKING
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5, 6, 7]], ids=["finite", "dropped"])
+def test_hf_trainer_waits_for_the_device_once_in_a_forward_pass(tmp_path, rows):
+    items = poisoned(tiny_items(16), 4)
+    optimizer = FakeOptimizer(NanLossNow(tiny_model()))
+    trainer, callback = make_trainer(tmp_path, optimizer, items=items)
+    outputs = optimizer.model(**stack([items[row] for row in rows]))
+    with CountWaits() as counter:
+        trainer.compute_loss(lambda **inputs: outputs, stack([items[row] for row in rows]))
+    assert counter.waits == 1
+    assert callback.meter.samples + callback.meter.dropped == 4
+
+
+def test_hf_trainer_leaves_out_a_mask_that_hides_nothing_before_it_is_on_the_device(tmp_path):
+    trainer, _ = make_trainer(tmp_path, FakeOptimizer(tiny_model()))
+    batch = stack(tiny_items(2))
+    mask = torch.ones_like(batch["input_ids"])
+    assert trainer._prepare_inputs({**batch, "attention_mask": mask}).keys() == batch.keys()
+    padded = mask.clone()
+    padded[1, 7:] = 0
+    assert torch.equal(trainer._prepare_inputs({**batch, "attention_mask": padded})["attention_mask"], padded)
 
 
 def test_loss_meter_gives_out_samples_once_and_starts_epochs_at_zero():
