@@ -46,3 +46,11 @@ def counted(number: int, what: str) -> str:
 def rate(per_second: float) -> str:
     """Figures a second; a slow machine's, too, has digits that say something."""
     return f"{per_second:.1f}/s" if per_second >= 1 or per_second == 0 else f"{per_second:.2g}/s"
+
+
+def format_bytes(number: float) -> str:
+    """A size as people write it: 640 kB, 12 MB, 1.3 GB."""
+    for divisor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= 0.9995 * divisor:
+            return f"{number / divisor:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"

@@ -61,12 +61,7 @@ def check(
         peer,
         output_dir=training.output_dir,
         device=training.device,
-        workload=Workload(
-            training.min_8bit_size,
-            batch_size=training.per_device_train_batch_size,
-            length=training.max_sequence_length,
-            half_precision=training.fp16 or training.bf16,
-        ),
+        workload=Workload.of(training),
         build_model=make_model,
         make_card=partial(make_run_card, settings=settings, trainer=True),
         read_data=lambda tokenizer: task.build_data(tokenizer, peer, training, peer_seed=b"check"),
