@@ -71,6 +71,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     joining = shlex.join(["python", "run_trainer.py", *handed_on])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
+    program.outlook.begin()
     ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()

@@ -62,6 +62,8 @@ class Circumstances:
     text: Text | None = None
     num_readers: int = 1  # processes that share out the documents
     is_trainer: bool = True
+    averages: bool = True  # takes part in rounds
+    why_no_pace: str = "not measured"
 
 
 @dataclass(frozen=True)
@@ -86,15 +88,15 @@ class Plan:
 
     model: str
     parameters: int
-    text: str
-    sample: str
+    text: str | None
+    sample: str | None
     target_batch_size: int
     num_trainers: int
-    length: int  # tokens of a sequence for which the next three are
+    length: int | None  # tokens of a sequence for which the next three are
     samples_per_second: float | None  # of this trainer
     swarm_samples_per_second: float | None
     step_seconds: float | None
-    epoch_seconds: float | None  # in which sequences have full length
+    epoch_seconds: float | None  # in which sequences have full length, if ``length`` is known
     schedule: tuple[Milestone, ...]
     gradient_bytes: float  # that a peer sends in an epoch, and as many that it gets
     parameter_bytes: float  # the same for parameters: a round's, divided by the epochs from one to the next
@@ -103,12 +105,13 @@ class Plan:
     round_seconds: float  # that an epoch's rounds take on this link at least
     memory: dict[str, dict[str, float]]  # bytes, by where and by what they are for
     warnings: tuple[Check, ...]
+    why_no_pace: str = ""
 
     def lines(self) -> list[str]:
         return [
             f"model     {self.model}",
-            f"text      {self.text}",
-            f"sample    {self.sample}",
+            *([] if self.text is None else [f"text      {self.text}"]),
+            *([] if self.sample is None else [f"sample    {self.sample}"]),
             f"target    {self.target_batch_size} samples of all trainers together make an epoch",
             *self.pace_lines(),
             f"traffic   {self._traffic()}",
@@ -121,15 +124,16 @@ class Plan:
 
     def _pace(self) -> str:
         if self.swarm_samples_per_second is None:
-            return "not measured"
+            return self.why_no_pace
         parts = []
         if self.samples_per_second is not None:
             parts.append(f"one trainer {rate(self.samples_per_second)} in steps of {seconds(self.step_seconds)}")
         if self.num_trainers > 1 or not parts:
             parts.append(f"{counted(self.num_trainers, 'trainer')} {rate(self.swarm_samples_per_second)}")
-        return (
-            f"{', '.join(parts)}, at {self.length} tokens; an epoch of full length takes {seconds(self.epoch_seconds)}"
-        )
+        if self.length is None:
+            return f"{', '.join(parts)}; an epoch takes {seconds(self.epoch_seconds)}"
+        pace = f"{', '.join(parts)}, at {self.length} tokens"
+        return f"{pace}; an epoch of full length takes {seconds(self.epoch_seconds)}"
 
     def _schedule(self) -> str:
         alone = self.num_trainers > 1 and self.samples_per_second is not None
@@ -137,7 +141,7 @@ class Plan:
 
     def _traffic(self) -> str:
         if not self.gradient_bytes:
-            return "none while this trainer is alone"
+            return "none" if self.num_trainers > 1 else "none while there is one trainer"
         known = "" if self.is_bandwidth_known else ", which is what others take for yours without --bandwidth"
         return (
             f"{format_bytes(self.gradient_bytes + self.parameter_bytes)} out and as much in for an epoch, "
@@ -159,23 +163,31 @@ def seconds(value: float) -> str:
 
 
 def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, dict[str, float]]) -> Plan:
-    """``settings``: flags with their values, as `arguments.run_settings` gives them; ``memory``: see `Plan`."""
+    """``settings``: flags with their values, as `arguments.run_settings` gives them; ``memory``: see `Plan`.
+
+    Those of an auxiliary peer, which reads no text, say nothing of sequences.
+    """
+    if not now.is_trainer:
+        settings = {**settings, "initial_sequence_length": None, "max_sequence_length": settings["pad_to_multiple_of"]}
     with torch.device("meta"):
         sizes = [parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters()]
     clock = Clock(settings, now, sizes)
     first, full = clock.length(0), settings["max_sequence_length"]
     length = clock.length(now.epoch) if now.pace is None else now.pace.length
+    text = "not looked at" if now.text is None else now.text.describe()
+    sample = ("several texts in a row" if settings.get("pack_sequences") else "two stretches of one text") + (
+        f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"
+    )
     warnings = [*warn_of_epochs(clock), *warn_of_steps(clock), *warn_of_zero_rate(clock), *warn_of_text(now)]
     return Plan(
         model=f"{sum(sizes) / 1e6:.2f} million parameters, {counted(config.num_hidden_layers, 'layer')}, hidden size "
         f"{config.hidden_size}, {config.vocab_size} words",
         parameters=sum(sizes),
-        text="not looked at" if now.text is None else now.text.describe(),
-        sample=("several texts in a row" if settings.get("pack_sequences") else "two stretches of one text")
-        + (f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"),
+        text=text if now.is_trainer else None,
+        sample=sample if now.is_trainer else None,
         target_batch_size=settings["target_batch_size"],
         num_trainers=now.num_trainers,
-        length=length,
+        length=length if now.is_trainer else None,
         samples_per_second=None if now.pace is None else now.pace.samples_per_second,
         swarm_samples_per_second=(clock.own + clock.others) * full / length or None,
         step_seconds=None if now.pace is None else now.pace.step_seconds,
@@ -188,6 +200,7 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
         round_seconds=clock.round_seconds,
         memory=memory,
         warnings=tuple(warnings),
+        why_no_pace="" if now.pace is not None else now.why_no_pace,
     )
 
 
@@ -203,7 +216,7 @@ class Clock:
             self.others = self.own * (now.num_trainers - now.is_trainer)
         else:
             self.others = now.others_per_second * self.length(now.epoch) / self.full
-        share = traffic_share(now.num_trainers, is_trainer=now.is_trainer)
+        share = traffic_share(now.num_trainers, is_trainer=now.is_trainer) if now.averages else 0.0
         gradients = sum(size * (EIGHT_BIT if size >= EIGHT_BIT_THRESHOLD else SIXTEEN_BIT) for size in sizes)
         self.gradient_bytes = share * gradients
         self.parameter_bytes = share * SIXTEEN_BIT * sum(sizes) / settings["average_state_every"]
@@ -261,6 +274,8 @@ def traffic_share(num_trainers: int, *, is_trainer: bool) -> float:
     A trainer sends each of the others its values of their part, and each its own part's average. An auxiliary peer,
     which has no values, sends averages only.
     """
+    if num_trainers < 2:
+        return 0.0
     if not is_trainer:
         return num_trainers / (num_trainers + 1)
     return 2 * (num_trainers - 1) / num_trainers

@@ -80,8 +80,14 @@ def test_a_pace_measured_with_short_sequences_is_that_of_short_sequences():
 def test_others_count_as_they_are_seen():
     plan = planned(num_trainers=3, pace=pace(10.0), others_per_second=90.0, bandwidth=1000.0)
     assert plan.epoch_seconds == pytest.approx(163.84)
-    auxiliary = planned(num_trainers=2, others_per_second=100.0, is_trainer=False, bandwidth=1000.0)
-    assert auxiliary.epoch_seconds == pytest.approx(163.84) and auxiliary.samples_per_second is None
+
+
+def test_an_auxiliary_peer_knows_the_pace_of_the_trainers_but_not_their_sequences():
+    plan = planned(GROWING, num_trainers=2, others_per_second=100.0, is_trainer=False, bandwidth=1000.0)
+    assert plan.epoch_seconds == pytest.approx(163.84) and plan.samples_per_second is None
+    assert [line.split()[0] for line in plan.lines()] == ["model", "target", "pace", "schedule", "traffic", "memory"]
+    assert plan.pace_lines()[0] == "pace      2 trainers 100.0/s; an epoch takes 3 min"
+    assert planned(num_trainers=2, is_trainer=False, averages=False).gradient_bytes == 0
 
 
 def test_hours_count_from_where_the_run_is():
