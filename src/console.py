@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import warnings
 
 
@@ -36,6 +37,14 @@ def format_seconds(seconds: float) -> str:
         if seconds < limit:
             return f"{seconds / divisor:.0f} {unit}" if divisor < 3600 else f"{seconds / divisor:.1f} {unit}"
     return f"{seconds / 86_400:.1f} d"
+
+
+def format_moment(seconds: float) -> str:
+    """A moment, in seconds since 1970, by this machine's clock: 2027-01-03 14:10."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # a pace that is next to nothing
+        return "in more than a thousand years"
 
 
 def counted(number: int, what: str) -> str:

@@ -14,8 +14,10 @@ from pathlib import Path
 from src.console import counted, format_seconds
 from src.files import write_atomically
 from src.metrics.history import Failure, RunHistory, read_history
+from src.metrics.records import END_OF_TIME
 from src.metrics.svg_chart import Series, line_chart, short_number
 
+LAST_MOMENT = END_OF_TIME - 1.0
 SHOWN_PEERS, SHOWN_FAILURES, SHOWN_STALLS, SHOWN_MARKS = 50, 30, 20, 60
 
 STYLE = """
@@ -87,7 +89,10 @@ def tiles(history: RunHistory) -> str:
         shown.append((f"{last.num_peers}", "trainer" if last.num_peers == 1 else "trainers"))
         shown.append((short_number(last.samples_per_second), "samples per second"))
         if history.total_epochs > last.epoch and seconds is not None:
-            shown.append((format_seconds((history.total_epochs - last.epoch) * seconds), "left at this pace"))
+            left = (history.total_epochs - last.epoch) * seconds
+            shown.append(
+                (format_seconds(left), f"left at this pace, until {clock(min(last.time + left, LAST_MOMENT))}")
+            )
     return "".join(
         f'<div class="tile"><b>{escape(value)}</b><small>{escape(label)}</small></div>' for value, label in shown
     )

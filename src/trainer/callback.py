@@ -179,7 +179,6 @@ class CollaborativeCallback(TrainerCallback):
         self.report.record_rounds()
         if self.optimizer.local_epoch != self.last_epoch:
             self._finish_epoch()
-        self.report.progress.update(self.optimizer.local_epoch, self.optimizer.tracker.global_progress)
         self.backups.save_if_due()
         return self._lead_workers(control)
 
