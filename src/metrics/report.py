@@ -134,8 +134,22 @@ def charts(history: RunHistory) -> str:
         line_chart("Trainers",
                    [Series("reported", list(zip(hours, (e.num_peers for e in epochs), strict=True)), steps=True)],
                    x_label=unit, from_zero=True),
+        memory_chart(history, unit, divisor),
     ]  # fmt: skip
     return "".join(drawn)
+
+
+def memory_chart(history: RunHistory, unit: str, divisor: float) -> str:
+    """Of the peer that has written the file, not of others."""
+    uses = [((time - history.first_time) / divisor, use) for time, use in history.memory]
+    measures = " or ".join(sorted({use.measure for _, use in uses}))
+    parts = {
+        "main process": [(moment, use.main) for moment, use in uses],
+        "averaging": [(moment, use.gradients + use.parameters) for moment, use in uses],
+        "DHT and p2pd": [(moment, use.dht + use.p2pd) for moment, use in uses],
+    }
+    series = [Series(name, points) for name, points in parts.items()]
+    return line_chart(f"Memory of this peer, MB ({measures})", series, x_label=unit, from_zero=True)
 
 
 def time_unit(seconds: float) -> tuple[str, float]:

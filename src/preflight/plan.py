@@ -91,10 +91,11 @@ class Plan:
     text: str | None
     sample: str | None
     target_batch_size: int
-    num_trainers: int
+    is_trainer: bool
+    num_trainers: int  # this one included
     length: int | None  # tokens of a sequence for which the next three are
     samples_per_second: float | None  # of this trainer
-    swarm_samples_per_second: float | None
+    swarm_samples_per_second: float | None  # of all whose pace is known
     step_seconds: float | None
     epoch_seconds: float | None  # in which sequences have full length, if ``length`` is known
     schedule: tuple[Milestone, ...]
@@ -123,13 +124,16 @@ class Plan:
         return [f"pace      {self._pace()}", f"schedule  {self._schedule()}"]
 
     def _pace(self) -> str:
+        if self.samples_per_second is not None:
+            parts = [f"one trainer {rate(self.samples_per_second)} in steps of {seconds(self.step_seconds)}"]
+            who = counted(self.num_trainers, "trainer") if self.num_trainers > 1 else ""
+        elif self.is_trainer:
+            parts, who = [self.why_no_pace], counted(self.num_trainers - 1, "other trainer")
+        else:
+            parts, who = [], counted(self.num_trainers, "trainer")
         if self.swarm_samples_per_second is None:
             return self.why_no_pace
-        parts = []
-        if self.samples_per_second is not None:
-            parts.append(f"one trainer {rate(self.samples_per_second)} in steps of {seconds(self.step_seconds)}")
-        if self.num_trainers > 1 or not parts:
-            parts.append(f"{counted(self.num_trainers, 'trainer')} {rate(self.swarm_samples_per_second)}")
+        parts += [f"{who} {rate(self.swarm_samples_per_second)}"] if who else []
         if self.length is None:
             return f"{', '.join(parts)}; an epoch takes {seconds(self.epoch_seconds)}"
         pace = f"{', '.join(parts)}, at {self.length} tokens"
@@ -186,6 +190,7 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
         text=text if now.is_trainer else None,
         sample=sample if now.is_trainer else None,
         target_batch_size=settings["target_batch_size"],
+        is_trainer=now.is_trainer,
         num_trainers=now.num_trainers,
         length=length if now.is_trainer else None,
         samples_per_second=None if now.pace is None else now.pace.samples_per_second,
