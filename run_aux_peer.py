@@ -21,7 +21,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     quiet_libraries()  # before they are loaded
     from src.auxiliary.build import build, check
     from src.auxiliary.monitor import Watch
-    from src.metrics.console import Progress
+    from src.metrics.console import Progress, Pulse
     from src.metrics.history import read_history
     from src.metrics.terminal import TerminalView
     from src.process.watchdog import Watchdog, may_start_again
@@ -54,6 +54,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
     ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
+    Pulse(progress, swarm.optimizer, total_epochs=training.total_steps, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     for thread in program.threads:

@@ -34,7 +34,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.console import quiet_libraries
 
     quiet_libraries()  # before they are loaded
-    from src.metrics.console import Progress
+    from src.metrics.console import Progress, Pulse
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
     from src.swarm.dht import short_peer_name, visible_addresses
@@ -72,7 +72,9 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     joining = shlex.join(["python", "run_trainer.py", *handed_on])
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
+    program.outlook.begin()
     ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
+    Pulse(progress, swarm.optimizer, total_epochs=training.total_steps, stop=stop).start()
     if not peer.use_ipfs:
         KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
     with Watchdog(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import warnings
 
 
@@ -38,6 +39,14 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} d"
 
 
+def format_moment(seconds: float) -> str:
+    """A moment, in seconds since 1970, by this machine's clock: 2027-01-03 14:10."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):  # a pace that is next to nothing
+        return "in more than a thousand years"
+
+
 def counted(number: int, what: str) -> str:
     """``1 peer``, ``2 peers``."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
@@ -46,3 +55,11 @@ def counted(number: int, what: str) -> str:
 def rate(per_second: float) -> str:
     """Figures a second; a slow machine's, too, has digits that say something."""
     return f"{per_second:.1f}/s" if per_second >= 1 or per_second == 0 else f"{per_second:.2g}/s"
+
+
+def format_bytes(number: float) -> str:
+    """A size as people write it: 640 kB, 12 MB, 1.3 GB."""
+    for divisor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if number >= 0.9995 * divisor:
+            return f"{number / divisor:.3g} {unit}"
+    return f"{number / 1e3:.3g} kB"

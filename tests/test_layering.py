@@ -13,6 +13,7 @@ ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
     "src/access/membership.py",
     "src/auxiliary/build.py",
+    "src/preflight/__main__.py",
     "src/preflight/network.py",
     "src/preflight/run.py",
     "src/process/same_peer.py",
@@ -33,7 +34,7 @@ ROOMS = {
     "access": ("metrics",),
     "export": ("metrics", "models"),
     "swarm": ("access", "metrics", "models", "optim", "process"),
-    "preflight": ("access", "metrics", "models", "swarm"),
+    "preflight": ("access", "metrics", "models", "optim", "swarm"),
     "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "swarm"),
     "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "swarm"),
 }

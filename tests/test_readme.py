@@ -40,7 +40,7 @@ SHELL_LANGUAGES, OUTPUT_LANGUAGES = ("bash", "sh", "shell"), ("", "text", "json"
 PEERS = {"run_trainer.py": TrainerPeerArguments, "run_aux_peer.py": AuxiliaryPeerArguments}
 # Run, in the pages' order, in a folder that holds `stand_ins`; --push is only tried.
 RUN = {"tasks.mlm.train_tokenizer", "tasks.mlm.inspect_data", "src.export", "src.models.memory",
-       "src.access", "src.metrics.report", "src.metrics.terminal"}  # fmt: skip
+       "src.access", "src.metrics.report", "src.metrics.terminal", "src.preflight"}  # fmt: skip
 # Commands whose program reads its command line and goes no further here, and why.
 PARSED = {
     "run_trainer.py": "works until it is stopped; tests/swarm/test_join.py",

@@ -23,7 +23,9 @@ from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory
 from src.metrics.report import Reporter
 from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
-from src.preflight.machine import Workload, check_uploads, require_shared_memory
+from src.preflight.machine import Workload, check_uploads, needed_memory, require_shared_memory
+from src.preflight.network import Seen
+from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.swarm.join import Swarm, join_run, record_start, start_averaging
@@ -51,16 +53,32 @@ def check(
     say: Callable[[str], None],
 ) -> int:
     """Test this machine's set-up without joining the run; returns the exit code."""
-    reads_text = bool(peer.eval_sources)
+
+    def plan(built, data, seen: Seen, fits: bool) -> Plan:
+        now = Circumstances(
+            num_trainers=max(1, seen.num_trainers),
+            others_per_second=seen.samples_per_second,
+            bandwidth=peer.bandwidth if isinstance(peer.bandwidth, float) else seen.bandwidth,
+            epoch=seen.epoch,
+            is_trainer=False,
+            averages=peer.assist_in_averaging,
+            why_no_pace="no trainer is there yet",
+        )
+        return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
+
+    reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size)
+    settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
         output_dir=training.output_dir,
         device=torch.device("cpu"),
-        workload=Workload(training.min_8bit_size),
+        workload=workload,
         build_model=lambda: task.build_model(peer, seed=training.seed),
-        make_card=partial(make_run_card, settings=run_settings(peer, collaboration, training), trainer=False),
+        make_card=partial(make_run_card, settings=settings, trainer=False),
         read_data=(lambda tokenizer: make_scorer(tokenizer, peer.eval_sources, num_batches=1)) if reads_text else None,
         check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
+        plan=plan,
+        fastest=collaboration.target_batch_size,
         say=say,
     )
 

@@ -12,6 +12,7 @@ from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import Checkpoint, PeerReport, SwarmEpoch, printable
 from src.swarm.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
 from src.swarm.join import Swarm
+from src.swarm.memory_watch import MemoryWatch
 
 MAX_LEAD = 20  # epochs by which one half of the trainers may be ahead of the other half
 LOOKS_UNTIL_GONE, LOOKS_UNTIL_REWOUND = 5, 3
@@ -108,6 +109,7 @@ class Watch:
         self.swarm, self.run_id, self.total_steps = swarm, run_id, total_steps
         self.journal, self.store, self.progress, self.stop = journal, store, progress, stop
         self.monitor = MetricsMonitor()
+        self.memory = MemoryWatch(journal, say=progress.say)
         self._has_looked = self._said_kept = False
         self._said_troubles: set[str] = set()
 
@@ -153,6 +155,7 @@ class Watch:
         if summary is not None:
             self.journal.record(summary)
             self.progress.routine(describe(summary))
+            self.memory.note(summary.epoch)
         if self._has_looked:  # what is found at first may be years old, of trainers that are gone
             self._notice_rewound_run([record.epoch for _, record in reports], metrics)
         self._has_looked = True

@@ -91,6 +91,7 @@ class RunHistory:
         self.epochs: dict[int, Epoch] = {}
         self.peers: dict[str, Peer] = {}
         self.held_out: list[Scores] = []
+        self.memory: list[tuple[float, records.MemoryUse]] = []  # with the time of each
         self.failures: deque[Failure] = deque(maxlen=KEPT_FAILURES)
         self.num_failures = self.last_checkpoint = 0
         self.first_time = self.last_time = 0.0
@@ -163,6 +164,9 @@ class RunHistory:
         scores = (record.loss, record.accuracy, record.order_accuracy)
         if None not in scores:
             self.held_out.append(Scores(record.epoch, time, *scores))
+
+    def _add_memory(self, time: float, record: records.MemoryUse) -> None:
+        self.memory.append((time, record))
 
     def _add_checkpoint(self, time: float, record: records.Checkpoint) -> None:
         self.last_checkpoint = record.epoch

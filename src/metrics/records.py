@@ -179,6 +179,20 @@ class Refusal(Record):
 
 
 @dataclass(frozen=True)
+class MemoryUse(Record):
+    """Memory of a peer's processes at the end of an epoch, in MB; 0 for one that is not there."""
+
+    event: ClassVar[str] = "memory"
+    epoch: int = 0
+    measure: str = ""  # "PSS": shared memory counts in parts; "RSS": in full for each process that shares it
+    main: float = 0.0
+    dht: float = 0.0
+    p2pd: float = 0.0  # the network daemon
+    gradients: float = 0.0  # the process that averages them
+    parameters: float = 0.0  # the same
+
+
+@dataclass(frozen=True)
 class Phase(Record):
     """What an averager of this peer is about to do, as it happens; for tests, where a flag asks for it."""
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from src.console import counted, format_seconds
 from src.files import write_atomically
 from src.metrics.history import Failure, RunHistory, read_history
+from src.metrics.records import END_OF_TIME
 from src.metrics.svg_chart import Series, line_chart, short_number
 
+LAST_MOMENT = END_OF_TIME - 1.0
 SHOWN_PEERS, SHOWN_FAILURES, SHOWN_STALLS, SHOWN_MARKS = 50, 30, 20, 60
 
 STYLE = """
@@ -87,7 +89,10 @@ def tiles(history: RunHistory) -> str:
         shown.append((f"{last.num_peers}", "trainer" if last.num_peers == 1 else "trainers"))
         shown.append((short_number(last.samples_per_second), "samples per second"))
         if history.total_epochs > last.epoch and seconds is not None:
-            shown.append((format_seconds((history.total_epochs - last.epoch) * seconds), "left at this pace"))
+            left = (history.total_epochs - last.epoch) * seconds
+            shown.append(
+                (format_seconds(left), f"left at this pace, until {clock(min(last.time + left, LAST_MOMENT))}")
+            )
     return "".join(
         f'<div class="tile"><b>{escape(value)}</b><small>{escape(label)}</small></div>' for value, label in shown
     )
@@ -129,8 +134,22 @@ def charts(history: RunHistory) -> str:
         line_chart("Trainers",
                    [Series("reported", list(zip(hours, (e.num_peers for e in epochs), strict=True)), steps=True)],
                    x_label=unit, from_zero=True),
+        memory_chart(history, unit, divisor),
     ]  # fmt: skip
     return "".join(drawn)
+
+
+def memory_chart(history: RunHistory, unit: str, divisor: float) -> str:
+    """Of the peer that has written the file, not of others."""
+    uses = [((time - history.first_time) / divisor, use) for time, use in history.memory]
+    measures = " or ".join(sorted({use.measure for _, use in uses}))
+    parts = {
+        "main process": [(moment, use.main) for moment, use in uses],
+        "averaging": [(moment, use.gradients + use.parameters) for moment, use in uses],
+        "DHT and p2pd": [(moment, use.dht + use.p2pd) for moment, use in uses],
+    }
+    series = [Series(name, points) for name, points in parts.items()]
+    return line_chart(f"Memory of this peer, MB ({measures})", series, x_label=unit, from_zero=True)
 
 
 def time_unit(seconds: float) -> tuple[str, float]:

@@ -18,7 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from src.console import counted, format_seconds
+from src.console import counted, format_moment, format_seconds
 from src.metrics.console import Progress
 from src.metrics.history import RunHistory, read_history
 from src.metrics.svg_chart import short_number
@@ -63,6 +63,9 @@ class TerminalView(Progress):
     def routine(self, message: str) -> None:
         if self._display is None:
             self.say(message)
+
+    def update(self, epoch: int, tracker, total_epochs: int) -> None:
+        """Nothing: the view draws it itself, see `start`."""
 
     def peers_seen(self, progress: dict) -> None:
         with self._lock:
@@ -123,7 +126,8 @@ class TerminalView(Progress):
         if seconds is not None:
             parts.append(f"one takes {format_seconds(seconds)}")
             if history.total_epochs > last.epoch:
-                parts.append(f"{format_seconds((history.total_epochs - last.epoch) * seconds)} to the end of the run")
+                left = (history.total_epochs - last.epoch) * seconds
+                parts.append(f"{format_seconds(left)} to the end of the run, {format_moment(last.time + left)}")
         if history.last_checkpoint:
             parts.append(f"checkpoint of epoch {history.last_checkpoint}")
         return ", ".join(parts)

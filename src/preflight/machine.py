@@ -43,6 +43,16 @@ class Workload:
     length: int = 0
     half_precision: bool = False
 
+    @classmethod
+    def of(cls, training) -> "Workload":
+        """Of a trainer with these arguments."""
+        return cls(
+            training.min_8bit_size,
+            batch_size=training.per_device_train_batch_size,
+            length=training.max_sequence_length,
+            half_precision=training.fp16 or training.bf16,
+        )
+
     def predict(self, config) -> Memory:
         return predict_memory(config, batch_size=self.batch_size, **self._options())
 
@@ -110,6 +120,17 @@ def check_memory(config, workload: Workload, device: torch.device) -> list[Check
 
     A GPU holds the model and what a batch needs, this machine the rest: the optimizer, and copies for the swarm.
     """
+    on_gpu = device.type == "cuda"
+    needed = needed_memory(config, workload, on_gpu=on_gpu)
+    checks = [_compare_memory("memory", needed["memory"], available_memory(), config, None if on_gpu else workload)]
+    if on_gpu:
+        free = torch.cuda.mem_get_info(device)[0]
+        checks.append(_compare_memory("GPU memory", needed["GPU memory"], free, config, workload))
+    return checks
+
+
+def needed_memory(config, workload: Workload, *, on_gpu: bool) -> dict[str, dict[str, float]]:
+    """Bytes by where ("memory", "GPU memory") and by what they are for."""
     memory = workload.predict(config)
     num_copies = TRAINER_COPIES if workload.batch_size else AUXILIARY_COPIES
     copies = {"optimizer": memory.optimizer, "copies for averaging": num_copies * memory.parameters}
@@ -117,13 +138,12 @@ def check_memory(config, workload: Workload, device: torch.device) -> list[Check
     if workload.batch_size:
         batch = f"a batch of {workload.batch_size} x {workload.length} tokens"
         computing[batch] = memory.device - memory.parameters - memory.gradients
-    on_gpu = device.type == "cuda"
-    machine = {**({} if on_gpu else computing), **copies, "libraries": LIBRARY_BYTES}
-    checks = [_compare_memory("memory", machine, available_memory(), config, None if on_gpu else workload)]
     if on_gpu:
-        needed = {**computing, "libraries": GPU_LIBRARY_BYTES}
-        checks.append(_compare_memory("GPU memory", needed, torch.cuda.mem_get_info(device)[0], config, workload))
-    return checks
+        return {
+            "memory": {**copies, "libraries": LIBRARY_BYTES},
+            "GPU memory": {**computing, "libraries": GPU_LIBRARY_BYTES},
+        }
+    return {"memory": {**computing, **copies, "libraries": LIBRARY_BYTES}}
 
 
 def _compare_memory(name: str, parts: dict, available: float, config, workload: Workload | None) -> Check:

@@ -5,18 +5,41 @@ import copy
 import ipaddress
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median_low
 
 import hivemind
 
 from arguments import PeerArguments
 from src.access.membership import load_identity
 from src.preflight.check import FAILED, OK, WARNING, Check, attempt
-from src.swarm.dht import start_dht, visible_addresses
+from src.swarm.dht import fetch_progress, start_dht, visible_addresses
 from src.swarm.probe import Knock, Speed, address_of, ask_to_knock, knock, measure_speed, ping
 from src.swarm.run_card import RunCard
 
 MAX_CLOCK_OFFSET = 3.0  # hivemind's own limit
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of the run: the bandwidth to an initial peer, Mbit/s; trainers, their samples a second together,
+    and the epoch that at least half of them have reached."""
+
+    bandwidth: float | None = None
+    num_trainers: int = 0
+    samples_per_second: float = 0.0
+    epoch: int = 0
+
+
+def look_at_trainers(dht, run_id: str, *, fastest: float) -> Seen:
+    """``fastest``: samples a second that are believed of a trainer, who may claim anything."""
+    records = list(fetch_progress(dht, run_id).values())
+    return Seen(
+        num_trainers=len(records),
+        samples_per_second=sum(min(record.samples_per_second, fastest) for record in records),
+        epoch=median_low(record.epoch for record in records) if records else 0,
+    )
 
 
 def check_own_port(address: str) -> Check:
@@ -174,8 +197,17 @@ def check_run_card(dht, peer: PeerArguments, owner: bytes, card: dict[str, str])
     return Check("settings of the run", OK, "as those of the other peers")
 
 
-def check_network(peer: PeerArguments, say: Callable[[Check], None], card: dict[str, str] | None = None) -> None:
-    """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would."""
+def check_network(
+    peer: PeerArguments,
+    say: Callable[[Check], None],
+    card: dict[str, str] | None = None,
+    *,
+    fastest: float = 0.0,
+) -> Seen:
+    """Ports first, one by one, so that the answer names the one that is wrong; then join as the run would.
+
+    ``fastest``: see `look_at_trainers`.
+    """
     listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
     knocks = [check_initial_peer(address) for address in peer.initial_peers]
     reached = [address for address, check in zip(peer.initial_peers, knocks, strict=True) if check.state == OK]
@@ -184,7 +216,7 @@ def check_network(peer: PeerArguments, say: Callable[[Check], None], card: dict[
     for check in knocks:  # one of several that is away does not matter
         say(Check(check.name, WARNING, check.found, check.fix) if reached and check.state == FAILED else check)
     if any(check.state == FAILED for check in listening) or (peer.initial_peers and not reached):
-        return
+        return Seen()
     joining, started = attempt("peer-to-peer daemon", lambda: join(peer), lambda _: "it starts")
     if started is None:
         if reached and "cannot reach" in joining.found:  # TCP answers, libp2p does not: it is the id
@@ -192,7 +224,7 @@ def check_network(peer: PeerArguments, say: Callable[[Check], None], card: dict[
                 say(check_wrong_id(address))
         else:
             say(joining)
-        return
+        return Seen()
     dht, owner = started
     try:
         say(joining)
@@ -201,14 +233,18 @@ def check_network(peer: PeerArguments, say: Callable[[Check], None], card: dict[
         for _, checks in contacts:
             for check in checks:
                 say(check)
-        if met:
-            if not peer.client_mode:
-                say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
-            say(describe_speed(measure_speed(dht, split_address(met[0])[1]), split_address(met[0])[0], peer.bandwidth))
-            if card is not None:
-                say(check_run_card(dht, peer, owner, card))
-        elif not peer.initial_peers:
-            say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
+        if not met:
+            if not peer.initial_peers:
+                say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
+            return Seen()
+        if not peer.client_mode:
+            say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
+        speed = measure_speed(dht, split_address(met[0])[1])
+        say(describe_speed(speed, split_address(met[0])[0], peer.bandwidth))
+        if card is not None:
+            say(check_run_card(dht, peer, owner, card))
+        seen = look_at_trainers(dht, peer.run_id, fastest=fastest)
+        return replace(seen, bandwidth=None if speed is None else speed.bandwidth)
     finally:
         dht.shutdown()
 

@@ -18,7 +18,8 @@ from src.preflight.machine import (
     check_open_files,
     check_shared_memory,
 )
-from src.preflight.network import check_network
+from src.preflight.network import Seen, check_network
+from src.preflight.plan import Plan
 
 
 def run_checks(  # noqa: PLR0913 (what the two programs differ in)
@@ -31,12 +32,16 @@ def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     make_card: Callable[[object, object], dict[str, str]],
     read_data: Callable[[object], object] | None,
     check_uploads: Callable[[], Check] | None = None,
+    plan: Callable[[tuple, object, Seen, bool], Plan] | None = None,
+    fastest: float = 0.0,
     say: Callable[[str], None],
 ) -> int:
     """All checks, each one's lines as soon as they are known, then the verdict. Returns the exit code, 0 or 2.
 
     ``build_model()`` gives model and tokenizer, ``make_card(config, tokenizer)`` the run card, ``read_data(tokenizer)``
     reads a first instance; the first and the last raise ValueError. ``check_uploads()`` is for who uploads.
+    ``plan(built, data, seen, fits)``: of what these have returned, and whether a batch fits into memory. ``fastest``:
+    samples a second that are believed of a trainer.
     """
     checks: list[Check] = []
 
@@ -56,9 +61,18 @@ def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     if check_uploads is not None:
         report(check_uploads())
     card = None if built is None else make_card(built[0].config, built[1])
-    check_network(peer, report, card)  # before data are read: hivemind's processes come before other threads
+    # before data are read: hivemind's processes come before other threads
+    seen = check_network(peer, report, card, fastest=fastest)
+    data = None
     if built is not None and read_data is not None:
-        report(attempt("data", lambda: read_data(built[1]), lambda _: "the first instance was read")[0])
+        read, data = attempt("data", lambda: read_data(built[1]), lambda _: "the first instance was read")
+        report(read)
+    if built is not None and plan is not None:
+        fits = not any(check.state == FAILED and "memory" in check.name for check in checks)
+        made = plan(built, data, seen, fits)
+        say("\n".join(["what the run will take:", *made.lines()]))
+        for warning in made.warnings:
+            report(warning)
     return verdict(checks, say)
 
 

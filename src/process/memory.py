@@ -1,4 +1,4 @@
-"""Give memory back that is used no more: a peer runs for weeks, and its processes allocate in many threads.
+"""Give memory back that is used no more, and measure it: a peer runs for weeks, and its processes allocate in threads.
 
 What grew in two demo trainers and an auxiliary peer (`python -m benchmarks.soak`), and what was done:
 
@@ -17,6 +17,8 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 M_ARENA_MAX = -8  # <malloc.h>
 MAX_ARENAS = 2
@@ -48,3 +50,28 @@ def leave_out_of_collections() -> None:
     gc.collect()
     gc.freeze()
     gc.collect()  # of nothing: it counts what is left, of which a quarter must be added before the next one
+
+
+def memory_of(processes: Mapping[str, int]) -> tuple[str, dict[str, float]]:
+    """What is measured, and MB of each process by the same names: PSS, in which memory that several processes share
+    counts in parts for each; or, where the kernel does not tell that, RSS, which counts it for each in full.
+
+    ``processes``: their ids. One that has ended is left out.
+    """
+    for measure, file, field in (("PSS", "smaps_rollup", "Pss:"), ("RSS", "status", "VmRSS:")):
+        try:
+            return measure, {name: size for name, pid in processes.items() if (size := _read(pid, file, field))}
+        except OSError:
+            continue
+    return "", {}
+
+
+def _read(pid: int, file: str, field: str) -> float | None:
+    """None if there is no such process. Raises OSError if there is, but not this file of it."""
+    try:
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        if Path(f"/proc/{pid}/stat").exists():
+            raise
+        return None
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field)), None)

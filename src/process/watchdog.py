@@ -57,6 +57,11 @@ def watch_daemon(parent: int) -> None:
     watch(DAEMON, daemons[0] if daemons else 0)
 
 
+def watched_processes() -> dict[str, int]:
+    """Ids of the processes that this program cannot be without, by what they are."""
+    return {name: pid for name, (pid, _) in _watched.items() if pid > 0}
+
+
 def _status(pid: int) -> tuple[str, str]:
     """A process' name and its state, a letter; empty ones if there is none."""
     with suppress(OSError):

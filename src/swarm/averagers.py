@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
 ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
 NUM_WITNESSES = 3
+AVERAGING_PROCESS = "the process that averages {kind}"
 
 
 class OwnProcess:
@@ -56,7 +57,7 @@ class OwnProcess:
         watch(self._what(), self.pid, self._ask)
 
     def _what(self) -> str:
-        return f"the process that averages {self.round_kind}"
+        return AVERAGING_PROCESS.format(kind=self.round_kind)
 
     def _ask(self) -> None:
         future = MPFuture()

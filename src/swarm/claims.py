@@ -70,6 +70,7 @@ class BoundedProgressTracker(ProgressTracker):
         self._said: set[tuple[str, str]] = set()
         self.present: dict[bytes, bool] = {}  # owners of the records that were believed -> whether they are clients
         self._limit = math.inf  # the highest epoch that was believed at the last look
+        self.samples_per_second = 0.0  # of all trainers that were believed, this one included
         self.ask_for_epoch()
         super().__init__(*args, **kwargs)
 
@@ -154,6 +155,7 @@ class BoundedProgressTracker(ProgressTracker):
     def _parse_swarm_progress_data(self, metadata) -> GlobalTrainingProgress:
         if isinstance(metadata, dict):
             metadata = self._believable(metadata)
+            self.samples_per_second = sum(entry.value["samples_per_second"] for entry in metadata.values())
         return super()._parse_swarm_progress_data(metadata)
 
     def _believable(self, metadata: dict) -> dict:

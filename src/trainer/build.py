@@ -1,24 +1,30 @@
 """Put a trainer together: the model and the data come from its task, all else from here.
 
 ``peer``, ``collaboration`` and ``training`` are the parsed arguments of `run_trainer.py`; ``task`` is `tasks.mlm.task`,
-or a module with the same three functions.
+or a module with the same functions.
 """
 
 import signal
 import sys
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
 from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
-from src.preflight.machine import Workload, require_shared_memory
+from src.preflight.check import OK, WARNING
+from src.preflight.machine import Workload, check_memory, needed_memory, require_shared_memory
+from src.preflight.network import Seen
+from src.preflight.pace import measure_pace
+from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
@@ -30,6 +36,7 @@ from src.trainer.epoch_report import EpochReport
 from src.trainer.gradient_buffers import GradientBuffers
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, StoppedWaiting
 from src.trainer.local_workers import FollowerCallback, LocalWorkers, worker_was_lost
+from src.trainer.outlook import Outlook
 
 STOP_SECONDS = 25.0  # to leave the swarm in order after a stop
 
@@ -42,6 +49,7 @@ class TrainerProgram:
     callback: CollaborativeCallback
     swarm: Swarm
     journal: Journal
+    outlook: Outlook
 
 
 def check(
@@ -56,22 +64,52 @@ def check(
             settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
         return model, tokenizer
 
+    def plan(built, data, seen: Seen, fits: bool) -> Plan:
+        model, tokenizer = built
+        pace, why = None, "not measured, since it does not fit into memory"
+        text = None if data is None else task.look_at_text(tokenizer, data[0], num_readers=num_readers(training))
+        if data is not None and fits:
+            dataset, collator, current_length = data
+            current_length.value = training.max_sequence_length
+            model.to(training.device)
+            batches = iter(DataLoader(dataset, training.per_device_train_batch_size, collate_fn=collator))
+            pace, why = measure_pace(model, batches, training=training, length=training.max_sequence_length)
+        now = Circumstances(
+            num_trainers=1 + seen.num_trainers,
+            pace=pace,
+            others_per_second=seen.samples_per_second,
+            bandwidth=peer.bandwidth if isinstance(peer.bandwidth, float) else seen.bandwidth,
+            epoch=seen.epoch,
+            text=text,
+            num_readers=num_readers(training),
+            why_no_pace=why,
+        )
+        return plan_for(model.config, settings, training)(now)
+
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
         output_dir=training.output_dir,
         device=training.device,
-        workload=Workload(
-            training.min_8bit_size,
-            batch_size=training.per_device_train_batch_size,
-            length=training.max_sequence_length,
-            half_precision=training.fp16 or training.bf16,
-        ),
+        workload=Workload.of(training),
         build_model=make_model,
         make_card=partial(make_run_card, settings=settings, trainer=True),
         read_data=lambda tokenizer: task.build_data(tokenizer, peer, training, peer_seed=b"check"),
+        plan=plan,
+        fastest=collaboration.target_batch_size,
         say=say,
     )
+
+
+def num_readers(training: HFTrainerArguments) -> int:
+    """Processes of this peer that read text."""
+    return max(1, training.dataloader_num_workers) * training.world_size
+
+
+def plan_for(config, settings: dict, training: HFTrainerArguments) -> Callable[[Circumstances], Plan]:
+    """What makes plans for this trainer."""
+    memory = needed_memory(config, Workload.of(training), on_gpu=training.device.type == "cuda")
+    return lambda now: make_plan(config, settings, now, memory)
 
 
 def build(
@@ -87,6 +125,9 @@ def build(
     model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     task.check_sequence_length(model, training.max_sequence_length)
     require_shared_memory(model)
+    for found in check_memory(model.config, Workload.of(training), training.device):
+        if found.state != OK:  # it is a prediction, so the run may go on
+            progress.say(replace(found, state=WARNING).lines())
     model.to(training.device)
     directory = claim_run_directory(training.output_dir, peer.run_id, "trainer")
     state_path = Path(peer.state_path) if peer.state_path else directory / "backup.pth"
@@ -130,7 +171,19 @@ def build(
     callback.resume()
     record_start(journal, node.settings, role="trainer")
     trainer = make_trainer(model, dataset, collator, callback, training=training, optimizer=swarm.optimizer)
-    return TrainerProgram(trainer, callback, swarm, journal)
+    outlook = Outlook(
+        plan_for(model.config, settings, training),
+        Circumstances(
+            bandwidth=peer.bandwidth,
+            text=task.look_at_text(tokenizer, dataset, num_readers=num_readers(training)),
+            num_readers=num_readers(training),
+        ),
+        tracker=swarm.optimizer.tracker,
+        length=lambda: current_length.value,
+        say=progress.say,
+    )
+    callback.after_step = outlook.after_step
+    return TrainerProgram(trainer, callback, swarm, journal, outlook)
 
 
 def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)

@@ -51,6 +51,7 @@ class CollaborativeCallback(TrainerCallback):
         self.report, self.meter, self.say = report, report.meter, report.progress.say
         self.backups, self.peer, self.training = backups, peer, training
         self.current_length, self.stop = current_length, stop
+        self.after_step = lambda samples, waited: None  # after a local step, with seconds inside the swarm's optimizer
         self.last_epoch = -1
         self.optimizer.state_averager.final_epoch = training.total_steps
         self._has_begun = self._is_with_swarm = self._has_saved_last = False
@@ -143,6 +144,7 @@ class CollaborativeCallback(TrainerCallback):
             self._is_with_swarm = False
             self.report.waits.append(time.monotonic() - started)
             self.report.record_downloads(batch=samples)
+            self.after_step(samples, self.report.waits[-1])
 
     def _make_up_for_dropped_batches(self, share: float) -> None:
         """Trainer has divided the sum of gradients by all batches, and only a ``share`` of them is in it."""
@@ -177,7 +179,6 @@ class CollaborativeCallback(TrainerCallback):
         self.report.record_rounds()
         if self.optimizer.local_epoch != self.last_epoch:
             self._finish_epoch()
-        self.report.progress.update(self.optimizer.local_epoch, self.optimizer.tracker.global_progress)
         self.backups.save_if_due()
         return self._lead_workers(control)
 

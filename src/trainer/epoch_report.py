@@ -9,6 +9,7 @@ from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import LoneEpoch, Round, TrainerEpoch
 from src.swarm.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.swarm.join import Swarm
+from src.swarm.memory_watch import MemoryWatch
 from src.swarm.rounds import GIVEN_UP
 from src.trainer.hf_trainer import LossMeter
 
@@ -33,6 +34,7 @@ class EpochReport:
         self.swarm, self.optimizer, self.meter = swarm, swarm.optimizer, meter
         self.run_id, self.total_steps, self.expiration = run_id, total_steps, expiration
         self.journal, self.progress = journal, progress
+        self.memory = MemoryWatch(journal, say=progress.say)
         self.rounds: list[Round] = []
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.total_samples = self.lone_epochs = 0  # since the start
@@ -92,6 +94,7 @@ class EpochReport:
         record = self._record(sequence_length)
         self.journal.record(record)
         self.progress.epoch_finished(record, self.total_steps, self.rounds)
+        self.memory.note(record.epoch)
         self.rounds.clear()
         self.waits.clear()
         self.num_downloads = 0

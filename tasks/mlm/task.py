@@ -1,8 +1,10 @@
 """Masked-language-model pretraining put together: model, tokenizer, data."""
 
+import copy
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,12 +14,14 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import torch
-from torch.utils.data import IterableDataset
 
 from arguments import HFTrainerArguments, PeerArguments, TrainerPeerArguments
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
 from src.models.config import LEGACY_OPTIONS
-from tasks.mlm.data import make_training_dataset
+from src.preflight.plan import Text
+from tasks.mlm.data import TrainingDataset, make_training_dataset
+from tasks.mlm.text_errors import LeftOut, TextError
+from tasks.mlm.text_files import LocalFiles
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
 CACHES = {
@@ -27,6 +31,7 @@ CACHES = {
     "HF_DATASETS_CACHE": "datasets",
     "HF_MODULES_CACHE": "modules",
 }
+LOOKED_AT_DOCUMENTS, LOOKED_AT_CHARACTERS = 100, 5000  # of each source; of each document
 
 
 def use_cache_dir(directory: str) -> None:
@@ -123,7 +128,7 @@ def check_sequence_length(model: LeanAlbertForPreTraining, max_sequence_length: 
 
 def build_data(
     tokenizer, peer: TrainerPeerArguments, training: HFTrainerArguments, *, peer_seed: bytes
-) -> tuple[IterableDataset, DataCollatorForWholeWordMask, Synchronized]:
+) -> tuple[TrainingDataset, DataCollatorForWholeWordMask, Synchronized]:
     """Endless training instances, their collator, and the shared sequence length that the data follow while it grows.
 
     ``peer_seed`` (the peer's id, and which start of it this is) decides the order of documents and the masks, so that
@@ -144,3 +149,33 @@ def build_data(
     dataset.check()
     collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=training.pad_to_multiple_of, seed=seed)
     return dataset, collator, current_length
+
+
+def look_at_text(tokenizer, dataset: TrainingDataset, *, num_readers: int) -> Text:
+    """How much text there is, and what its first documents are like; at least ``num_readers`` are counted."""
+    documents, is_all = [], True
+    for source in dataset.sources:
+        source = copy.copy(source)
+        source.left_out = LeftOut(source.name)  # what cannot be read is said when training comes to it
+        reader = source.read(seed=None, worker=0, num_workers=1, position=None)
+        try:
+            for document, _ in itertools.islice(reader, max(LOOKED_AT_DOCUMENTS, num_readers)):
+                documents.append(document[:LOOKED_AT_CHARACTERS])
+            is_all = is_all and next(reader, None) is None
+        except TextError:
+            is_all = False
+    num_tokens = num_unknown = 0
+    for document in documents:
+        ids = dataset.tokenizer.encode(document, add_special_tokens=False).ids
+        num_tokens, num_unknown = num_tokens + len(ids), num_unknown + ids.count(tokenizer.unk_token_id)
+    return Text(
+        num_bytes=size_of_files(dataset), num_documents=len(documents), is_all=is_all,
+        unknown_share=num_unknown / max(1, num_tokens),
+    )  # fmt: skip
+
+
+def size_of_files(dataset: TrainingDataset) -> int | None:
+    """Bytes; None if some of the text is in no file of this machine."""
+    if not all(isinstance(source, LocalFiles) for source in dataset.sources):
+        return None
+    return sum(os.path.getsize(path) for source in dataset.sources for path in {one.path for one in source.shards})

@@ -161,6 +161,7 @@ def test_watch_writes_summaries_and_retries_checkpoints(tmp_path, monkeypatch):
     summaries = swarm.records("swarm_epoch")
     assert [(record["epoch"], record["loss"]) for record in summaries] == [(epoch, 5.0) for epoch in (1, 2, 3, 4)]
     assert [record["epoch"] for record in swarm.records("checkpoint")] == [2, 4]
+    assert [record["epoch"] for record in swarm.records("memory")] == [1], "not again within 30 s"
     rows = swarm.records("peer")
     assert [record["epoch"] for record in rows] == [1, 2, 3, 4], "one row for each report of a trainer"
     assert {record["peer"] for record in rows} == {short_peer_name(b"a")}

@@ -5,14 +5,18 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hivemind.utils import get_dht_time
 
-from src.console import format_seconds, quiet_libraries
-from src.metrics.console import Progress
+from src.console import format_moment, format_seconds, quiet_libraries
+from src.metrics import console
+from src.metrics.console import EpochPace, Progress, Pulse
 from src.metrics.records import Round, TrainerEpoch
 from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 
@@ -26,6 +30,11 @@ from tests.reference.fake_swarm import FakeOptimizer, tiny_model
 )  # fmt: skip
 def test_console_durations_are_written_as_people_do(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_console_knows_no_date_that_no_calendar_has():
+    assert format_moment(1_800_000_000.0).startswith("2027-01-15 ")
+    assert format_moment(1e30) == "in more than a thousand years"
 
 
 class Terminal(io.StringIO):
@@ -42,7 +51,7 @@ def optimizer_in_epoch_3():
 
 
 def update(progress: Progress, optimizer) -> None:
-    progress.update(optimizer.local_epoch, optimizer.tracker.global_progress)
+    progress.update(optimizer.local_epoch, optimizer.tracker, 80)
 
 
 def test_console_progress_is_overwritten_in_place_on_a_terminal():
@@ -71,11 +80,90 @@ def test_console_progress_knows_what_it_does_not_know(num_peers, eta, expected):
     assert progress.stream.getvalue().endswith(expected)
 
 
-def test_console_progress_in_a_file_is_lines_only():
-    progress = Progress(io.StringIO(), refresh_seconds=0.0)
-    update(progress, optimizer_in_epoch_3())
-    progress.say("a line")
-    assert progress.stream.getvalue() == "a line\n"
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds since 1970 that pass when they are told to."""
+    now = SimpleNamespace(seconds=1_800_000_000.0)
+    times = SimpleNamespace(monotonic=lambda: now.seconds, time=lambda: now.seconds)
+    monkeypatch.setattr(console, "time", times)
+    monkeypatch.setattr(console, "get_dht_time", lambda: now.seconds)
+    return now
+
+
+def test_console_progress_in_a_file_is_a_line_a_minute(clock):
+    progress, optimizer = Progress(io.StringIO()), optimizer_in_epoch_3()
+    tracker = optimizer.tracker
+    pulse = Pulse(progress, optimizer, total_epochs=80, stop=None)
+    lines = []
+    for _ in range(240):
+        clock.seconds += 0.5
+        tracker.global_progress.eta_next_epoch = clock.seconds + 30
+        pulse.look()
+        lines.append(progress.stream.getvalue().count("\n"))
+    assert lines[108:112] == [0, 1, 1, 1] and lines[-1] == 2, "within 60 s of each other"
+    first = progress.stream.getvalue().splitlines()[0]
+    assert first.startswith(
+        "epoch 4: 40 of 64 samples, 2 peers, 12.0/s, 30 s left; at this pace the run ends 2027-01-15 "
+    )
+
+
+def test_console_lines_of_epochs_make_up_for_those_within(clock):
+    progress, optimizer = Progress(io.StringIO()), optimizer_in_epoch_3()
+    for _ in range(10):
+        clock.seconds += 50.0
+        update(progress, optimizer)
+        progress.routine("epoch")
+    assert progress.stream.getvalue() == 10 * "epoch\n"
+
+
+def test_console_says_once_that_nobody_trains(clock):
+    progress, optimizer = Progress(io.StringIO()), optimizer_in_epoch_3()
+    optimizer.auxiliary, optimizer.tracker.global_progress.num_peers = True, 0
+    pulse = Pulse(progress, optimizer, total_epochs=80, stop=None)
+    for peers in (0, 0, 2, 2, 0, 0):
+        clock.seconds += 60.0
+        optimizer.tracker.global_progress.num_peers = peers
+        pulse.look()
+    said = [line.partition(":")[0] for line in progress.stream.getvalue().splitlines()]
+    assert said == ["no trainer is at work", "epoch 4", "epoch 4", "no trainer is at work"]
+
+
+def test_console_says_nothing_after_the_last_epoch(clock):
+    progress = Progress(io.StringIO())
+    clock.seconds += 100.0
+    Pulse(progress, optimizer_in_epoch_3(), total_epochs=3, stop=None).look()
+    assert progress.stream.getvalue() == ""
+
+
+def test_the_end_of_the_run_moves_with_the_pace():
+    pace = EpochPace()
+    for epoch, now in ((3, 0.0), (4, 100.0), (4, 105.0), (5, 110.0), (6, 120.0)):
+        pace.note(epoch, now)
+    assert pace.seconds == 10.0
+    pace.note(7, 160.0)
+    assert pace.seconds == 20.0
+    pace.note(500, 161.0)  # the state of a swarm that is further
+    assert pace.seconds is None
+    pace.note(501, 163.0)
+    pace.note(503, 167.0)  # an auxiliary peer looks now and then
+    assert pace.seconds == 2.0
+    for epoch in range(504, 600):
+        pace.note(epoch, 167.0 + 5.0 * (epoch - 503))
+    assert pace.seconds == 5.0, "of the last epochs only"
+    pace.note(400, 1000.0)
+    assert pace.seconds is None
+
+
+def test_a_pulse_beats_whatever_the_main_thread_does():
+    progress, stop = Progress(io.StringIO(), refresh_seconds=0.0), threading.Event()
+    pulse = Pulse(progress, optimizer_in_epoch_3(), total_epochs=80, stop=stop)
+    pulse.start()
+    give_up_at = time.monotonic() + 60
+    while not progress.stream.getvalue() and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    stop.set()
+    pulse.join(timeout=60)
+    assert progress.stream.getvalue().startswith("epoch 4: 40 of 64 samples") and not pulse.is_alive()
 
 
 RECORD = TrainerEpoch(
@@ -88,7 +176,7 @@ def test_console_epoch_line_has_all_figures():
     progress.epoch_finished(RECORD, 80, [Round("gradients", 1.0, num_peers=2, received=1.0)])
     line = progress.stream.getvalue()
     for figure in ("epoch 5/80", "loss 3.500", "words 3.000", "order 0.500", "32 samples here", "8.2/s", "2 peers",
-                   "averaged with 2 peers", "4.0 s", "5 min left"):  # fmt: skip
+                   "averaged with 2 peers", "4.0 s", "5 min left, until 20"):  # fmt: skip
         assert figure in line
     assert line.count("\n") == 1
 

@@ -134,6 +134,17 @@ def test_reporter_writes_now_and_then_and_at_the_end(tmp_path):
     assert "no record of a run" in progress.stream.getvalue() or not progress.stream.getvalue()
 
 
+def test_report_shows_the_memory_of_its_peer():
+    uses = [{"event": "memory", "time": 1e9 + 100 * epoch, "epoch": epoch, "measure": "PSS", "main": 900.0 + epoch,
+             "dht": 40.0, "p2pd": 30.0, "gradients": 200.0, "parameters": 210.0} for epoch in range(1, 9)]  # fmt: skip
+    assert "Memory of this peer" not in make_report(RunHistory(records()))
+    page = make_report(RunHistory([*records(), *uses]))
+    for part in ("Memory of this peer, MB (PSS)", "main process", "averaging", "DHT and p2pd"):
+        assert part in page, part
+    attacked = make_report(RunHistory([*records(), {**uses[0], "measure": ATTACK, "main": "text"}]))
+    assert "<script>" not in attacked and "Memory of this peer" in attacked
+
+
 # -- charts -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,10 +1,13 @@
 """Memory that is free goes back to the system, and garbage is found, in a process and in those that it forks."""
 
+import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 
+from src.process import memory
 from src.process.local_swarm import REPOSITORY
 
 PROGRAM = """
@@ -73,3 +76,42 @@ def test_garbage_is_searched_for_among_what_is_newer_than_the_process(how, found
         [sys.executable, "-c", COLLECTING, how], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == found
+
+
+def test_shared_memory_counts_in_parts():
+    """Two processes that share 50 MB have half of it each."""
+    code = """
+import mmap, os, time
+from src.process.memory import memory_of
+before = memory_of({"own": os.getpid()})[1]["own"]
+shared = mmap.mmap(-1, 50_000_000)
+shared.write(b"x" * 50_000_000)
+alone = memory_of({"own": os.getpid()})[1]["own"] - before
+read, write = os.pipe()
+if (child := os.fork()) == 0:
+    sum(shared[place] for place in range(0, 50_000_000, 4096))
+    os.write(write, b"x")
+    time.sleep(60)
+os.read(read, 1)
+measure, sizes = memory_of({"own": os.getpid(), "child": child, "gone": 2**30})
+os.kill(child, 9)
+os.wait()
+print(measure, *sizes, alone, before + alone - sizes["own"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    measure, *names, alone, given_away = done.stdout.split()
+    assert (measure, names) == ("PSS", ["own", "child"])
+    assert 45 < float(alone) < 60 and 20 < float(given_away) < 40, done.stdout
+
+
+def test_memory_is_told_in_full_where_the_kernel_has_no_better(monkeypatch):
+    read = memory._read
+
+    def old_kernel(pid, file, field):
+        if file == "smaps_rollup":
+            raise PermissionError(file)
+        return read(pid, file, field)
+
+    monkeypatch.setattr(memory, "_read", old_kernel)
+    measure, sizes = memory.memory_of({"own": os.getpid()})
+    assert measure == "RSS" and sizes["own"] == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.1)

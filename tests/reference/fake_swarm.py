@@ -77,7 +77,8 @@ class FakeOptimizer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
         self.downloads, self.shares_state = [], False
-        self.client_mode, self.refusals, self.waits = False, [], True
+        self.client_mode = self.auxiliary = False
+        self.refusals, self.waits = [], True
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
         lamb._opt_called = True  # the schedule warns when it is stepped before the optimizer
         schedule = LambdaLR(lamb, lambda epoch: 1.0 / (1.0 + epoch))
@@ -103,6 +104,7 @@ class FakeOptimizer:
         )
         self.tracker = SimpleNamespace(
             global_epoch=epoch,
+            samples_per_second=12.0,
             global_progress=SimpleNamespace(
                 num_peers=1, samples_accumulated=3, target_batch_size=samples_per_epoch, eta_next_epoch=0.0
             ),

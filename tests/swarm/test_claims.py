@@ -73,6 +73,12 @@ FORGED = {
 }
 
 
+def test_the_speed_of_all_trainers_counts_nobodys_beyond_what_is_possible():
+    tracker = bare_tracker(epoch=5)
+    parse(tracker, one={"samples_per_second": 20.0}, other={"samples_per_second": 1e9})
+    assert 20.0 < tracker.samples_per_second < 20.0 + 2.1 * TARGET / tracker._fastest_epoch()  # its own is bounded, too
+
+
 @pytest.mark.parametrize("kind", FORGED)
 def test_forged_record_counts_for_nothing_and_its_peer_is_named_once(kind):
     tracker = bare_tracker(epoch=5)

@@ -84,6 +84,8 @@ def test_callback_under_the_real_trainer_writes_one_record_an_epoch(tmp_path):
     assert len(journal_of(tmp_path, "round")) == 3
     assert said_by(callback).count("averaged with 2 peers") == 3
     assert fetch_metrics(callback.swarm.dht, "fake")[b"key"].epoch == 3
+    (memory,) = journal_of(tmp_path, "memory")
+    assert memory["epoch"] == 1 and memory["main"] > 100, "MB, and not again within 30 s"
 
 
 def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from arguments import DEMO, HFTrainerArguments, PeerArguments, TrainerPeerArguments
 from src.models import load_tokenizer
-from tasks.mlm.task import build_data, build_model
+from tasks.mlm.data import make_training_dataset
+from tasks.mlm.task import build_data, build_model, look_at_text
 
 
 @pytest.mark.parametrize("level", ["lean", "checkpoint"])
@@ -54,3 +55,25 @@ def test_cache_dir_counts_although_the_libraries_have_been_imported(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["один", str(tmp_path / "cache" / "hub")], done.stderr
     assert (tmp_path / "cache" / "datasets").is_dir()
+
+
+def test_a_look_at_the_text_tells_its_size_and_what_the_tokenizer_does_not_know(tmp_path, caplog):
+    tokenizer = load_tokenizer(DEMO / "tokenizer")
+    (tmp_path / "a.txt").write_text("Утром мы пошли в лес.\n\nТам росло 漢.\n\nПотом был чай.", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": null}\n' + '{"text": "Вечером шёл дождь."}\n' * 150, encoding="utf-8")
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    dataset = make_training_dataset(tokenizer, sources=[str(tmp_path / name) for name in ("a.txt", "b.jsonl")])
+    caplog.clear()
+    text = look_at_text(tokenizer, dataset, num_readers=1)
+    assert (text.num_bytes, text.num_documents, text.is_all) == (size, 103, False)
+    assert 0 < text.unknown_share < 0.01
+    text = look_at_text(tokenizer, dataset, num_readers=150)
+    assert (text.num_documents, text.is_all) == (153, True)
+    assert caplog.records == [], "what cannot be read is said when training comes to it"
+
+
+def test_a_look_at_damaged_text_is_no_error(tmp_path):
+    tokenizer = load_tokenizer(DEMO / "tokenizer")
+    (tmp_path / "a.jsonl").write_text('{"text": "Утром мы пошли в лес."}\n' + "no JSON\n" * 300)
+    dataset = make_training_dataset(tokenizer, sources=[str(tmp_path / "a.jsonl")])
+    assert (text := look_at_text(tokenizer, dataset, num_readers=1)).num_documents == 1 and not text.is_all
