@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,34 @@ def test_part_that_hangs_is_ended_with_all_it_started_and_the_others_still_run(t
     assert "was ended" in hung["reason"] and time.monotonic() - began < 100
     if hung["output"]:  # else it was ended before it had begun, on a very slow machine
         assert not psutil.pid_exists(int(hung["output"][0]))
+
+
+def test_stopping_the_command_ends_its_part(tmp_path):
+    begun = tmp_path / "begun"
+    hangs = HANGS.replace("time.sleep", f"open({str(begun)!r}, 'w').close(); time.sleep")
+    command = f"{STAND_INS}\nPARTS[:] = [gpu.Part('hangs', ('-c', {hangs!r}), (), figures=False)]\n"
+    flags = ["--device", "cpu", "--results", str(tmp_path / "gpu.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{command}sys.exit(gpu.main(sys.argv[1:]))", *flags],
+        cwd=REPOSITORY, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    give_up_at = time.monotonic() + 100
+    while not begun.exists() and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(100) == 128 + signal.SIGTERM and below
+    assert not [each for each in below if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_needs_only_torch_and_transformers_imports_nothing_else():
+    blocked = ("hivemind", "bitsandbytes", "numba", "datasets", "razdel", "sentencex", "psutil", "matplotlib", "wandb")
+    modules = (
+        "benchmarks.training_step, benchmarks.encoder, benchmarks.mlm_head, tests.conftest, tests.models.test_memory"
+    )
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_figures_are_kept_when_the_command_is_killed_in_a_later_part(tmp_path):
