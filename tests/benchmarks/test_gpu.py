@@ -129,7 +129,8 @@ def test_stopping_the_command_ends_its_part(tmp_path):
 def test_what_needs_only_torch_and_transformers_imports_nothing_else():
     blocked = ("hivemind", "bitsandbytes", "numba", "datasets", "razdel", "sentencex", "psutil", "matplotlib", "wandb")
     modules = (
-        "benchmarks.training_step, benchmarks.encoder, benchmarks.mlm_head, tests.conftest, tests.models.test_memory"
+        "benchmarks.training_step, benchmarks.encoder, benchmarks.mlm_head, tests.conftest, tests.models.test_memory, "
+        "tests.models.test_transformer"
     )
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
@@ -176,7 +177,7 @@ def test_parts_are_programs_that_exist_and_need_packages_that_are_required():
         for word in part.command:
             if word.startswith("benchmarks."):
                 assert (REPOSITORY / f"{word.replace('.', '/')}.py").is_file(), part.name
-    assert "tests/models/test_memory.py" in gpu.gpu_tests("cuda").command
+    assert {"tests/models/test_memory.py", "tests/models/test_transformer.py"} <= set(gpu.gpu_tests("cuda").command)
 
 
 @pytest.mark.parametrize(("visible", "devices"), [(None, "0"), ("3,5", "3"), ("GPU-1,GPU-2,GPU-3", "GPU-1")])
