@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,35 @@ def test_part_that_hangs_is_ended_with_all_it_started_and_the_others_still_run(t
         assert not psutil.pid_exists(int(hung["output"][0]))
 
 
+def test_stopping_the_command_ends_its_part(tmp_path):
+    begun = tmp_path / "begun"
+    hangs = HANGS.replace("time.sleep", f"open({str(begun)!r}, 'w').close(); time.sleep")
+    command = f"{STAND_INS}\nPARTS[:] = [gpu.Part('hangs', ('-c', {hangs!r}), (), figures=False)]\n"
+    flags = ["--device", "cpu", "--results", str(tmp_path / "gpu.json")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{command}sys.exit(gpu.main(sys.argv[1:]))", *flags],
+        cwd=REPOSITORY, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    give_up_at = time.monotonic() + 100
+    while not begun.exists() and time.monotonic() < give_up_at:
+        time.sleep(0.05)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    assert process.wait(100) == 128 + signal.SIGTERM and below
+    assert not [each for each in below if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_needs_only_torch_and_transformers_imports_nothing_else():
+    blocked = ("hivemind", "bitsandbytes", "numba", "datasets", "razdel", "sentencex", "psutil", "matplotlib", "wandb")
+    modules = (
+        "benchmarks.training_step, benchmarks.encoder, benchmarks.mlm_head, tests.conftest, tests.models.test_memory, "
+        "tests.models.test_transformer"
+    )
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport {modules}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_figures_are_kept_when_the_command_is_killed_in_a_later_part(tmp_path):
     kill = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
     done, results = run(f"PARTS[1] = gpu.Part('kills', ('-c', {kill!r}), ())", tmp_path)
@@ -147,7 +177,7 @@ def test_parts_are_programs_that_exist_and_need_packages_that_are_required():
         for word in part.command:
             if word.startswith("benchmarks."):
                 assert (REPOSITORY / f"{word.replace('.', '/')}.py").is_file(), part.name
-    assert "tests/models/test_memory.py" in gpu.gpu_tests("cuda").command
+    assert {"tests/models/test_memory.py", "tests/models/test_transformer.py"} <= set(gpu.gpu_tests("cuda").command)
 
 
 @pytest.mark.parametrize(("visible", "devices"), [(None, "0"), ("3,5", "3"), ("GPU-1,GPU-2,GPU-3", "GPU-1")])

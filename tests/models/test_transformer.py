@@ -79,6 +79,19 @@ def test_attention_mask_on_another_device_is_not_looked_at():
     assert make_attention_mask(torch.ones(2, 5, device="meta")).shape == (2, 1, 1, 5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("level", ["default", "lean"])
+def test_encoder_never_waits_for_a_gpu(tiny_config, encoder_inputs, level):
+    model = LeanAlbertModel(tiny_config(activation_memory=level)).cuda().train()
+    inputs = {name: tensor.cuda() for name, tensor in encoder_inputs.items()}
+    model(**inputs).last_hidden_state.sum().backward()  # libraries begin their work with waits of their own
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**inputs).last_hidden_state.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_mask_that_hides_nothing_changes_nothing(tiny_config, randomise, encoder_inputs, monkeypatch):
     model = randomise(LeanAlbertModel(tiny_config())).eval()
     encoder_inputs["attention_mask"][:] = 1
