@@ -60,7 +60,8 @@ def test_cache_dir_counts_although_the_libraries_have_been_imported(tmp_path):
 def test_a_look_at_the_text_tells_its_size_and_what_the_tokenizer_does_not_know(tmp_path, caplog):
     tokenizer = load_tokenizer(DEMO / "tokenizer")
     (tmp_path / "a.txt").write_text("Утром мы пошли в лес.\n\nТам росло 漢.\n\nПотом был чай.", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": null}\n' + '{"text": "Вечером шёл дождь."}\n' * 150, encoding="utf-8")
+    good, bad = '{"text": "Вечером шёл дождь."}\n', '{"text": null}\n'
+    (tmp_path / "b.jsonl").write_text(30 * good + bad + 120 * good, encoding="utf-8")
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     dataset = make_training_dataset(tokenizer, sources=[str(tmp_path / name) for name in ("a.txt", "b.jsonl")])
     caplog.clear()
