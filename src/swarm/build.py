@@ -122,7 +122,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
-    return LeanOptimizer(
+    optimizer = LeanOptimizer(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
@@ -137,7 +137,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         delay_optimizer_step=delay_step,
         delay_grad_averaging=collaboration.delay_grad_averaging and delay_step,
         delay_state_averaging=delay_step,
-        reuse_grad_buffers=collaboration.reuse_grad_buffers and not auxiliary,
+        reuse_grad_buffers=collaboration.reuse_grad_buffers or auxiliary,
         grad_compression=gradient_compression(),
         state_averaging_compression=parameter_compression(),
         grad_averager_factory=partial(
@@ -150,6 +150,10 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         auxiliary=auxiliary,
         verbose=logger.isEnabledFor(logging.DEBUG),
     )
+    if auxiliary:  # it computes none, nor accumulates any
+        for parameter in model.parameters():
+            parameter.grad = None
+    return optimizer
 
 
 def averager_options(
