@@ -315,6 +315,32 @@ def test_donor_that_does_not_come_to_an_end_is_left_for_the_next_one(start_peers
     assert psutil.Process(joining.pid).memory_info().rss < memory + 2**27
 
 
+def test_search_for_a_state_ends_another_one_whose_owner_has_given_up():
+    """Or there would be two copies of the state, and more the longer nobody has a good one."""
+    running, tasks = [0], []
+
+    async def search():
+        running[0] += 1
+        try:
+            await asyncio.sleep(60)
+        finally:
+            running[0] -= 1
+
+    async def scenario():
+        averager = SimpleNamespace(_search=None, patience=SimpleNamespace(is_over=False), _find_good_state=search)
+        for _ in range(3):
+            future = SimpleNamespace(set_result=lambda result: None, done=lambda: False)
+            tasks.append(asyncio.create_task(LeanStateAverager._load_state_from_peers(averager, future)))
+            await asyncio.sleep(0.1)
+        assert running == [1] and [task.done() for task in tasks] == [True, True, False]
+        averager.patience.is_over = True
+        await asyncio.wait_for(tasks[-1], 5)
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert running == [0]
+
+
 @pytest.mark.timeout(200)
 def test_slow_donor_is_not_left_when_there_is_no_other(start_peers):
     start_peers(5, fault="is slow", size=20_000)  # four parts of 40 KB in 8 s
