@@ -8,13 +8,13 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from src.files import replaced_directory, settle
 from src.models.checkpoint import give_usual_mode
 from src.swarm.dht import store_checkpoint_epoch
 from src.swarm.optimizer import LeanOptimizer
+from src.swarm.state_check import is_finite
 from src.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class CheckpointStore:
             epoch, averager.local_epoch = averager.local_epoch, max(own_epoch, averager.local_epoch)
         if epoch < 0:
             raise ValueError("no trainer shares its state yet")
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+        if not all(map(is_finite, self.model.parameters())):
             raise ValueError("the downloaded parameters are not finite")
         return epoch
 

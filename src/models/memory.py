@@ -17,6 +17,8 @@ from .recompute import LEVELS
 
 LAMB_8BIT, LAMB_32BIT = 2 + 8 / 4096, 8  # bytes per parameter: two codes and a scale for each 4096 of them; two floats
 MIN_8BIT_SIZE = 2**20  # smaller parameters keep 32-bit statistics (the trainer's --min_8bit_size)
+# What all processes of a peer share out besides: Python, torch, hivemind, the tokenizer (`benchmarks.published_size`).
+TRAINER_LIBRARIES, AUXILIARY_LIBRARIES = 0.9e9, 0.7e9
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,23 @@ class Memory:
     @property
     def total(self) -> int:
         return self.device + self.optimizer
+
+
+@dataclass(frozen=True)
+class PeerMemory:
+    """Bytes of main memory of all processes of a swarm's peer without a GPU, what they share counted once."""
+
+    at_rest: int  # between two batches
+    batch: int  # on top of that, while it computes
+    taken: int  # on top of that, while it starts and takes another peer's state; not while it computes
+
+    @property
+    def joining(self) -> int:
+        return self.at_rest + self.taken
+
+    @property
+    def peak(self) -> int:
+        return self.at_rest + max(self.batch, self.taken)
 
 
 def block_bytes(config, *, bf16=False, level=None):
@@ -110,6 +129,21 @@ def predict_memory(config, *, batch_size, length, bf16=False, min_8bit_size=MIN_
     )
 
 
+def peer_memory(memory, *, trains=True):
+    """A `PeerMemory` from the `Memory` of its batches; an auxiliary peer computes none, and has no gradients.
+
+    Averaging needs a copy of the parameters and one of the gradients, which offloaded LAMB works on; a round adds none.
+    """
+    at_rest = 3 * memory.parameters + memory.optimizer
+    if not trains:  # a state comes in place; before that, hivemind makes gradients that are not needed
+        return PeerMemory(at_rest=int(at_rest + AUXILIARY_LIBRARIES), batch=0, taken=memory.parameters)
+    return PeerMemory(
+        at_rest=int(at_rest + memory.gradients + TRAINER_LIBRARIES),
+        batch=memory.device - memory.parameters - memory.gradients,
+        taken=memory.parameters + memory.optimizer,
+    )
+
+
 def largest_batch(config, *, length, budget, **options):
     """The largest batch size whose `Memory.device` fits into `budget` bytes; 0 if none does."""
 
@@ -172,6 +206,10 @@ def main(argv=None):
         ("total", ""),
     ):
         print(f"{name:>12} {getattr(memory, name) / 1e9:10.3f} GB  {note}".rstrip())
+    for name, trains in (("trainer", True), ("auxiliary", False)):
+        peer = peer_memory(memory, trains=trains)
+        note = f"at rest, {peer.joining / 1e9:.3f} GB while it joins: all processes of a peer without a GPU"
+        print(f"{name:>12} {peer.at_rest / 1e9:10.3f} GB  {note}")
     if arguments.budget is not None:
         batch_size = largest_batch(config, budget=arguments.budget * 1e9, **options)
         print(f"largest batch for {arguments.budget:g} GB: {batch_size} sequences of {arguments.length} tokens")

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +13,22 @@ import torch
 from hivemind.proto import crypto_pb2
 
 from src.models.hub import ASK_SECONDS, LOOK_AT_THE_NETWORK, check_token, give_up_on_silence
-from src.models.memory import Memory, largest_batch, predict_memory
+from src.models.memory import (
+    AUXILIARY_LIBRARIES,
+    TRAINER_LIBRARIES,
+    Memory,
+    largest_batch,
+    peer_memory,
+    predict_memory,
+)
 from src.preflight.check import FAILED, OK, WARNING, Check
 
 MIN_OPEN_FILES = 4096
-# Copies of all parameters: the optimizer's own, averaged gradients, and what a round or a download holds; an auxiliary
-# peer's also gradients of its own (zeros), and the checkpoint that it scores.
-TRAINER_COPIES, AUXILIARY_COPIES = 3, 5
-# Copies of all parameters in shared memory: averaged gradients, averaged parameters, and a state that is handed over,
-# with its 8-bit statistics.
-SHARED_COPIES = 3.5
+# Copies of all parameters in shared memory: averaged gradients, averaged parameters with their 8-bit statistics, and a
+# state that is handed over, with its own.
+SHARED_COPIES = 4
 SHARED_MEMORY = Path("/dev/shm")
-LIBRARY_BYTES, GPU_LIBRARY_BYTES = 1.5e9, 0.5e9  # the processes of a trainer of a tiny model share out 1.0 GB
+GPU_LIBRARY_BYTES = 0.5e9
 
 
 def check_open_files() -> Check:
@@ -116,38 +121,47 @@ def available_memory() -> float:
 
 
 def check_memory(config, workload: Workload, device: torch.device) -> list[Check]:
-    """This machine's memory and, if there is one, the GPU's, against what `predict_memory` says.
+    """This machine's memory and, if there is one, the GPU's, against what `predict_memory` and `peer_memory` say.
 
-    A GPU holds the model and what a batch needs, this machine the rest: the optimizer, and copies for the swarm.
+    A GPU holds the model and what a batch needs, this machine the rest: the optimizer, and copies for the swarm. A
+    state is taken between two batches.
     """
-    on_gpu = device.type == "cuda"
-    needed = needed_memory(config, workload, on_gpu=on_gpu)
-    checks = [_compare_memory("memory", needed["memory"], available_memory(), config, None if on_gpu else workload)]
-    if on_gpu:
+    needed, available = needed_memory(config, workload, on_gpu=device.type == "cuda"), available_memory()
+    if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        checks.append(_compare_memory("GPU memory", needed["GPU memory"], free, config, workload))
-    return checks
+        advice = _smaller_batch_for(config, workload, needed["GPU memory"], free)
+        return [
+            _compare_memory("memory", needed["memory"], available),
+            _compare_memory("GPU memory", needed["GPU memory"], free, fix=advice),
+        ]
+    peer = peer_memory(workload.predict(config), trains=bool(workload.batch_size))
+    # a smaller batch helps if what is left of it when a state is taken would fit
+    helps = peer.batch > peer.taken and sum(needed["memory"].values()) - peer.batch + peer.taken <= available
+    advice = _smaller_batch_for(config, workload, needed["memory"], available) if helps else None
+    return [_compare_memory("memory", needed["memory"], available, fix=advice)]
 
 
 def needed_memory(config, workload: Workload, *, on_gpu: bool) -> dict[str, dict[str, float]]:
-    """Bytes by where ("memory", "GPU memory") and by what they are for."""
-    memory = workload.predict(config)
-    num_copies = TRAINER_COPIES if workload.batch_size else AUXILIARY_COPIES
-    copies = {"optimizer": memory.optimizer, "copies for averaging": num_copies * memory.parameters}
-    computing = {"model and gradients": memory.parameters + memory.gradients}
-    if workload.batch_size:
-        batch = f"a batch of {workload.batch_size} x {workload.length} tokens"
-        computing[batch] = memory.device - memory.parameters - memory.gradients
+    """Bytes at the peak by where ("memory", "GPU memory") and by what they are for."""
+    memory, trains = workload.predict(config), bool(workload.batch_size)
+    peer = peer_memory(memory, trains=trains)
+    computing = {"model and gradients" if trains else "model": memory.parameters + trains * memory.gradients}
+    batch = {f"a batch of {workload.batch_size} x {workload.length} tokens": peer.batch} if trains else {}
+    libraries = TRAINER_LIBRARIES if trains else AUXILIARY_LIBRARIES
+    machine = {"optimizer": memory.optimizer, "copies for averaging": 2 * memory.parameters, "libraries": libraries}
+    taken = {"a state that is taken" if trains else "the start, or a checkpoint that is scored": peer.taken}
     if on_gpu:
-        return {
-            "memory": {**copies, "libraries": LIBRARY_BYTES},
-            "GPU memory": {**computing, "libraries": GPU_LIBRARY_BYTES},
-        }
-    return {"memory": {**computing, **copies, "libraries": LIBRARY_BYTES}}
+        return {"memory": machine | taken, "GPU memory": {**computing, **batch, "libraries": GPU_LIBRARY_BYTES}}
+    return {"memory": {**computing, **(batch if trains and peer.batch > peer.taken else taken), **machine}}
 
 
-def _compare_memory(name: str, parts: dict, available: float, config, workload: Workload | None) -> Check:
-    """``parts``: bytes by what they are for. ``workload``: of the batches among them, if there are any."""
+def _smaller_batch_for(config, workload: Workload, parts: dict, available: float) -> Callable[[], str]:
+    budget = available - sum(parts.values()) + workload.predict(config).device
+    return lambda: smaller_batch(config, workload, budget)
+
+
+def _compare_memory(name: str, parts: dict, available: float, *, fix: Callable[[], str] | None = None) -> Check:
+    """``parts``: bytes by what they are for; ``fix()`` says what to do, if it is not a larger machine."""
     needed = sum(parts.values())
     found = (
         f"{needed / 1e9:.2f} GB are needed ("
@@ -155,10 +169,8 @@ def _compare_memory(name: str, parts: dict, available: float, config, workload: 
         + f"); {available / 1e9:.2f} GB are free"
     )
     if available < needed:
-        if workload is None or not workload.batch_size:
-            return Check(name, FAILED, found, "use a machine with more memory, or a smaller --model_config_path")
-        memory = workload.predict(config)
-        return Check(name, FAILED, found, smaller_batch(config, workload, available - needed + memory.device))
+        other = "use a machine with more memory, or a smaller --model_config_path"
+        return Check(name, FAILED, found, other if fix is None else fix())
     if available < 1.1 * needed:  # as exact as the prediction is
         return Check(name, WARNING, found, "that is tight: end other programs, or lower --per_device_train_batch_size")
     return Check(name, OK, found)

@@ -14,10 +14,11 @@ What grew in two demo trainers and an auxiliary peer (`python -m benchmarks.soak
 
 import ctypes
 import gc
+import mmap
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 M_ARENA_MAX = -8  # <malloc.h>
@@ -75,3 +76,25 @@ def _read(pid: int, file: str, field: str) -> float | None:
             raise
         return None
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field)), None)
+
+
+def leave_to_owner(tensors: Callable[[], Iterable]) -> None:
+    """Processes that are forked from now on do without the values of these tensors, and read zeros there.
+
+    They would keep each page as it was when its owner writes to it: a whole copy of what this process trains.
+    ``tensors()`` is called after each fork, in the new process; tensors on other devices and shared ones are left.
+    """
+    libc = ctypes.CDLL(None)
+    madvise = libc.madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def forget() -> None:
+        for tensor in tensors():
+            if tensor.device.type != "cpu" or tensor.is_shared():
+                continue
+            begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = (tensor.data_ptr() + tensor.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+            if size > 0:  # other data may lie in the first and the last page
+                madvise(begin, size, mmap.MADV_DONTNEED)
+
+    os.register_at_fork(after_in_child=forget)

@@ -32,6 +32,7 @@ PARTING_SECONDS = 0.5  # that a round waits at its end for those who have not hu
 # A member that says nothing of its bandwidth is taken to have the usual one; nobody is waited for as if it had less
 # than the least. In Mbit/s.
 USUAL_BANDWIDTH, LEAST_BANDWIDTH = 50.0, 2.0
+NOTHING = torch.empty(0)
 TICK_SECONDS = 0.1  # between two looks at whom a round waits for
 RESERVE = 0.25  # of next_chunk_timeout: kept at a round's end for the averages, when nobody's values are waited for
 
@@ -40,15 +41,18 @@ class JudgingReducer:
     """Averages the parts of one round that are this peer's task; stands in for hivemind's `TensorPartReducer`.
 
     Keeps all contributions to a part until every sender has delivered or failed, then asks ``combine(part_index,
-    {sender: (values, weight)})`` for their average. Also unlike hivemind's, it does not lose a part for all when one of
-    those who wait for it hangs up.
+    {sender: (values, weight)})`` for their average, which it keeps until all who wait for it have it. Also unlike
+    hivemind's, it does not lose a part for all when one of those who wait for it hangs up.
     """
 
     def __init__(self, num_parts: int, num_senders: int, combine):
         self.num_parts, self.num_senders, self.combine = num_parts, num_senders, combine
         self.contributions: list[dict] = [{} for _ in range(num_parts)]
         self.averages = [asyncio.get_running_loop().create_future() for _ in range(num_parts)]
+        self.num_waiting = [0] * num_parts
         self.failed: set[int] = set()
+        self._handed_out = asyncio.get_running_loop().create_future()  # in place of averages that nobody waits for
+        self._handed_out.set_result(None)
         self.finished = asyncio.Event()
         if num_parts == 0:
             self.finished.set()
@@ -63,9 +67,17 @@ class JudgingReducer:
             raise BannedException(f"sender {sender_index} was left out of the round")
         if self.finished.is_set():
             raise AllreduceException("sent a part after the end of the round")
+        if self.averages[part_index] is self._handed_out:
+            raise AllreduceException(f"sent part {part_index + 1} once more")
         self.contributions[part_index][sender_index] = tensor_part, weight
-        self._combine_if_complete(part_index)
-        return await asyncio.shield(self.averages[part_index])
+        self.num_waiting[part_index] += 1
+        try:
+            self._combine_if_complete(part_index)
+            return await asyncio.shield(self.averages[part_index])
+        finally:
+            self.num_waiting[part_index] -= 1
+            if self.num_waiting[part_index] == 0 and self.averages[part_index].done():
+                self.averages[part_index] = self._handed_out
 
     def on_sender_failed(self, sender_index: int) -> None:
         """Wait for no further parts of this sender; those it has delivered count."""
@@ -107,6 +119,9 @@ class JudgingReducer:
 class CheckedContainer(TensorPartContainer):
     """Takes averages from another peer as long as ``check(peer_index, part_index, own part, delta)`` has no objection.
 
+    Each is added to the own values when it comes, at a moment when these have been sent. hivemind keeps all differences
+    until those of a whole tensor can be put together, as large as the largest once more: up to two copies of the model.
+
     After one the peer's other averages are left, too: the own values stand in for them. ``when_over(peer_index,
     objection)`` is called when no further average of a peer is wanted, with "" if all of them were good; before that
     ``when_failed(peer_index)``, when the call has come to an end without them.
@@ -126,7 +141,8 @@ class CheckedContainer(TensorPartContainer):
             self._stand_in(peer_index)
             self.when_over(peer_index, str(error))
             return
-        super().register_processed_part(peer_index, part_index, part)
+        super().register_processed_part(peer_index, part_index, NOTHING)
+        self._input_parts_by_peer[peer_index][part_index][0].add_(part)
         if self._outputs_registered_by_peer[peer_index] == num_parts:
             self.when_over(peer_index, "")
 
@@ -139,8 +155,21 @@ class CheckedContainer(TensorPartContainer):
         """As hivemind's `register_failed_reducer`; the own values are not judged."""
         for part_index in range(self._outputs_registered_by_peer[peer_index], self.num_parts_by_peer[peer_index]):
             own = self._input_parts_by_peer[peer_index][part_index][0]
-            super().register_processed_part(peer_index, part_index, torch.zeros_like(own))
+            super().register_processed_part(peer_index, part_index, NOTHING)
             self.failed_size += own.numel()
+
+    async def iterate_output_tensors(self) -> AsyncIterator[torch.Tensor]:
+        """Ends when all averages have come or are not to come; there is nothing left to yield."""
+        self._outputs_consumed = True
+        for peer_index, num_parts in enumerate(self.num_parts_by_peer):
+            available = self._output_part_available[peer_index]
+            while self._outputs_registered_by_peer[peer_index] < num_parts:
+                available.clear()
+                await available.wait()
+                if self.finished.is_set():
+                    raise AllreduceException("the round ended before all averages had come")
+        return
+        yield
 
 
 class _CheckedStub:

@@ -13,6 +13,7 @@ from collections import Counter
 from statistics import median_low
 
 import torch
+from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
@@ -23,7 +24,6 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import DHTExpiration, MPFuture
 from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
-from hivemind.utils.streaming import combine_from_streaming
 
 from src.access.ownership import names_in
 from src.process.watchdog import START_SECONDS, watch
@@ -31,7 +31,14 @@ from src.swarm.contributions import Judge
 from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
 from src.swarm.state_check import check_state, far_apart, sample_parameters
-from src.swarm.state_transfer import LEAST_RATE, LEAST_RATE_OF_ONLY_DONOR, Intake, TooSlowError
+from src.swarm.state_transfer import (
+    LEAST_RATE,
+    LEAST_RATE_OF_ONLY_DONOR,
+    Intake,
+    Stage,
+    StateSender,
+    TooSlowError,
+)
 from src.swarm.wire import check_wire_tensor
 
 logger = logging.getLogger(__name__)
@@ -104,7 +111,7 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -113,6 +120,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
 
     round_kind = "parameters"
     has_taken_state = False  # by the last `load_state_from_peers`
+    _search: asyncio.Task | None = None  # for a good state, in the averager's process
     averages_parameters = True
 
     def __init__(self, *args, **kwargs):
@@ -210,13 +218,17 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
 
     async def _load_state_from_peers(self, future: MPFuture, timeout: float | None = None) -> None:
         """Hand over a good state, or ``None`` if no donor has one or this peer is about to leave."""
-        search = asyncio.create_task(self._find_good_state())
+        if self._search is not None:
+            self._search.cancel()  # whoever asked for it has given up
+        self._search = search = asyncio.create_task(self._find_good_state())
         try:
             while not search.done() and not self.patience.is_over:
                 await asyncio.wait([search], timeout=POLL_SECONDS)
             future.set_result(search.result() if search.done() else None)
+            future._result = None  # hivemind keeps the future until the next call, and the state is the owner's now
         finally:
             search.cancel()
+            self._search = None if self._search is search else self._search
             if not future.done():
                 future.set_result(None)
 
@@ -228,11 +240,14 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
             self._report_refusal("?", f"no state was asked for: {error}")
             return None
         to_ask, slow = list(donors), set()
+        own = [*self._averaged_tensors, *dump_optimizer_state(self.optimizer)[1]]
+        # An auxiliary peer trains nothing: until it has taken a whole good state, nobody reads these tensors.
+        stage = Stage(own, in_place=self.mode is AveragingMode.AUX)
         while to_ask:
             donor = to_ask.pop(0)
             try:
                 # who stands still or trickles must not keep this peer from asking the next one
-                metadata, tensors = await self._download(donor, is_only_one=not to_ask)
+                metadata, tensors = await self._download(donor, stage, is_only_one=not to_ask)
                 check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
                 await self._compare_donors(donor, metadata["epoch"], tensors, donors)
                 return metadata, tensors
@@ -272,7 +287,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
     def _answer_seconds(self) -> float:
         return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
 
-    async def _download(self, donor: PeerID, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
+    async def _download(self, donor: PeerID, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
         stub, stream = self.get_stub(self._p2p, donor, namespace=self.prefix), None
 
         async def begin():
@@ -285,40 +300,29 @@ class LeanStateAverager(OwnProcess, RoundReporting, TrainingStateAverager):
 
         try:
             first = await self._in_time(begin(), "it", at_most=math.inf if is_only_one else self._answer_seconds())
-            return await self._read_state(first, stream, is_only_one=is_only_one)
+            return await self._read_state(first, stream, stage, is_only_one=is_only_one)
         finally:
             if stream is not None:
                 await stream.aclose()  # whatever else it would send is read by nobody
 
-    async def _read_state(self, first, stream, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
-        _, own_tensors = dump_optimizer_state(self.optimizer)
+    async def _read_state(self, first, stream, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
         intake = Intake(
-            [*self._averaged_tensors, *own_tensors],
+            stage.expected,
             window=self._answer_seconds(),
             least_rate=LEAST_RATE_OF_ONLY_DONOR if is_only_one else LEAST_RATE,
         )
         silence = self.next_chunk_timeout or self.request_timeout
-        metadata, parts, tensors = None, [], []
-
-        def finish_tensor():
-            tensor = combine_from_streaming(parts)
-            check_wire_tensor(tensor)
-            tensors.append(deserialize_torch_tensor(tensor).detach())
-            parts.clear()
-
         rest = aiter_with_timeout(stream, silence if is_only_one else min(silence, self._answer_seconds()))
+        metadata = None
+        stage.begin()
         async for message in achain(as_aiter(first), rest):
             intake.take(message)
             if message.metadata:
                 metadata = self.serializer.loads(message.metadata)
-            if message.tensor_part.dtype and parts:  # the first part of the next tensor
-                finish_tensor()
-            parts.append(message.tensor_part)
-        if parts:
-            finish_tensor()
+            stage.take(message.tensor_part)
         if metadata is None:
             raise ValueError("it sent none")
-        return metadata, tensors
+        return metadata, stage.end()
 
     async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
         """Raises ValueError if more of the other donors contradict a state than confirm it.

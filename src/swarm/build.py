@@ -66,6 +66,24 @@ def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
     )
 
 
+def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bit:
+    """LAMB whose statistics lie in shared memory, over parameters without gradients.
+
+    Both spare copies in the processes that are forked soon: of the statistics as they are now, and of the gradients
+    that hivemind (state_averager.py, `_init_components`) gives to offloaded parameters until they get averaged ones.
+    hivemind would share the statistics, too, when they are first handed out: perhaps in the middle of a step.
+    """
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    optimizer = make_lamb(groups, args)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
+    return optimizer
+
+
 def make_learning_rate(args: HFTrainerArguments):
     """The share of the peak learning rate as a function of the epoch. Raises ValueError for options that contradict."""
     min_lr_ratio = DEFAULT_LR_FLOOR if args.min_learning_rate is None else args.min_learning_rate / args.learning_rate
@@ -104,12 +122,12 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
-    return LeanOptimizer(
+    optimizer = LeanOptimizer(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
         params=parameter_groups(model, training.weight_decay),
-        optimizer=lambda params: make_lamb(params, training),
+        optimizer=lambda params: make_shared_lamb(params, training),
         scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
         matchmaking_time=collaboration.matchmaking_time,
         next_chunk_timeout=collaboration.next_chunk_timeout,
@@ -119,7 +137,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         delay_optimizer_step=delay_step,
         delay_grad_averaging=collaboration.delay_grad_averaging and delay_step,
         delay_state_averaging=delay_step,
-        reuse_grad_buffers=collaboration.reuse_grad_buffers and not auxiliary,
+        reuse_grad_buffers=collaboration.reuse_grad_buffers or auxiliary,
         grad_compression=gradient_compression(),
         state_averaging_compression=parameter_compression(),
         grad_averager_factory=partial(
@@ -132,6 +150,10 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         auxiliary=auxiliary,
         verbose=logger.isEnabledFor(logging.DEBUG),
     )
+    if auxiliary:  # it computes none, nor accumulates any
+        for parameter in model.parameters():
+            parameter.grad = None
+    return optimizer
 
 
 def averager_options(

@@ -18,6 +18,7 @@ from hivemind.averaging.averager import DecentralizedAverager
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.key_manager import GroupKeyManager
 from hivemind.averaging.matchmaking import Matchmaking
+from hivemind.averaging.partition import TensorPartContainer
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.optim.grad_averager import GradientAverager
@@ -155,7 +156,10 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "_register_allreduce_group",
         "rpc_aggregate_part",
         "rpc_download_state",
+        "_get_current_state_from_host_process",
+        "_load_state_from_peers",
     ),
+    TensorPartContainer: ("register_processed_part", "register_failed_reducer", "iterate_output_tensors"),
     TrainingStateAverager: ("_load_local_tensors_into_averager_",),
     ProgressTracker: ("report_local_progress", "global_epoch"),
     GroupKeyManager: ("get_averagers",),

@@ -6,8 +6,10 @@ peers of a run compare (`arguments.run_settings`).
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import hivemind
@@ -17,6 +19,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.membership import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
+from src.process.memory import leave_to_owner
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.dht import start_dht
 from src.swarm.optimizer import LeanOptimizer
@@ -98,6 +101,7 @@ def join_run(
     Raises ValueError or OSError, with what to do, if the network, the run or this peer's key will not have it so.
     """
     identity = load_identity(peer)
+    leave_to_owner(partial(trained_tensors, weakref.ref(model)))
     dht, public_key = start_dht(peer, identity)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
@@ -108,6 +112,12 @@ def join_run(
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
     return Node(dht, public_key, identity, settings, run_card)
+
+
+def trained_tensors(model: weakref.ref) -> list[torch.Tensor]:
+    """A model's parameters and gradients, as long as it exists: no process but this one computes with them."""
+    parameters = () if model() is None else model().parameters()
+    return [tensor for one in parameters for tensor in (one.detach(), one.grad) if tensor is not None]
 
 
 def start_averaging(

@@ -27,7 +27,7 @@ from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import averaging_pb2
 from hivemind.utils import MPFuture, MSGPackSerializer, get_dht_time
-from hivemind.utils.asyncio import achain, anext, as_aiter, azip
+from hivemind.utils.asyncio import achain, anext, as_aiter
 
 from src.access.gate import Gated, MemberGate
 from src.access.membership import Membership
@@ -386,14 +386,11 @@ class RoundReporting(Gated):
             **kwargs,
         )
         self._running_groups[group_id].set_result(runner)
-        if runner.is_sender:
-            async for tensor, difference in azip(as_aiter(*tensors), runner):
-                tensor.add_(difference, alpha=self._averaging_alpha)
-                self.last_updated = get_dht_time()
-                self._state_updated.set()
-        else:
-            async for _ in runner:
-                pass  # an auxiliary peer has no values of its own that would change
+        async for _ in runner:
+            pass  # differences are added to ``tensors`` as they come, see `CheckedContainer`
+        if runner.is_sender:  # an auxiliary peer has no values of its own that would change
+            self.last_updated = get_dht_time()
+            self._state_updated.set()
 
     def _collect_failures(self) -> None:
         """In the averager's own process, so that the caller's loggers stay as they are."""

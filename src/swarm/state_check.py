@@ -7,6 +7,7 @@ import torch
 from hivemind.optim.state_averager import dump_optimizer_state
 from hivemind.utils import nested_pack
 
+FINITE_BLOCK = 2**18  # values
 SAMPLES_PER_TENSOR = 64  # values by which two peers' parameters are compared
 MAX_DISTANCE, SMALL_DISTANCE = 0.5, 0.01  # between two peers: as a share of the norm; root mean square, always allowed
 
@@ -27,7 +28,7 @@ def check_state(metadata, tensors: list[torch.Tensor], *, parameters, optimizer:
         if tensor.shape != own.shape or tensor.dtype != own.dtype:
             found, usual = (f"{t.dtype} of shape {list(t.shape)}" for t in (tensor, own))
             raise ValueError(f"tensor {number} is {found} instead of {usual}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise ValueError(f"tensor {number} is not finite")
     layout = metadata.get("optimizer_metadata")
     if not isinstance(layout, (list, tuple)) or len(layout) != len(own_layout):
@@ -40,6 +41,12 @@ def check_state(metadata, tensors: list[torch.Tensor], *, parameters, optimizer:
             raise ValueError("its optimizer state has other parameters")
     for statistics in state["state"].values():
         _check_statistics(statistics)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are, looked at a block at a time: `torch.isfinite` makes a copy of what it is given."""
+    blocks = tensor.detach().reshape(-1).split(FINITE_BLOCK) if tensor.is_floating_point() else ()
+    return all(bool(torch.isfinite(block).all()) for block in blocks)
 
 
 def _value(item, own: dict, tensors: list[torch.Tensor]):

@@ -1,14 +1,20 @@
-"""Limits for whoever takes a state from another peer, and for whoever hands out its own.
+"""How a state goes from one peer to another: in little memory, and within limits on either side.
 
-hivemind 1.1.12 (averager.py, `_load_state_from_peers`, `rpc_download_state`) has none: a donor may send for ever, and
-anybody may have the state again and again, at the cost of the donor's training.
+hivemind 1.1.12 (averager.py, `_load_state_from_peers`, `rpc_download_state`) has no limits: a donor may send for ever,
+and anybody may have the state again and again, at the cost of the donor's training. It also holds up to five copies of
+a tensor while it is received, and three while it is sent; the largest of the published model has 537 MB.
 """
 
 import asyncio
 import contextlib
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
+
+import torch
+from hivemind.p2p import P2PContext
+from hivemind.proto import averaging_pb2, runtime_pb2
 
 LEAST_RATE = 32 * 2**10  # bytes per second, a quarter of a megabit: who is slower is left for somebody else
 LEAST_RATE_OF_ONLY_DONOR = 4 * 2**10
@@ -20,6 +26,94 @@ WORKING_SHARE, WORKING_BURST = 0.02, 2.0
 # At once, and twice as much in each hour: a small state is taken often, by auxiliary peers, a large one by some peers.
 # However large, and however slow this machine, so many states may be taken soon after each other.
 BYTES_BURST, STATES_BURST = 2**30, 4
+
+
+def parts_of(tensor: torch.Tensor) -> Iterator[runtime_pb2.Tensor]:
+    """What hivemind sends of an uncompressed tensor, one part at a time; only the first says what it is a part of."""
+    values, dtype = bytes_of(tensor.detach().contiguous()), str(tensor.dtype).removeprefix("torch.")
+    num_parts = -(-values.numel() // USUAL_CHUNK)
+    for number in range(max(1, num_parts)):
+        part = runtime_pb2.Tensor(buffer=values[number * USUAL_CHUNK : (number + 1) * USUAL_CHUNK].numpy().tobytes())
+        if number == 0:
+            part.size.extend(tensor.shape)
+            part.dtype, part.chunks = dtype, num_parts
+        yield part
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory, as [bytes] of uint8."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+class StateSender:
+    """Mixin for a `TrainingStateAverager`: as hivemind's, but no tensor is copied as a whole to be sent."""
+
+    async def rpc_download_state(self, request: averaging_pb2.DownloadRequest, context: P2PContext):
+        if not self.allow_state_sharing:
+            return
+        metadata, tensors, _ = await self._get_current_state_from_host_process()
+        for tensor in tensors:
+            for part in parts_of(tensor):
+                yield averaging_pb2.DownloadData(tensor_part=part, metadata=metadata)
+                metadata = None
+
+
+class Stage:
+    """A state as it comes in: at most one copy of it, in memory that another process can take over as it is.
+
+    ``expected``: tensors of the types and shapes that a state must have, in order. What it takes for a tensor, when the
+    first part of that comes, it uses again for another donor's state. ``in_place``: no copy at all, what comes replaces
+    the values of ``expected``; for a peer that has no state to lose. Raises ValueError for what does not fit.
+    """
+
+    def __init__(self, expected: Iterable[torch.Tensor], *, in_place: bool = False):
+        self.expected: Sequence[torch.Tensor] = tuple(expected)
+        self._tensors: list[torch.Tensor] = list(self.expected) if in_place else []
+        self.begin()
+
+    def begin(self) -> None:
+        """Another donor's state is coming."""
+        self._num_begun, self._memory, self._num_filled = 0, None, 0
+
+    def take(self, part: runtime_pb2.Tensor) -> None:
+        """Part of a tensor has come, of the next one if it has a type."""
+        if part.dtype:
+            self._begin_tensor(part)
+        if self._memory is None:
+            raise ValueError("it does not begin with the beginning of a tensor")
+        end = self._num_filled + len(part.buffer)
+        if end > self._memory.numel():
+            raise ValueError(f"tensor {self._num_begun - 1} has more than {self._memory.numel()} bytes")
+        if part.buffer:
+            self._memory[self._num_filled : end] = torch.frombuffer(bytearray(part.buffer), dtype=torch.uint8)
+        self._num_filled = end
+
+    def _begin_tensor(self, part: runtime_pb2.Tensor) -> None:
+        self._end_tensor()
+        number = self._num_begun
+        if number == len(self.expected):
+            raise ValueError(f"it has more than {number} tensors")
+        own = self.expected[number]
+        usual = str(own.dtype).removeprefix("torch."), list(own.shape)
+        if (part.dtype, list(part.size)) != usual or part.compression != runtime_pb2.CompressionType.NONE:
+            found = f"{part.dtype} of shape {list(part.size[:8])}, compression {part.compression}"
+            raise ValueError(f"tensor {number} is {found}, instead of {usual[0]} of shape {usual[1]}, uncompressed")
+        if number == len(self._tensors):
+            self._tensors.append(torch.empty(own.shape, dtype=own.dtype).share_memory_())
+        self._num_begun, self._memory, self._num_filled = number + 1, bytes_of(self._tensors[number].detach()), 0
+
+    def _end_tensor(self) -> None:
+        if self._memory is not None and self._num_filled < self._memory.numel():
+            raise ValueError(
+                f"tensor {self._num_begun - 1} has {self._num_filled} bytes instead of {self._memory.numel()}"
+            )
+
+    def end(self) -> list[torch.Tensor]:
+        """The state's tensors, when all parts have come."""
+        self._end_tensor()
+        if self._num_begun < len(self.expected):
+            raise ValueError(f"it has {self._num_begun} tensors instead of {len(self.expected)}")
+        return list(self._tensors)
 
 
 class TooSlowError(ValueError):
@@ -157,4 +251,4 @@ class Handouts:
         self.seconds.raise_burst(STATES_BURST * handout.working_seconds)
 
 
-__all__ = ["LEAST_RATE", "LEAST_RATE_OF_ONLY_DONOR", "Handouts", "Intake", "TooSlowError"]
+__all__ = ["LEAST_RATE", "LEAST_RATE_OF_ONLY_DONOR", "Handouts", "Intake", "Stage", "StateSender", "TooSlowError"]

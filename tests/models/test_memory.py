@@ -96,6 +96,16 @@ def test_block_bytes_are_the_units_of_the_level(level, units):
     assert subject.block_bytes(config) == units * 4 * 256 + log_sum_exp
 
 
+def test_peer_holds_four_copies_at_rest_and_takes_one_more_with_its_statistics_to_join(tiny_config):
+    """How far that is from measured memory says `benchmarks.published_size`."""
+    memory = predict_memory(tiny_config(), batch_size=2, length=8)
+    trainer, auxiliary = (subject.peer_memory(memory, trains=trains) for trains in (True, False))
+    assert trainer.at_rest == int(4 * memory.parameters + memory.optimizer + subject.TRAINER_LIBRARIES)
+    assert trainer.joining - trainer.at_rest == memory.parameters + memory.optimizer
+    assert trainer.peak == trainer.at_rest + max(trainer.batch, memory.parameters + memory.optimizer)
+    assert auxiliary.at_rest == int(3 * memory.parameters + memory.optimizer + subject.AUXILIARY_LIBRARIES)
+
+
 def test_largest_batch_is_the_last_that_fits():
     config = LeanAlbertConfig(**OPTIONS, vocab_size=2000, sparse_prediction=True)
     budget = 10**9
@@ -110,6 +120,7 @@ def test_command_prints_a_table_and_refuses_bad_input(tmp_path, capsys):
     path.write_text(json.dumps({**OPTIONS, "vocab_size": 2000}))
     subject.main([str(path), "--batch-size", "2", "--length", "64", "--budget", "1", "--activation-memory", "lean"])
     printed = capsys.readouterr().out
+    assert printed.count("while it joins") == 2
     assert "activation_memory=lean" in printed and "optimizer" in printed and "largest batch for 1 GB: " in printed
     path.write_text('{"hidden_size": -1}')
     for arguments in (["missing.json"], [str(path)], [str(path), "--length", "0"]):

@@ -115,3 +115,45 @@ def test_memory_is_told_in_full_where_the_kernel_has_no_better(monkeypatch):
     monkeypatch.setattr(memory, "_read", old_kernel)
     measure, sizes = memory.memory_of({"own": os.getpid()})
     assert measure == "RSS" and sizes["own"] == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.1)
+
+
+LEAVING = """
+import os, sys, time
+import torch
+from src.process import memory
+
+def private_megabytes(pid):
+    lines = open(f"/proc/{pid}/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
+
+large, small, shared = torch.ones(10_000_000), torch.ones(10), torch.ones(1000).share_memory_()
+if sys.argv[1] == "left":
+    memory.leave_to_owner(lambda: [large, small, shared])
+asked = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.read(asked[0], 1)
+    print(float(large.mean()), float(small.sum()), float(shared.sum()), flush=True)
+    os._exit(0)
+large.add_(1)  # a page of which another process holds the old content is a new one from now on
+print(private_megabytes(os.getpid()) + private_megabytes(pid), flush=True)
+os.write(asked[1], b".")
+os.wait()
+assert float(large.mean()) == 2.0
+"""
+
+
+def test_forked_process_keeps_no_old_copy_of_what_its_owner_trains():
+    def run(how: str) -> tuple[float, list[float]]:
+        done = subprocess.run(
+            [sys.executable, "-c", LEAVING, how],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        megabytes, read = done.stdout.splitlines()
+        return float(megabytes), [float(value) for value in read.split()]
+
+    kept, left = run("kept"), run("left")
+    assert kept[1] == [1.0, 10.0, 1000.0]
+    assert left[1][0] < 0.01, "but for the first and last page, which may hold other data"
+    assert left[1][1:] == [10.0, 1000.0]
+    assert kept[0] - left[0] == pytest.approx(40.0 / 1.048576, abs=4.0)

@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import time
+import weakref
 from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
@@ -364,6 +365,44 @@ def test_reducer_waits_for_all_senders_and_for_failed_ones_no_longer():
     asyncio.run(scenario())
 
 
+def test_reducer_keeps_no_average_that_all_have():
+    async def scenario():
+        reducer, kept = JudgingReducer(2, 2, total), []
+        for part_index in range(2):
+            tasks = [asyncio.create_task(reducer.accumulate_part(i, part_index, torch.ones(2))) for i in range(2)]
+            averages = await asyncio.gather(*tasks)
+            assert [average.tolist() for average in averages] == [[2.0, 2.0]] * 2
+            kept.append(weakref.ref(averages[0]))
+            del averages, tasks
+        with pytest.raises(AllreduceException, match=r"after the end|once more"):
+            await reducer.accumulate_part(1, 0, torch.ones(2))
+        await asyncio.sleep(0.01)
+        return [one() for one in kept]
+
+    assert asyncio.run(scenario()) == [None, None]
+
+
+def test_round_holds_no_second_copy_of_what_it_averages():
+    """Differences are added as they come, whatever tensor they belong to, and not kept."""
+
+    async def scenario():
+        tensors, kept = [torch.zeros(50), torch.ones(100)], []
+        container = CheckedContainer(tensors, (0.5, 0.5), part_size_bytes=100)
+        for peer_index in (1, 0):
+            for part_index, (own, _) in enumerate(list(container._input_parts_by_peer[peer_index])):
+                difference = torch.full_like(own, 2.0)
+                kept.append(weakref.ref(difference))
+                container.register_processed_part(peer_index, part_index, difference)
+                del difference
+        assert [one() for one in kept] == [None] * len(kept)
+        async for _ in container.iterate_output_tensors():
+            pass
+        return tensors
+
+    zeros, ones = asyncio.run(scenario())
+    assert float(zeros.min()) == float(zeros.max()) == 2.0 and float(ones.min()) == float(ones.max()) == 3.0
+
+
 def test_reducer_serves_the_others_when_one_that_waits_hangs_up():
     async def scenario():
         reducer = JudgingReducer(1, 2, total)
@@ -495,7 +534,8 @@ def test_objection_to_an_average_ends_the_call_for_both(caplog):
 
 def test_own_values_stand_in_for_averages_that_are_refused():
     """All of them from the first that is, and nothing is asked of the check any more."""
-    container = CheckedContainer([torch.ones(100)], (0.5, 0.5), part_size_bytes=40)
+    tensor = torch.ones(100)
+    container = CheckedContainer([tensor], (0.5, 0.5), part_size_bytes=40)
     checked, over = [], []
 
     def check(peer_index, part_index, own, delta):
@@ -507,7 +547,7 @@ def test_own_values_stand_in_for_averages_that_are_refused():
     for part_index in range(5):
         container.register_processed_part(1, part_index, torch.full((10,), 7.0))
     assert checked == [0, 1] and over == [(1, "sent rubbish")]
-    assert [float(part[0]) for part in container._output_parts_by_peer[1]] == [7.0, 0.0, 0.0, 0.0, 0.0]
+    assert [float(part.mean()) for part in tensor[50:].split(10)] == [8.0, 1.0, 1.0, 1.0, 1.0]
     assert container.failed_size == 40
 
 

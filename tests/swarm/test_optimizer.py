@@ -16,7 +16,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.optim.parameter_groups import parameter_groups
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.build import make_collaborative_optimizer, make_learning_rate, patience_seconds
+from src.swarm.build import make_collaborative_optimizer, make_learning_rate, make_shared_lamb, patience_seconds
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.patience import Patience
 from src.swarm.rounds import SHORTEST_ROUND
@@ -48,6 +48,18 @@ def test_parameter_groups_hold_every_trainable_parameter_exactly_once():
     assert set(grouped) == {id(parameter) for parameter in model.parameters()} - {id(frozen)}
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     assert len(names) > len(grouped) + 1, "this model shares no matrices, so the test shows nothing"
+
+
+def test_optimizer_has_nothing_of_which_forked_processes_would_keep_a_copy(tmp_path):
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in (3, 2**20)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = make_shared_lamb([{"params": parameters}], training_arguments(tmp_path))
+    statistics = [
+        value for one in optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)
+    ]
+    assert len(statistics) == 2 + 4 and all(value.is_shared() for value in statistics)
+    assert [parameter.grad for parameter in parameters] == [None, None]
 
 
 def test_parameter_groups_exempt_biases_and_norms_from_weight_decay():

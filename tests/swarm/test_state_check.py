@@ -255,6 +255,23 @@ def test_state_is_taken_from_the_first_good_donor_and_bad_ones_are_named(start_p
 
 
 @pytest.mark.timeout(200)
+def test_bad_state_changes_no_model_of_an_auxiliary_peer(start_peers):
+    """It receives in place, so that what averages with others may be spoiled: it has no values of its own there."""
+    donor = start_peers(1, spoil="NaN", epoch=7, declare_state_period=60.0)
+    joining = start_peers(2, auxiliary=True)
+    time.sleep(2)  # until the donor has told its epoch
+    before = parameters_of(joining)
+    joining.load_state_from_peers(timeout=60)
+    ((_, reason),) = joining.take_refusals()
+    assert "not finite" in reason and joining.local_epoch == 0
+    assert all(torch.equal(one, other) for one, other in zip(parameters_of(joining), before, strict=True))
+    donor.spoil = "nothing"
+    joining.load_state_from_peers(timeout=60)
+    assert joining.local_epoch == 7
+    assert all(torch.equal(one, other) for one, other in zip(parameters_of(joining), parameters_of(donor), strict=True))
+
+
+@pytest.mark.timeout(200)
 def test_options_of_the_optimizer_are_not_taken_from_a_donor(start_peers):
     start_peers(1, spoil="options", epoch=7)
     joining = start_peers(2)

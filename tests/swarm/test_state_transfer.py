@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes.functional  # noqa: F401, takes seconds: before averagers fork, as in a trainer
@@ -10,13 +12,14 @@ import hivemind
 import psutil
 import pytest
 import torch
-from hivemind.compression import Float16Compression
+from hivemind.compression import Float16Compression, NoCompression, deserialize_torch_tensor
 from hivemind.p2p import P2P
 from hivemind.proto import averaging_pb2, runtime_pb2
+from hivemind.utils.streaming import combine_from_streaming, split_for_streaming
 
 from src.swarm import state_transfer
 from src.swarm.averagers import LeanStateAverager
-from src.swarm.state_transfer import LEAST_RATE, Handouts, Intake, TooSlowError
+from src.swarm.state_transfer import LEAST_RATE, Handouts, Intake, Stage, TooSlowError, parts_of
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 
@@ -160,6 +163,74 @@ def test_bytes_of_an_hour_are_bounded_and_some_peers_may_come_at_once(clock, sta
     assert served * state_bytes <= 3 * max(2**30, 4 * state_bytes) + 2 * state_bytes
 
 
+# -- tensors on their way ---------------------------------------------------------------------------------------------
+
+TENSORS = {
+    "several parts": torch.randn(300, 101),
+    "codes": torch.arange(200_000).to(torch.uint8),
+    "a number": torch.tensor(0.5),
+    "nothing": torch.zeros(0),
+    "a whole part": torch.randn(2**14),
+    "transposed": torch.randn(200, 300).T,
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_parts_are_those_that_hivemind_sends_and_reads(kind):
+    tensor = TENSORS[kind]
+    hiveminds = list(split_for_streaming(NoCompression().compress(tensor, None)))
+    assert [one.SerializeToString() for one in parts_of(tensor)] == [one.SerializeToString() for one in hiveminds]
+    assert torch.equal(deserialize_torch_tensor(combine_from_streaming(parts_of(tensor))), tensor)
+
+
+def send(stage: Stage, tensors) -> list[torch.Tensor]:
+    stage.begin()
+    for tensor in tensors:
+        for part in parts_of(tensor):
+            stage.take(part)
+    return stage.end()
+
+
+def test_stage_holds_one_copy_in_shared_memory_whoever_sends():
+    stage = Stage(TENSORS.values())
+    first = send(stage, TENSORS.values())
+    others = [tensor + 1 for tensor in TENSORS.values()]
+    second = send(stage, others)
+    assert [one.data_ptr() for one in first] == [one.data_ptr() for one in second]
+    assert all(one.is_shared() and torch.equal(one, other) for one, other in zip(second, others, strict=True))
+    own = [torch.zeros(300, 101), torch.zeros(3, dtype=torch.int64)]
+    sent = [TENSORS["several parts"], torch.arange(3)]
+    taken = send(Stage(own, in_place=True), sent)
+    assert [one.data_ptr() for one in taken] == [one.data_ptr() for one in own]
+    assert all(torch.equal(one, other) for one, other in zip(own, sent, strict=True))
+
+
+OWN = torch.zeros(40_000), torch.zeros(3)
+MISFITS = {
+    "another shape": (parts_of(torch.zeros(200, 200)), r"tensor 0 is float32 of shape \[200, 200\].* instead"),
+    "another type": (parts_of(torch.zeros(40_000, dtype=torch.float64)), "tensor 0 is float64"),
+    "compressed": (
+        split_for_streaming(Float16Compression().compress(OWN[0], None)),
+        "tensor 0 is float32 .* compression 2, instead",
+    ),
+    "a part too much": ([*parts_of(OWN[0]), runtime_pb2.Tensor(buffer=b"0000")], "more than 160000 bytes"),
+    "a part less": ([*list(parts_of(OWN[0]))[:-1], *parts_of(OWN[1])], "tensor 0 has 131072 bytes instead of 160000"),
+    "the end of another": (list(parts_of(OWN[0]))[1:], "does not begin"),
+    "a tensor less": (parts_of(OWN[0]), "has 1 tensors instead of 2"),
+    "a tensor more": ([part for one in (*OWN, OWN[1]) for part in parts_of(one)], "more than 2 tensors"),
+    "nothing": ([], "has 0 tensors instead of 2"),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_stage_takes_no_more_and_nothing_else_than_a_state(kind):
+    stage, (parts, text) = Stage(OWN), MISFITS[kind]
+    with pytest.raises(ValueError, match=text):
+        for part in [*parts]:
+            stage.take(part)
+        stage.end()
+
+
 # -- whole downloads --------------------------------------------------------------------------------------------------
 
 
@@ -197,14 +268,14 @@ def start_peers():
     with contextlib.ExitStack() as stack:
         nodes = []
 
-        def start(epoch: int, *, fault: str = "", size: int = 2000) -> LeanStateAverager:
+        def start(epoch: int, *, fault: str = "", size: int = 2000, **options) -> LeanStateAverager:
             known = [str(address) for node in nodes for address in node.get_visible_maddrs()]
             node = hivemind.DHT(start=True, initial_peers=known, host_maddrs=[LOOPBACK])
             stack.callback(node.shutdown)
             nodes.append(node)
             averager = (BadDonor if fault else LeanStateAverager)(
                 dht=node,
-                params=[{"params": [torch.nn.Parameter(torch.full((size,), 1.0)) for _ in range(4)]}],
+                params=[{"params": [torch.nn.Parameter(torch.ones(size).share_memory_()) for _ in range(4)]}],
                 optimizer=lambda params: torch.optim.SGD(params, lr=0.1),
                 initialize_optimizer=False,
                 prefix="transfer",
@@ -213,6 +284,7 @@ def start_peers():
                 request_timeout=1.0,
                 next_chunk_timeout=6.0,
                 declare_state_period=60.0,
+                **options,
             )
             averager.fault = fault
             averager.run_in_background(await_ready=True)
@@ -241,6 +313,32 @@ def test_donor_that_does_not_come_to_an_end_is_left_for_the_next_one(start_peers
     ((peer, reason),) = joining.take_refusals()
     assert peer == str(bad.peer_id) and "asking the next donor" in reason
     assert psutil.Process(joining.pid).memory_info().rss < memory + 2**27
+
+
+def test_search_for_a_state_ends_another_one_whose_owner_has_given_up():
+    """Or there would be two copies of the state, and more the longer nobody has a good one."""
+    running, tasks = [0], []
+
+    async def search():
+        running[0] += 1
+        try:
+            await asyncio.sleep(60)
+        finally:
+            running[0] -= 1
+
+    async def scenario():
+        averager = SimpleNamespace(_search=None, patience=SimpleNamespace(is_over=False), _find_good_state=search)
+        for _ in range(3):
+            future = SimpleNamespace(set_result=lambda result: None, done=lambda: False)
+            tasks.append(asyncio.create_task(LeanStateAverager._load_state_from_peers(averager, future)))
+            await asyncio.sleep(0.1)
+        assert running == [1] and [task.done() for task in tasks] == [True, True, False]
+        averager.patience.is_over = True
+        await asyncio.wait_for(tasks[-1], 5)
+        await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+    assert running == [0]
 
 
 @pytest.mark.timeout(200)
@@ -284,3 +382,33 @@ def test_twenty_strangers_who_take_the_state_all_the_time_cost_little(start_peer
     cost, taken = asyncio.run(strangers(20.0))
     print(f"{cost:.2f} s of 20, {taken} messages")
     assert cost < 2.0 and joining.local_epoch == 0
+
+
+def megabytes(pids) -> float:
+    """What processes hold together, shared memory counted once, files left out."""
+    lines = [line.split() for pid in pids for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()]
+    return sum(int(words[1]) for words in lines if words[0] in ("Pss_Anon:", "Pss_Shmem:")) / 1000
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(("auxiliary", "copies"), [(False, 1.0), (True, 0.0)])
+def test_download_takes_one_copy_of_the_state_and_none_at_an_auxiliary_peer(start_peers, auxiliary, copies):
+    """Of donor and newcomer together, at the peak; the largest of four tensors is a quarter of the state."""
+    size = 8_000_000  # values of a tensor, in shared memory, so that no process keeps what another one overwrites
+    donor, joining = start_peers(5, size=size), start_peers(0, size=size, auxiliary=auxiliary)
+    pids = [psutil.Process().pid, donor.pid, joining.pid]
+    readings, over = [megabytes(pids)], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.01):
+            readings.append(megabytes(pids))
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    join(joining)
+    over.set()
+    watching.join()
+    state = 4 * 4 * size / 1e6
+    rise = (max(readings) - readings[0]) / state
+    assert joining.local_epoch == 5
+    assert rise == pytest.approx(copies, abs=0.25)
