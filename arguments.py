@@ -8,6 +8,7 @@ import argparse
 import math
 import re
 import shlex
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from command_line import OneLineErrors
 
 DEMO = Path(__file__).resolve().parent / "demo"
+DEMO_CORPUS = str(DEMO / "corpus" / "*.txt")
 
 # Topics of --help, in this order.
 WHO = "who takes part, and how they reach each other"
@@ -30,16 +32,18 @@ TOPICS = (WHO, TEXT, MACHINE, OPTIMIZER, AVERAGING, FILES, SERVICE)
 # Whom the value of a flag concerns. An auxiliary peer, which reads no data, need not have what trainers share.
 PEERS, TRAINERS = "the same for all peers", "the same for all trainers"
 RUN, LINE = "of the run, but peers may differ", "needed to join"
+NAMED = "what a run's metrics and joining line name"
 MINE, PRIVATE = "how this peer computes", "this machine, or the person who runs it"
-SHARED, HANDED_ON, DESCRIPTION = (PEERS, TRAINERS), (PEERS, TRAINERS, RUN, LINE), (PEERS, TRAINERS, RUN, MINE)
+SHARED, HANDED_OVER = (PEERS, TRAINERS), (PEERS, TRAINERS, RUN)
+DESCRIPTION = (PEERS, TRAINERS, RUN, NAMED, MINE)
 
 
 def option(default, help: str, *, topic: str = "", scope: str = PRIVATE, **kwargs):
     """A dataclass field that is a flag; all about the flag is said here. A list default is copied for each instance.
 
     ``topic``: where --help lists it; a flag without one is of Trainer, and fixed here. ``scope``: SHARED flags are in
-    the run card, which peers compare; HANDED_ON ones in the line with which others join; those of the DESCRIPTION in
-    metrics and model cards.
+    the run card, which peers compare; HANDED_OVER ones are what a run tells whoever joins it, and nothing else is taken
+    from outside; those of the DESCRIPTION are in metrics and model cards.
     """
     metadata = {"help": help, "topic": topic, "scope": scope, **kwargs}
     if isinstance(default, list):
@@ -66,7 +70,9 @@ def check_range(arguments, low: float, high: float, *names: str) -> None:
 class PeerArguments:
     """Who this peer is, whom it talks to, and which model the swarm trains."""
 
-    run_id: str | None = option(None, "Name of the run: peers with the same name train together.", topic=WHO, scope=RUN)
+    run_id: str | None = option(
+        None, "Name of the run: peers with the same name train together.", topic=WHO, scope=NAMED
+    )
     initial_peers: list[str] = option(
         [],
         "Addresses of one or more peers of the run (as they print them); without any, a new swarm is started.",
@@ -114,10 +120,14 @@ class PeerArguments:
         topic=WHO,
     )
     model_config_path: str = option(
-        str(DEMO / "config.json"), "Model configuration (.json file).", topic=TEXT, scope=LINE
+        str(DEMO / "config.json"),
+        "Model configuration (.json file); whoever joins a run gets it from there.",
+        topic=TEXT,
     )
     tokenizer_path: str = option(
-        str(DEMO / "tokenizer"), "Directory or hub id of the tokenizer.", topic=TEXT, scope=LINE
+        str(DEMO / "tokenizer"),
+        "Directory or hub id of the tokenizer; whoever joins a run gets it from there.",
+        topic=TEXT,
     )
     cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.", topic=TEXT)
     wandb_project: str | None = option(
@@ -171,13 +181,14 @@ class TrainerPeerArguments(PeerArguments):
     """What only a trainer needs: data, backups, metrics."""
 
     dataset_sources: list[str] = option(
-        [str(DEMO / "corpus" / "*.txt")],
-        "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets (name[:config])",
+        [DEMO_CORPUS],
+        "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets "
+        "(name[:config][@revision]). Those named ORG/NAME[:config]@COMMIT are handed over to whoever joins without text.",
         topic=TEXT,
-        scope=RUN,
+        scope=NAMED,
     )
     dataset_weights: list[float] | None = option(
-        None, "How often each source is drawn from, in the same order; equal by default.", topic=TEXT, scope=RUN
+        None, "How often each source is drawn from, in the same order; equal by default.", topic=TEXT, scope=NAMED
     )
     pack_sequences: bool = option(
         False,
@@ -210,6 +221,12 @@ class TrainerPeerArguments(PeerArguments):
 class AuxiliaryPeerArguments(PeerArguments):
     """What only an auxiliary peer needs: checkpoints, uploads, help with averaging."""
 
+    run_datasets: list[str] = option(
+        [],
+        "Hugging Face data sets (ORG/NAME[:config]@COMMIT) for trainers that join without --dataset_sources, for who "
+        "starts a run; this peer reads none.",
+        topic=TEXT,
+    )
     refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.", topic=FILES)
     assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.", topic=SERVICE)
     assist_refresh: float = option(
@@ -395,6 +412,10 @@ class HFTrainerArguments(TrainingArguments):
             self.activation_memory = "checkpoint"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # otherwise --bf16 is refused without a GPU
         super().__post_init__()
+        self.check_ranges()
+
+    def check_ranges(self) -> None:
+        """Raises ValueError for a value that is impossible, or contradicts another one."""
         check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
                        "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of", "adam_epsilon",
                        "max_grad_norm", "clamp_value")  # fmt: skip
@@ -437,20 +458,49 @@ def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, tra
     return {name: getattr(group, name) for name in described for group in groups if hasattr(group, name)}
 
 
-def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
-    """The arguments with which another machine joins: those of this peer that are handed on, and its addresses.
+def handed_over_flags() -> tuple[str, ...]:
+    """The flags that a run may tell whoever joins it: neither paths and addresses nor what is a peer's own choice."""
+    return tuple(name for name, flag in FLAGS.items() if flag.metadata["scope"] in HANDED_OVER)
 
-    ``argv``: as the program was called, files of flags replaced by what they hold, except this repository's own.
-    """
-    kept, keeping = [], False
-    for word in argv:
-        if word.startswith("--"):
-            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-            flag = FLAGS.get(name) or FLAGS.get(name.removeprefix("no_"))
-            keeping = flag is not None and flag.metadata["scope"] in HANDED_ON
-        if keeping or word.startswith("@"):
-            kept.append(word)
-    return [*kept, "--initial_peers", *addresses]
+
+def check_handed_over(flags: dict) -> None:
+    """Raises ValueError for the first of some flags from outside that is unknown, none that is handed over, not of the
+    flag's type, or out of its range."""
+    for name, value in flags.items():
+        if name not in FLAGS:
+            raise ValueError(f"--{name[:50]!r} is no flag of this version; update it, or ask the run which one to take")
+        if name not in handed_over_flags():
+            raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
+        if not _has_type(value, FLAGS[name].type):
+            raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
+    check_positive(argparse.Namespace(**{"min_vector_size": 1, **flags}), "min_vector_size")
+    CollaborationArguments(**{name: flags[name] for name in flags if name in CollaborationArguments.__annotations__})
+    schedule = object.__new__(HFTrainerArguments)  # an ordinary one looks for devices, and for other processes
+    vars(schedule).update(flags)
+    schedule.check_ranges()
+
+
+def _has_type(value: object, kind: object) -> bool:
+    """``kind``: of a field that is a number or a switch, or may be None."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None:
+        return type(None) in kinds
+    if bool in kinds:
+        return type(value) is bool
+    if type(value) is int:
+        return abs(value) < 2**63
+    return float in kinds and type(value) is float and math.isfinite(value)
+
+
+def joining_arguments(peer: PeerArguments, addresses: list[str], *, asks_for_text: bool) -> list[str]:
+    """The arguments with which another machine joins: the run hands over all the rest, but for text of one's own
+    where it names no data sets (``asks_for_text``)."""
+    text = "@demo/corpus/*.txt" if getattr(peer, "dataset_sources", None) == [DEMO_CORPUS] else "YOUR_TEXT"
+    return [
+        *("--run_id", peer.run_id, *(["--use_ipfs"] if peer.use_ipfs else [])),
+        *(["--dataset_sources", text] if asks_for_text else []),
+        *("--initial_peers", *addresses),
+    ]
 
 
 class ArgumentParser(OneLineErrors, HfArgumentParser):
@@ -495,6 +545,19 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
         if unknown:
             self.refuse_unknown(unknown)
         return tuple(instances)
+
+    def parse_first(self, words: list[str]) -> tuple[object, dict]:
+        """An instance of the first type alone, and {flag: value} of all that stands in the words, defaults left out."""
+        given = argparse.Namespace(**{action.dest: argparse.SUPPRESS for action in self._actions})
+        given, unknown = self.parse_known_args(words, given)
+        if unknown:
+            self.refuse_unknown(unknown)
+        given = {name: value for name, value in vars(given).items() if value != argparse.SUPPRESS}
+        kind = self.dataclass_types[0]
+        try:
+            return kind(**{name: given[name] for name in given if name in kind.__dataclass_fields__}), given
+        except ValueError as error:
+            self.error(str(error).splitlines()[0])
 
     def read_files(self, words: list[str], within: tuple[Path, ...] = (), *, keep_own: bool = False) -> list[str]:
         """The words with each ``@FILE`` replaced by what it holds; ``keep_own``: not for this repository's files."""

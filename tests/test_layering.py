@@ -16,6 +16,7 @@ ARGUMENTS_READERS = {
     "src/preflight/network.py",
     "src/preflight/run.py",
     "src/process/same_peer.py",
+    "src/settings/manifest.py",
     "src/swarm/build.py",
     "src/swarm/join.py",
     "src/swarm/dht.py",
@@ -30,12 +31,13 @@ ROOMS = {
     "process": (),
     "metrics": (),
     "optim": (),
-    "access": ("metrics",),
+    "settings": ("models", "process"),
+    "access": ("metrics", "settings"),
     "export": ("metrics", "models"),
-    "swarm": ("access", "metrics", "models", "optim", "process"),
-    "preflight": ("access", "metrics", "models", "swarm"),
-    "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "swarm"),
-    "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "swarm"),
+    "swarm": ("access", "metrics", "models", "optim", "process", "settings"),
+    "preflight": ("access", "metrics", "models", "process", "settings", "swarm"),
+    "trainer": ("access", "metrics", "models", "optim", "preflight", "process", "settings", "swarm"),
+    "auxiliary": ("access", "export", "metrics", "models", "preflight", "process", "settings", "swarm"),
 }
 COMMON = {"files", "compiled", "console", "version"}
 STANDARD_LIBRARY = set(sys.stdlib_module_names)

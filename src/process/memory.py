@@ -17,6 +17,7 @@ import gc
 import os
 import threading
 import time
+from pathlib import Path
 
 M_ARENA_MAX = -8  # <malloc.h>
 MAX_ARENAS = 2
@@ -48,3 +49,13 @@ def leave_out_of_collections() -> None:
     gc.collect()
     gc.freeze()
     gc.collect()  # of nothing: it counts what is left, of which a quarter must be added before the next one
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or the container this program runs in, can still give."""
+    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                     if line.startswith("MemAvailable"))  # fmt: skip
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
