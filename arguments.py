@@ -2,6 +2,9 @@
 
 Every field is a flag. A line of the form ``@FILE`` on the command line reads more flags from that file (written as in a
 shell, ``#`` starts a comment); flags that come later win.
+
+``@demo/...`` and ``@recipes/...`` name files of this repository, wherever the program is started: flags to read if the
+name ends in ``.args``, else a path, as in ``--model_config_path @recipes/small/config.json``.
 """
 
 import argparse
@@ -17,8 +20,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from command_line import OneLineErrors
 
-DEMO = Path(__file__).resolve().parent / "demo"
+REPOSITORY = Path(__file__).resolve().parent
+DEMO = REPOSITORY / "demo"
 DEMO_CORPUS = str(DEMO / "corpus" / "*.txt")
+OWN_FILE = re.compile(r"(--[\w-]+=)?@((?:demo|recipes)/.*)")
+# What a run trains. Whoever starts one names it; whoever joins one is told by the run, see `src.swarm.take_up`.
+WHAT_TO_TRAIN = ("model_config_path", "tokenizer_path", "dataset_sources")
 
 # Topics of --help, in this order.
 WHO = "who takes part, and how they reach each other"
@@ -119,15 +126,11 @@ class PeerArguments:
         "by default the file NAME.key beside NAME.token. False: an open run, anybody may join.",
         topic=WHO,
     )
-    model_config_path: str = option(
-        str(DEMO / "config.json"),
-        "Model configuration (.json file); whoever joins a run gets it from there.",
-        topic=TEXT,
+    model_config_path: str | None = option(
+        None, "Model configuration (.json file); whoever joins a run gets it from there.", topic=TEXT
     )
-    tokenizer_path: str = option(
-        str(DEMO / "tokenizer"),
-        "Directory or hub id of the tokenizer; whoever joins a run gets it from there.",
-        topic=TEXT,
+    tokenizer_path: str | None = option(
+        None, "Directory or hub id of the tokenizer; whoever joins a run gets it from there.", topic=TEXT
     )
     cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.", topic=TEXT)
     wandb_project: str | None = option(
@@ -180,10 +183,10 @@ class PeerArguments:
 class TrainerPeerArguments(PeerArguments):
     """What only a trainer needs: data, backups, metrics."""
 
-    dataset_sources: list[str] = option(
-        [DEMO_CORPUS],
+    dataset_sources: list[str] | None = option(
+        None,
         "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets "
-        "(name[:config][@revision]). Those named ORG/NAME[:config]@COMMIT are handed over to whoever joins without text.",
+        "(name[:config][@commit]). Those named ORG/NAME[:config]@COMMIT are handed over to whoever joins without text.",
         topic=TEXT,
         scope=NAMED,
     )
@@ -503,6 +506,11 @@ def joining_arguments(peer: PeerArguments, addresses: list[str], *, asks_for_tex
     ]
 
 
+def names_flags(word: str) -> bool:
+    """Whether this word of a command line is a file of flags to be read."""
+    return word.startswith("@") and (word.endswith(".args") or not OWN_FILE.fullmatch(word))
+
+
 class ArgumentParser(OneLineErrors, HfArgumentParser):
     """Parser over dataclasses with ``@FILE`` arguments; inherited transformers flags work but are not listed."""
 
@@ -546,28 +554,53 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             self.refuse_unknown(unknown)
         return tuple(instances)
 
+    def parse_run(self, words: list[str]) -> tuple:
+        """As `parse`, when all that the run hands over stands among the words."""
+        instances = self.parse(words)
+        self.require_own_run(instances[0])
+        return instances
+
     def parse_first(self, words: list[str]) -> tuple[object, dict]:
         """An instance of the first type alone, and {flag: value} of all that stands in the words, defaults left out."""
         given = argparse.Namespace(**{action.dest: argparse.SUPPRESS for action in self._actions})
         given, unknown = self.parse_known_args(words, given)
         if unknown:
             self.refuse_unknown(unknown)
-        given = {name: value for name, value in vars(given).items() if value != argparse.SUPPRESS}
+        given = {name: value for name, value in vars(given).items() if value is not argparse.SUPPRESS}
         kind = self.dataclass_types[0]
         try:
             return kind(**{name: given[name] for name in given if name in kind.__dataclass_fields__}), given
         except ValueError as error:
             self.error(str(error).splitlines()[0])
 
-    def read_files(self, words: list[str], within: tuple[Path, ...] = (), *, keep_own: bool = False) -> list[str]:
-        """The words with each ``@FILE`` replaced by what it holds; ``keep_own``: not for this repository's files."""
+    def require_own_run(self, peer: PeerArguments) -> None:
+        """Ends the program if nobody has told this peer what to train: the demo is for those who ask."""
+        missing = [name for name in WHAT_TO_TRAIN if getattr(peer, name, "") is None]
+        if not missing:
+            return
+        role = "trainer" if isinstance(peer, TrainerPeerArguments) else "aux"
+        advice = [] if missing == ["dataset_sources"] else [f"take a recipe (@recipes/small/{role}.args)"]
+        advice += ["name your text (--dataset_sources 'texts/*.txt')"] if "dataset_sources" in missing else []
+        why = "is started here (no --initial_peers)"
+        if peer.initial_peers:
+            why = "has no peer that hands over its settings"
+        self.error(
+            f"run {peer.run_id} {why}, but --{', --'.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: "
+            f"{' and '.join(advice)}, see docs/recipes.md; or train the demo's with @demo/{role}.args"
+        )
+
+    def read_files(self, words: list[str], within: tuple[Path, ...] = ()) -> list[str]:
+        """The words with each ``@FILE`` replaced by what it holds."""
         found = []
         for word in words:
-            if not word.startswith("@") or (keep_own and word.startswith("@demo/")):
+            own = OWN_FILE.fullmatch(word)
+            if not (own or word.startswith("@")):
                 found.append(word)
                 continue
-            # @demo/... names a file of this repository, wherever the program is started
-            path = DEMO.parent / word[1:] if word.startswith("@demo/") else Path(word[1:])
+            if not names_flags(word):
+                found.append(f"{own[1] or ''}{REPOSITORY / own[2]}")
+                continue
+            path = REPOSITORY / own[2] if own else Path(word[1:])
             if path in within:
                 self.error(f"{word}: this file of flags names itself")
             try:
@@ -583,5 +616,5 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
                     inner = shlex.split(line, comments=True)
                 except ValueError as error:
                     self.error(f"{word}, line {number}: {error}")
-                found += self.read_files(inner, (*within, path), keep_own=keep_own)
+                found += self.read_files(inner, (*within, path))
         return found

@@ -36,6 +36,7 @@ SHARED = [
     *("--max_sequence_length", "128", "--initial_sequence_length", "128", "--sequence_length_warmup_steps", "0"),
     *("--pad_to_multiple_of", "8", "--backup_every_epochs", "1000000"),
     *("--delay_optimizer_step", "True", "--delay_grad_averaging", "True"),
+    *("--tokenizer_path", "@demo/tokenizer", "--dataset_sources", "@demo/corpus/*.txt"),
 ]
 RUN_SECONDS = 170.0  # a run that takes longer is an error
 

@@ -45,6 +45,7 @@ from tasks.mlm.task import build_model
 from tasks.mlm.whole_word_mask import DataCollatorForWholeWordMask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+TOKENIZER = str(REPOSITORY / "demo" / "tokenizer")
 CORPUS, HELD_OUT = str(REPOSITORY / "demo" / "corpus" / "*.txt"), str(REPOSITORY / "demo" / "heldout.txt")
 MODEL = {
     "model_type": "lean_albert",
@@ -487,7 +488,7 @@ def main() -> int:
     folder = options.work_dir / time.strftime("run-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
-    model_options = ["--model_config_path", str(folder / "config.json")]
+    model_options = ["--model_config_path", str(folder / "config.json"), "--tokenizer_path", TOKENIZER]
     target = calibrate(folder, trainers=options.trainers)
     shared = [
         *("--run_id", "faults", "--target_batch_size", str(target), *model_options),
@@ -565,7 +566,8 @@ def calibrate(folder: Path, *, trainers: int) -> int:
 
 
 def tiny_model(folder: Path):
-    return build_model(PeerArguments(run_id="faults", model_config_path=str(folder / "config.json")), seed=0)
+    config = str(folder / "config.json")
+    return build_model(PeerArguments(run_id="faults", model_config_path=config, tokenizer_path=TOKENIZER), seed=0)
 
 
 def training_batches(tokenizer, *, size: int = MICRO_BATCH):

@@ -7,6 +7,7 @@ import pytest
 
 from arguments import (
     DEMO,
+    REPOSITORY,
     ArgumentParser,
     AuxiliaryPeerArguments,
     CollaborationArguments,
@@ -29,8 +30,8 @@ PEER = {
     "restart": True,
     "use_ipfs": False,
     "authorize": "False",
-    "model_config_path": str(DEMO / "config.json"),
-    "tokenizer_path": str(DEMO / "tokenizer"),
+    "model_config_path": None,
+    "tokenizer_path": None,
     "cache_dir": None,
     "wandb_project": None,
     "tensorboard_dir": None,
@@ -39,7 +40,7 @@ PEER = {
 DEFAULTS = {
     TrainerPeerArguments: {
         **PEER,
-        "dataset_sources": [str(DEMO / "corpus" / "*.txt")],
+        "dataset_sources": None,
         "dataset_weights": None,
         "statistics_expiration": 600.0,
         "backup_every_epochs": 10,
@@ -271,6 +272,74 @@ def test_arguments_of_the_demo_are_found_from_any_folder(tmp_path, monkeypatch, 
     assert parse(f"@demo/{file}", kind)[0].run_id == "demo"
 
 
+def test_arguments_paths_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peer, *_ = parse(
+        "--run_id a --model_config_path @recipes/small/config.json --tokenizer_path=@demo/tokenizer "
+        "--dataset_sources mine.txt @demo/corpus/*.txt"
+    )
+    assert peer.model_config_path == str(REPOSITORY / "recipes" / "small" / "config.json")
+    assert (peer.tokenizer_path, peer.dataset_sources) == (
+        str(DEMO / "tokenizer"), ["mine.txt", str(DEMO / "corpus" / "*.txt")]
+    )  # fmt: skip
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.args").write_text("--run_id mine\n")
+    assert parse("@./demo/mine.args")[0].run_id == "mine", "a folder of that name in the working directory"
+
+
+@pytest.mark.parametrize("words", [["@recipes/small/none.args"], ["@demo/nothing.args"]])
+def test_arguments_file_of_the_repository_that_does_not_exist_is_named(capsys, words):
+    assert f"{words[0]}: cannot read this file of flags" in refusal(words, capsys)
+
+
+# -- a run of one's own -----------------------------------------------------------------------------------------------
+
+
+def require(command, kind, prog="script.py"):
+    parser = ArgumentParser(kind, CollaborationArguments, HFTrainerArguments, prog=prog)
+    peer = parser.parse(command.split())[0]
+    parser.require_own_run(peer)
+    return peer
+
+
+MODEL_AND_TOKENIZER = "--model_config_path c.json --tokenizer_path t"
+OWN_RUNS = [
+    (TrainerPeerArguments, "", "--model_config_path, --tokenizer_path, --dataset_sources are not given"),
+    (TrainerPeerArguments, MODEL_AND_TOKENIZER, "--dataset_sources is not given: name your text (--dataset_sources"),
+    (TrainerPeerArguments, "--dataset_sources x", "take a recipe (@recipes/small/trainer.args), see docs/recipes.md"),
+    (TrainerPeerArguments, "@recipes/small/trainer.args", "--dataset_sources is not given: name your text"),
+    (AuxiliaryPeerArguments, "--check", "--model_config_path, --tokenizer_path are not given: take a recipe"),
+    (AuxiliaryPeerArguments, "--model_config_path c.json", "--tokenizer_path is not given"),
+]
+
+
+@pytest.mark.parametrize(("kind", "command", "complaint"), OWN_RUNS)
+def test_arguments_run_of_ones_own_is_never_the_demo_in_silence(capsys, kind, command, complaint):
+    with pytest.raises(SystemExit) as caught:
+        require(f"{command} --run_id my-exp", kind)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and printed.count("\n") == 1
+    assert "run my-exp is started here" in printed and complaint in printed
+    assert f"@demo/{'trainer' if kind is TrainerPeerArguments else 'aux'}.args" in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        (TrainerPeerArguments, f"{MODEL_AND_TOKENIZER} --dataset_sources x"),
+        (TrainerPeerArguments, "@recipes/base/trainer.args --dataset_sources x"),
+        (TrainerPeerArguments, "@demo/trainer.args"),
+        (TrainerPeerArguments, f"--initial_peers {ADDRESS}"),
+        (AuxiliaryPeerArguments, "@demo/aux.args"),
+        (AuxiliaryPeerArguments, "@demo/swarm.args"),
+        (AuxiliaryPeerArguments, "@recipes/small/aux.args"),
+    ],
+)
+def test_arguments_run_with_a_model_a_tokenizer_and_a_text_may_start(kind, command):
+    peer = require(f"{command} --run_id my-exp", kind)
+    assert None not in (peer.run_id, peer.model_config_path, peer.tokenizer_path, getattr(peer, "dataset_sources", ()))
+
+
 def test_arguments_of_all_demo_peers_agree_on_what_the_swarm_shares():
     trainer, aux = parse("@demo/trainer.args"), parse("@demo/aux.args", AuxiliaryPeerArguments)
     assert trainer[1] == aux[1]
@@ -340,17 +409,19 @@ def test_arguments_of_an_auxiliary_that_contradict_are_refused_by_name(capsys, c
     assert complaint in refusal(command, capsys, AuxiliaryPeerArguments)
 
 
-def test_arguments_defaults_name_files_that_exist():
-    assert Path(PEER["model_config_path"]).is_file()
-    assert (Path(PEER["tokenizer_path"]) / "tokenizer.json").is_file()
-    assert list(DEMO.glob("corpus/*.txt"))
+def test_arguments_of_the_demo_name_files_that_exist():
+    peer = parse("@demo/trainer.args")[0]
+    assert Path(peer.model_config_path).is_file()
+    assert (Path(peer.tokenizer_path) / "tokenizer.json").is_file()
+    assert peer.dataset_sources == [str(DEMO / "corpus" / "*.txt")] and list(DEMO.glob("corpus/*.txt"))
 
 
 def test_arguments_of_a_run_are_kept_without_addresses_and_paths_of_the_machine():
     command = f"--run_id a --initial_peers {ADDRESS} --identity_path key.pem --cache_dir c --learning_rate 1e-3"
+    command += " --dataset_sources a.txt"
     settings = run_settings(*parse(command))
     assert (settings["run_id"], settings["learning_rate"], settings["target_batch_size"]) == ("a", 1e-3, 16384)
-    assert settings["dataset_sources"] == [str(DEMO / "corpus" / "*.txt")]
+    assert settings["dataset_sources"] == ["a.txt"]
     assert not {"initial_peers", "identity_path", "cache_dir", "output_dir", "host_maddrs"} & settings.keys()
     assert "dataset_sources" not in run_settings(*parse("--run_id a", AuxiliaryPeerArguments))
 
@@ -376,6 +447,11 @@ JOIN_AT = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
         ("--run_id a --authorize ivan.token --wandb_project mine --backup_every_epochs 3", "--run_id a"),
         ("--run_id a --per_device_train_batch_size 8 --no_restart --wait_for_peers 2", "--run_id a"),
         ("--no_delay_grad_averaging --save_steps 5 --run_id a", "--no_delay_grad_averaging --run_id a"),
+        ("@recipes/small/trainer.args --run_id a --cache_dir @demo/x", "@recipes/small/trainer.args --run_id a"),
+        (
+            "--tokenizer_path @demo/tokenizer --state_path=@demo/x --run_id a",
+            "--tokenizer_path @demo/tokenizer --run_id a",
+        ),
     ],
 )
 def test_line_for_others_has_what_they_need_and_nothing_of_this_person(own, kept):

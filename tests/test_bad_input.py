@@ -30,7 +30,9 @@ TOKENIZER = REPOSITORY / "demo" / "tokenizer"
 SMALL = (
     "--target_batch_size 8 --matchmaking_time 1 --averaging_timeout 5 --next_chunk_timeout 2 "
     "--max_sequence_length 64 --initial_sequence_length 64 --pad_to_multiple_of 8 --model_config_path small.json "
+    "--tokenizer_path @demo/tokenizer "
 )
+TEXT = "--dataset_sources @demo/corpus/*.txt "
 MODEL = {
     "model_type": "lean_albert", "vocab_size": 4000, "embedding_size": 16, "hidden_size": 32, "num_hidden_layers": 1,
     "num_attention_heads": 2, "intermediate_size": 32,
@@ -208,7 +210,9 @@ def trainer_cases() -> list[Case]:
         ("output is a file", "--run_id r --output_dir o", ("--output_dir", "o/r"), {"o": ""}),
         ("output cannot be made", "--run_id r --output_dir /proc/none", ("--output_dir", "/proc/none")),
     ]  # fmt: skip
-    return [Case("run_trainer.py", name, SMALL + arguments, words, *rest) for name, arguments, words, *rest in rows]
+    return [
+        Case("run_trainer.py", name, SMALL + TEXT + arguments, words, *rest) for name, arguments, words, *rest in rows
+    ]
 
 
 def auxiliary_cases() -> list[Case]:
@@ -233,6 +237,19 @@ def auxiliary_cases() -> list[Case]:
         ("no held-out text", "--run_id r --store_checkpoints --eval_sources none.txt", ("none.txt", "no such file")),
     ]  # fmt: skip
     return [Case("run_aux_peer.py", name, SMALL + arguments, words, *rest) for name, arguments, words, *rest in rows]
+
+
+def own_run_cases() -> list[Case]:
+    """Who starts a run says what it trains."""
+    rows = [
+        ("run_trainer.py", "own run of nothing", "--run_id r", ("--model_config_path", "@recipes/small/trainer")),
+        ("run_trainer.py", "own run without text", "@recipes/base/trainer.args --run_id r --check",
+         ("run r", "--dataset_sources", "@demo/trainer.args")),
+        ("run_trainer.py", "recipe without a tokenizer", "@recipes/base/trainer.args --run_id r --dataset_sources x",
+         ("--tokenizer_path", "./tokenizer", "no such directory", "tasks.mlm.train_tokenizer", "--vocab_size 50000")),
+        ("run_aux_peer.py", "own run of nothing", "--run_id r --check", ("--tokenizer_path", "@recipes/small/aux")),
+    ]  # fmt: skip
+    return [Case(*row) for row in rows]
 
 
 RECORDS = [
@@ -354,7 +371,7 @@ def prediction_cases() -> list[Case]:
     ]
 
 
-CASES = [*trainer_cases(), *auxiliary_cases(), *finetuning_cases(), *prediction_cases()]
+CASES = [*own_run_cases(), *trainer_cases(), *auxiliary_cases(), *finetuning_cases(), *prediction_cases()]
 
 
 # Runs a script once for each case, in a fork of a program that has imported the libraries, which takes seconds.

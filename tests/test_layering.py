@@ -21,6 +21,7 @@ ARGUMENTS_READERS = {
     "src/swarm/join.py",
     "src/swarm/dht.py",
     "src/swarm/run_card.py",
+    "src/swarm/take_up.py",
     "src/trainer/build.py",
     "src/trainer/callback.py",
     "src/trainer/hf_trainer.py",

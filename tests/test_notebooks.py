@@ -23,6 +23,7 @@ SHARED = """
 --matchmaking_time 2 --next_chunk_timeout 20 --averaging_timeout 60 --average_state_every 2 --min_vector_size 1000
 --max_sequence_length 64 --initial_sequence_length 64 --sequence_length_warmup_steps 0 --pad_to_multiple_of 8
 --delay_optimizer_step False --delay_grad_averaging False
+--tokenizer_path @demo/tokenizer --dataset_sources @demo/corpus/*.txt
 """
 
 

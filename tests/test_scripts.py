@@ -17,6 +17,7 @@ SMALL = [
     *("--run_id", "scripts", "--target_batch_size", "8", "--matchmaking_time", "1", "--averaging_timeout", "5"),
     *("--next_chunk_timeout", "2"),
     *("--max_sequence_length", "64", "--initial_sequence_length", "64", "--pad_to_multiple_of", "8"),
+    *("--model_config_path", "@demo/config.json", "--dataset_sources", "@demo/corpus/*.txt"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Parse a model's configuration and tokenizer that came from outside, first in a process with limits of time and memory.
+"""Parse a configuration and a tokenizer that came from outside, first in a process with limits of time and memory.
 
 ``python -m src.settings.examine FOLDER`` reads the files of a run and prints what a model of them takes, or what is
 wrong with them. Nothing in them is executed or unpickled; but a parser may be led to take hours, gigabytes, or to end

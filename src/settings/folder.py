@@ -36,7 +36,7 @@ def read_folder(folder: Path, run_id: str) -> tuple[Manifest, bytes] | None:
             if not (folder / name).is_file() or sha256((folder / name).read_bytes()) != digest:
                 raise ValueError(f"{name} is missing, or has been changed")
     except ValueError as error:
-        raise ValueError(f"{folder} does not hold the settings of a run: {error}; remove it to take them anew") from error
+        raise ValueError(f"{folder} holds no settings of a run: {error}; remove it to take them anew") from error
     signature = folder / SIGNATURE
     return manifest, signature.read_bytes() if signature.exists() else b""
 

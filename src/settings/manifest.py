@@ -62,8 +62,9 @@ class Manifest:
     def fields(self) -> dict[str, str]:
         """{what people call it: value}, for comparisons."""
         files = {name: f"{size} bytes with hash {digest[:12]}" for name, (digest, size) in self.files.items()}
-        texts = {"data sets": " ".join(self.data_sets) or "none", "weights": " ".join(map(str, self.weights)) or "equal"}
-        return {**{f"--{name}": str(value) for name, value in self.flags.items()}, **files, **texts}
+        flags = {f"--{name}": str(value) for name, value in self.flags.items()}
+        weights = " ".join(map(str, self.weights)) or "equal"
+        return {**flags, **files, "data sets": " ".join(self.data_sets) or "none", "weights": weights}
 
 
 def sha256(content: bytes) -> str:
@@ -124,7 +125,8 @@ def _checked_data_sets(names: object, weights: object) -> tuple[tuple[str, ...],
         raise ValueError("its list of data sets is none")
     for name in names:
         if not isinstance(name, str) or not DATA_SET.fullmatch(name):
-            raise ValueError(f"{str(name)[:80]!r} is no data set of the hub at a fixed commit (ORG/NAME[:config]@COMMIT)")
+            shown = repr(str(name)[:80])
+            raise ValueError(f"{shown} is no data set of the hub at a fixed commit (ORG/NAME[:config]@COMMIT)")
     if weights and (len(weights) != len(names) or not all(type(one) is float and 0 <= one < 1e9 for one in weights)):
         raise ValueError("its weights of data sets are none")
     return tuple(names), tuple(weights)

@@ -1,8 +1,8 @@
 """How a run's settings and files travel: in pieces, from any peer that has them to one that joins.
 
-Each peer offers them from its DHT process. The answers are bounded, so that strangers cannot take more than their share;
-in a private run, only members get any, and only they are asked. What comes is believed in no other way than by its
-hash: that of a file is in the manifest, and whose manifest counts says `take_up`.
+Each peer offers them from its DHT process. The answers are bounded, so that strangers cannot take more than their
+share; in a private run, only members get any, and only they are asked. What comes is believed in no other way than by
+its hash: that of a file is in the manifest, and whose manifest counts says `take_up`.
 """
 
 import asyncio

@@ -6,13 +6,13 @@ it is, and keys of others are free for a liar. In a private run what counts is t
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from hivemind.utils.crypto import RSAPublicKey
 
-from arguments import FLAGS, PeerArguments
+from arguments import FLAGS, TRAINERS, PeerArguments
 from src.access.ownership import names_in
 from src.metrics.records import printable
 from src.models import LeanAlbertConfig, load_tokenizer
@@ -30,6 +30,7 @@ from src.settings.manifest import (
     make_manifest,
     read_config,
     read_manifest,
+    sha256,
 )
 from src.swarm.run_card import fingerprints_of
 from src.swarm.run_files import NothingThereError, fetch_file, fetch_manifest
@@ -37,8 +38,8 @@ from src.swarm.run_files import NothingThereError, fetch_file, fetch_manifest
 MAX_ASKED = 8
 SETTINGS = "settings"  # the folder that `python -m src.access sign` writes, looked for beside the token
 BY_HAND = (
-    "no initial peer hands over the settings of run {run_id} (they run an older version, or were started with --check): "
-    "give all of the run's flags by hand, and update"
+    "no initial peer hands over the settings of run {run_id} (an older version?): the flags given here count, which must "
+    "be those of the run"
 )
 
 
@@ -194,8 +195,6 @@ def _from_organiser(
 
 def own_files(model_config_path: str | None, tokenizer_path: str | None) -> dict[str, bytes]:
     """{hash: content} of what lies on this machine, as it would be handed over; what cannot be read is left out."""
-    from src.settings.manifest import sha256
-
     try:
         config = read_options(model_config_path)
         directory = Path(tokenizer_path or "").expanduser()
@@ -256,9 +255,7 @@ def _contradicting_files(manifest: Manifest, folder: Path, given: Mapping[str, o
 def settings_of_own(
     peer: PeerArguments, flags: Mapping[str, object], given: Mapping[str, object], *, trainer: bool
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """What whoever begins a run says of it: ``flags``, of an auxiliary peer those of trainers only if it was told them."""
-    from arguments import TRAINERS
-
+    """What whoever begins a run says of it: ``flags``; an auxiliary peer those of trainers only if it was told them."""
     said = {name: value for name, value in flags.items()
             if trainer or FLAGS[name].metadata["scope"] != TRAINERS or name in given}  # fmt: skip
     directory = find_directory(peer.tokenizer_path)

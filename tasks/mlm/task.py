@@ -65,7 +65,7 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
         config = LeanAlbertConfig.from_dict(options)
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"--model_config_path: {path}: {error}") from error
-    tokenizer = load_tokenizer(peer.tokenizer_path)
+    tokenizer = _load_tokenizer(peer.tokenizer_path, vocab_size=config.vocab_size)
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"--tokenizer_path: {peer.tokenizer_path} has {len(tokenizer)} tokens, but vocab_size in {path} is "
@@ -82,6 +82,16 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
         raise ValueError(
             f"--model_config_path: {path}: there is not enough memory for this model ({reason})"
         ) from error
+
+
+def _load_tokenizer(path: str, *, vocab_size: int):
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        if Path(path).expanduser().exists():
+            raise
+        make = f"python -m tasks.mlm.train_tokenizer --sources TEXT --vocab_size {vocab_size} --output {path}"
+        raise ValueError(f"--tokenizer_path: {error}; or make one: {make}") from error
 
 
 def check_options(options) -> None:

@@ -70,5 +70,3 @@ def test_model_is_held_against_this_machines_memory(tmp_path):
     write(tmp_path, config={"intermediate_size": 2**27, "hidden_size": 8192, "num_attention_heads": 8})
     with pytest.raises(ValueError, match=r"its model needs \d{5,}.\d GB at the least, this machine has"):
         examine(tmp_path)
-
-

@@ -144,7 +144,7 @@ def test_configuration_is_handed_over_whole():
 )
 def test_configuration_with_anything_else_is_refused(options, complaint):
     values = json.loads(make_files(CONFIG, None)["config.json"])
-    with pytest.raises(ValueError, match="config.json") as caught:
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
         read_config(json.dumps({**values, **options}).encode())
     assert complaint in str(caught.value)
 

@@ -43,10 +43,11 @@ SWARM = """
 --run_id test --target_batch_size {target_batch_size} --learning_rate 5e-3 --min_8bit_size 65536
 --warmup_steps 4 --num_zero_lr_steps 0 --total_steps {total_steps}
 --matchmaking_time 1.5 --next_chunk_timeout 12 --averaging_timeout 30 --average_state_every 4 --min_vector_size 1000
+--tokenizer_path @demo/tokenizer
 """
 TRAINER = """
 --per_device_train_batch_size 4 --max_sequence_length 64 --initial_sequence_length 64
---sequence_length_warmup_steps 0 --pad_to_multiple_of 8 --backup_every_epochs 1
+--sequence_length_warmup_steps 0 --pad_to_multiple_of 8 --backup_every_epochs 1 --dataset_sources @demo/corpus/*.txt
 """
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 

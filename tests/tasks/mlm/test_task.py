@@ -14,7 +14,8 @@ from tasks.mlm.task import build_data, build_model
 
 @pytest.mark.parametrize("level", ["lean", "checkpoint"])
 def test_activation_memory_of_the_command_line_reaches_every_block(level):
-    peer = PeerArguments(run_id="a", model_config_path=str(DEMO / "config.json"))
+    demo = {"model_config_path": str(DEMO / "config.json"), "tokenizer_path": str(DEMO / "tokenizer")}
+    peer = PeerArguments(run_id="a", **demo)
     model, _ = build_model(peer, seed=0, activation_memory=level)
     blocks = [module for module in model.modules() if type(module).__name__ == "LeanBlock"]
     assert blocks and {block.activation_memory for block in blocks} == {level}

@@ -1,0 +1,137 @@
+"""Recipes of real size: read by both scripts, built, and predicted; docs/recipes.md states the figures they give."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from arguments import (
+    FLAGS,
+    REPOSITORY,
+    ArgumentParser,
+    AuxiliaryPeerArguments,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+    shared_flags,
+)
+from src import LeanAlbertConfig, LeanAlbertForPreTraining
+from src.models.memory import predict_memory
+from src.optim.schedules import learning_rate, sequence_length
+
+RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").iterdir())
+KINDS = {"trainer": TrainerPeerArguments, "aux": AuxiliaryPeerArguments}
+TEXT = ["--dataset_sources", "texts/*.txt"]
+# Where a recipe is one of ours, its flags are lines of these files; comments are not.
+PUBLISHED = {
+    "target_batch_size": 16384, "total_steps": 15625, "warmup_steps": 3125, "num_zero_lr_steps": 50,
+    "learning_rate": 2.5e-3, "initial_sequence_length": 256, "max_sequence_length": 2048,
+    "sequence_length_warmup_steps": 7000, "pad_to_multiple_of": 128,
+}  # fmt: skip
+
+
+def parse(recipe: str, role: str):
+    """The three dataclass instances with which a peer that starts a run of this recipe works."""
+    parser = ArgumentParser(KINDS[role], CollaborationArguments, HFTrainerArguments, prog="script.py")
+    peer, *others = parser.parse([f"@recipes/{recipe}/{role}.args", "--run_id", "mine", *TEXT[: 2 * (role != "aux")]])
+    parser.require_own_run(peer)
+    return peer, *others
+
+
+def config_of(recipe: str) -> LeanAlbertConfig:
+    return LeanAlbertConfig.from_json_file(REPOSITORY / "recipes" / recipe / "config.json")
+
+
+def test_there_are_three_recipes():
+    assert RECIPES == ["base", "ruleanalbert", "small"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("role", KINDS)
+def test_recipe_is_found_from_any_folder_and_names_a_model_but_nobodys_text(tmp_path, monkeypatch, recipe, role):
+    monkeypatch.chdir(tmp_path)
+    peer, _, training = parse(recipe, role)
+    assert Path(peer.model_config_path) == REPOSITORY / "recipes" / recipe / "config.json"
+    assert Path(peer.tokenizer_path) == Path("tokenizer")  # of the person who starts it, not the demo's
+    assert training.total_steps > training.warmup_steps > training.num_zero_lr_steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_peers_of_a_recipe_share_what_they_must(recipe):
+    def values(role):
+        groups = parse(recipe, role)
+        return {
+            name: getattr(group, name)
+            for name in shared_flags(trainer=True)
+            for group in groups
+            if hasattr(group, name)
+        }
+
+    assert values("trainer") == values("aux")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_says_itself_what_its_peers_share(recipe):
+    """Whoever reads it sees the schedule, and a later default does not change the run."""
+    words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
+    left_to_defaults = {"clamp_value", "min_8bit_size", "min_learning_rate"}
+    own = {word.removeprefix("--") for word in words if word.startswith("--")}
+    assert own >= {"model_config_path", "tokenizer_path", *shared_flags(trainer=True)} - left_to_defaults
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_schedules_of_a_recipe_reach_their_ends(recipe):
+    _, _, training = parse(recipe, "trainer")
+    rate = {name: getattr(training, name) for name in ("min_learning_rate", "warmup_steps", "total_steps")}
+    rates = [
+        learning_rate(
+            epoch, peak_learning_rate=training.learning_rate, num_zero_steps=training.num_zero_lr_steps, **rate
+        )
+        for epoch in (training.warmup_steps, training.total_steps)
+    ]
+    assert rates == pytest.approx([training.learning_rate, 0.02 * training.learning_rate])
+    names = ("max_sequence_length", "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of")
+    lengths = {name: getattr(training, name) for name in names}
+    assert sequence_length(0, **lengths) == training.initial_sequence_length
+    assert sequence_length(training.total_steps // 2, **lengths) == training.max_sequence_length
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_model_of_a_recipe_is_built_and_a_trainer_of_it_predicted(recipe):
+    config = config_of(recipe)
+    with torch.device("meta"):
+        model = LeanAlbertForPreTraining(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    _, _, training = parse(recipe, "trainer")
+    config.sparse_prediction = True
+    config.activation_memory = training.activation_memory or config.activation_memory
+    memory = predict_memory(
+        config, batch_size=training.per_device_train_batch_size, length=training.max_sequence_length
+    )
+    assert memory.parameters == 4 * count
+    assert 2 * memory.parameters < memory.device < 10e9
+
+
+def test_smallest_recipe_is_the_size_for_first_experiments():
+    config = config_of("small")
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (6, 512, 2048)
+    LeanAlbertForPreTraining(config)
+
+
+def test_published_model_is_a_recipe_with_the_published_schedule():
+    config = config_of("ruleanalbert")
+    assert (config.hidden_size, config.num_hidden_layers, config.num_hidden_groups) == (4096, 32, 32)
+    assert (config.share_large_matrices, config.intermediate_size, config.hidden_act_gated) == (1, 16384, True)
+    groups = parse("ruleanalbert", "trainer")
+    found = {name: getattr(group, name) for name in PUBLISHED for group in groups if hasattr(group, name)}
+    assert found == PUBLISHED
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_comments_of_a_recipe_name_commands_and_flags_that_exist(recipe):
+    for file in (REPOSITORY / "recipes" / recipe).glob("*.args"):
+        for flag in re.findall(r"--(\w+)", " ".join(re.findall("#.*", file.read_text()))):
+            assert flag in FLAGS or flag in ("sources", "vocab_size", "output"), f"{file}: --{flag}"
+    vocab_size = re.search(r"--vocab_size (\d+)", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text())[1]
+    assert int(vocab_size) <= config_of(recipe).vocab_size
