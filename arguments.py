@@ -446,6 +446,7 @@ class HFTrainerArguments(TrainingArguments):
 
 KINDS = (PeerArguments, TrainerPeerArguments, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments)
 FLAGS = {name: kind.__dataclass_fields__[name] for kind in KINDS for name in kind.__annotations__}
+TYPES = {name: kind for one in KINDS for name, kind in one.__annotations__.items()}  # a parser changes those of fields
 
 
 def shared_flags(*, trainer: bool) -> tuple[str, ...]:
@@ -474,7 +475,7 @@ def check_handed_over(flags: dict) -> None:
             raise ValueError(f"--{name[:50]!r} is no flag of this version; update it, or ask the run which one to take")
         if name not in handed_over_flags():
             raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
-        if not _has_type(value, FLAGS[name].type):
+        if not _has_type(value, TYPES[name]):
             raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
     check_positive(argparse.Namespace(**{"min_vector_size": 1, **flags}), "min_vector_size")
     CollaborationArguments(**{name: flags[name] for name in flags if name in CollaborationArguments.__annotations__})

@@ -12,6 +12,7 @@ SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"arguments", "command_lin
 ARGUMENTS_READERS = {
     "tasks/mlm/task.py",
     "src/access/membership.py",
+    "src/access/settings.py",
     "src/auxiliary/build.py",
     "src/preflight/network.py",
     "src/preflight/run.py",
@@ -33,7 +34,7 @@ ROOMS = {
     "metrics": (),
     "optim": (),
     "settings": ("models", "process"),
-    "access": ("metrics", "settings"),
+    "access": ("metrics", "models", "settings"),
     "export": ("metrics", "models"),
     "swarm": ("access", "metrics", "models", "optim", "process", "settings"),
     "preflight": ("access", "metrics", "models", "process", "settings", "swarm"),

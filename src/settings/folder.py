@@ -14,6 +14,7 @@ from src.settings.manifest import CONFIG_FILE, TOKENIZER, Manifest, differences,
 
 FOLDER, MANIFEST, SIGNATURE = "run", "run.json", "signature"
 MAX_SIGNATURE_BYTES = 1024
+SETTINGS = "settings"  # such a folder that an organiser has signed, looked for beside the token
 
 
 def folder_of(output_dir: str, run_id: str) -> Path:

@@ -20,7 +20,7 @@ from src.access.membership import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
 from src.process.same_peer import take_up_identity
-from src.settings.folder import folder_of, write_folder
+from src.settings.folder import SETTINGS, folder_of, write_folder
 from src.settings.manifest import Manifest
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.dht import start_dht
@@ -28,7 +28,7 @@ from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
 from src.swarm.run_card import RunCard, make_run_card
 from src.swarm.run_files import hand_over
-from src.swarm.take_up import SETTINGS, Network, own_files, settings_of_own, take_up, words_of
+from src.swarm.take_up import Network, own_files, settings_of_own, take_up, words_of
 from src.version import VERSION
 
 WAIT_FOR_WEIGHTS_SECONDS = 300.0  # the first trainer of a run may still be reading its data; its card lives 150 s

@@ -18,7 +18,7 @@ from src.metrics.records import printable
 from src.models import LeanAlbertConfig, load_tokenizer
 from src.models.tokenizer import find_directory, is_of_own_family
 from src.settings.examine import examine
-from src.settings.folder import paths_in, read_folder, require_same, write_folder
+from src.settings.folder import SETTINGS, paths_in, read_folder, require_same, write_folder
 from src.settings.manifest import (
     CONFIG_FILE,
     OWN_OPTIONS,
@@ -36,9 +36,8 @@ from src.swarm.run_card import fingerprints_of
 from src.swarm.run_files import NothingThereError, fetch_file, fetch_manifest
 
 MAX_ASKED = 8
-SETTINGS = "settings"  # the folder that `python -m src.access sign` writes, looked for beside the token
 BY_HAND = (
-    "no initial peer hands over the settings of run {run_id} (an older version?): the flags given here count, which must "
+    "no initial peer hands over the settings of run {run_id} (an older version?): the flags given here count, and must "
     "be those of the run"
 )
 

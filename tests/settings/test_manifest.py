@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from arguments import FLAGS, handed_over_flags
+from arguments import (
+    FLAGS,
+    ArgumentParser,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+    handed_over_flags,
+)
 from src import LeanAlbertConfig
 from src.settings import manifest as module
 from src.settings.manifest import contradictions, make_files, make_manifest, read_config, read_manifest
@@ -35,6 +42,11 @@ def test_manifest_is_read_as_it_was_made():
     assert read == made and read.hash == made.hash and read.has_tokenizer
     assert read.data_sets == (f"me/text:ru@{COMMIT}",) and read.weights == (2.0,)
     assert set(read.flags) == set(handed_over_flags())
+
+
+def test_parser_does_not_change_what_is_taken():
+    ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments)
+    assert manifest_of_demo().flags["min_learning_rate"] is None
 
 
 def test_nothing_of_a_machine_or_a_person_is_handed_over():
