@@ -558,7 +558,7 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
     def parse_run(self, words: list[str]) -> tuple:
         """As `parse`, when all that the run hands over stands among the words."""
         instances = self.parse(words)
-        self.require_own_run(instances[0])
+        self.require_own_run(instances[0], asked=True)
         return instances
 
     def parse_first(self, words: list[str]) -> tuple[object, dict]:
@@ -574,10 +574,13 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
         except ValueError as error:
             self.error(str(error).splitlines()[0])
 
-    def require_own_run(self, peer: PeerArguments) -> None:
-        """Ends the program if nobody has told this peer what to train: the demo is for those who ask."""
+    def require_own_run(self, peer: PeerArguments, *, asked: bool = False) -> None:
+        """Ends the program if nobody has told this peer what to train: the demo is for those who ask.
+
+        ``asked``: what the run hands over is here already; without it, whoever joins may still be told.
+        """
         missing = [name for name in WHAT_TO_TRAIN if getattr(peer, name, "") is None]
-        if not missing:
+        if not missing or (peer.initial_peers and not asked):
             return
         role = "trainer" if isinstance(peer, TrainerPeerArguments) else "aux"
         advice = [] if missing == ["dataset_sources"] else [f"take a recipe (@recipes/small/{role}.args)"]

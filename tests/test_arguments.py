@@ -296,10 +296,10 @@ def test_arguments_file_of_the_repository_that_does_not_exist_is_named(capsys, w
 # -- a run of one's own -----------------------------------------------------------------------------------------------
 
 
-def require(command, kind, prog="script.py"):
+def require(command, kind, prog="script.py", **options):
     parser = ArgumentParser(kind, CollaborationArguments, HFTrainerArguments, prog=prog)
     peer = parser.parse(command.split())[0]
-    parser.require_own_run(peer)
+    parser.require_own_run(peer, **options)
     return peer
 
 
@@ -322,7 +322,8 @@ def test_arguments_run_of_ones_own_is_never_the_demo_in_silence(capsys, kind, co
     assert caught.value.code == 2 and printed.count("\n") == 1
     assert "run my-exp is started here" in printed and complaint in printed
     with pytest.raises(SystemExit):  # and nobody handed anything over
-        require(f"{command} --run_id my-exp --initial_peers {ADDRESS}", kind)
+        require(f"{command} --run_id my-exp --initial_peers {ADDRESS}", kind, asked=True)
+    require(f"{command} --run_id my-exp --initial_peers {ADDRESS}", kind)  # before anybody is asked
     assert "run my-exp has no peer that hands over its settings, but --" in capsys.readouterr().err
     assert f"@demo/{'trainer' if kind is TrainerPeerArguments else 'aux'}.args" in printed
 
