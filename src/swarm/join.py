@@ -189,14 +189,15 @@ def join_run(
     Whoever begins a run hands its settings over from now on. Raises ValueError or OSError, with what to do, if the
     network, the run or this peer's key will not have it so.
     """
-    identity = load_identity(peer) if entry.identity is None else entry.identity
-    dht, public_key = start_dht(peer, identity) if entry.dht is None else (entry.dht, entry.public_key)
+    identity, dht, public_key = entry.identity, entry.dht, entry.public_key
+    manifest = entry.manifest
+    if dht is None:
+        identity = load_identity(peer) if identity is None else identity
+        dht, public_key = start_dht(peer, identity)  # from now on others ask
+        manifest = begin_to_hand_over(dht, entry, settings, identity=identity, peer=peer, trainer=trainer, say=say)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
-    manifest = entry.manifest
-    if entry.dht is None:
-        manifest = begin_to_hand_over(dht, entry, settings, identity=identity, peer=peer, trainer=trainer, say=say)
     if run_card.initial_weights:
         settings = {**settings, "init_checkpoint": run_card.initial_weights}
     if peer.bandwidth == "auto":

@@ -107,7 +107,8 @@ async def _ask(dht, node, *, peer_id: str, name: str, offset: int) -> tuple[str,
 def fetch(dht, peer_id: str, name: str, *, limit: int) -> bytes:
     """A file of a peer, of at most ``limit`` bytes.
 
-    Raises ValueError, with the reason, if it cannot be had; NothingThereError if that peer has none.
+    Raises NothingThereError if that peer has none, ConnectionError if it cannot be asked, and ValueError if it sends
+    something else.
     """
     found, started, waited = b"", time.monotonic(), 0.0
     while True:
@@ -121,7 +122,7 @@ def fetch(dht, peer_id: str, name: str, *, limit: int) -> bytes:
         if kind != PIECE:
             reasons = {BUSY: "too many others take it", STRANGER: "it does not let this peer in"}
             reason = reasons.get(kind) or printable(piece.decode(errors="replace"), 100)
-            raise ValueError(f"{name} could not be fetched: {reason}")
+            raise ConnectionError(f"{name} could not be fetched: {reason}")
         if len(piece) > PIECE_BYTES or len(found) + len(piece) > limit:
             raise ValueError(f"{name} is longer than the {limit} bytes that it may have")
         found += piece
@@ -129,7 +130,7 @@ def fetch(dht, peer_id: str, name: str, *, limit: int) -> bytes:
             return found
         seconds = time.monotonic() - started - waited
         if len(found) < LEAST_RATE * (seconds - TRIES * PIECE_SECONDS):
-            raise ValueError(f"{name} came with {len(found) / seconds / 1000:.1f} KB/s")
+            raise ConnectionError(f"{name} came with {len(found) / seconds / 1000:.1f} KB/s")
 
 
 def fetch_manifest(dht, peer_id: str) -> tuple[bytes, bytes]:
@@ -147,6 +148,8 @@ def fetch_file(dht, peer_id: str, name: str, digest: str, size: int) -> bytes:
         content = fetch(dht, peer_id, name, limit=size)
     except NothingThereError as error:
         raise ValueError(f"it does not hand over its {name}") from error
+    except ConnectionError as error:
+        raise ValueError(str(error)) from error
     if sha256(content) != digest:
         raise ValueError(f"its {name} does not have the hash that its settings name")
     return content

@@ -82,7 +82,7 @@ def take_up(
         raise ValueError(f"{folder} holds settings that this run's organiser has not signed; remove it")
     if network is None:
         return pinned if organiser is None else _from_organiser(peer, folder, pinned, organiser)
-    offers, refused = collect(peer, network, organiser, say=say)
+    offers, is_by_hand = collect(peer, network, organiser, say=say)
     for offer in offers if pinned is not None else ():
         require_same(pinned, offer.manifest, folder, f"in the run, as {' '.join(offer.peers)} says")
     if pinned is not None:
@@ -94,10 +94,10 @@ def take_up(
         try:
             good.append((offer, _fetch_files(offer, network, own_files, say=say)))
         except ValueError:
-            refused = True
+            is_by_hand = False
     if len(good) > 1:
         raise ValueError(_disagreement(*(offer for offer, _ in good)))
-    if not good and not refused:
+    if not good and is_by_hand:
         say(BY_HAND.format(run_id=peer.run_id))
         return None
     if not good:
@@ -111,9 +111,9 @@ def take_up(
 def collect(
     peer: PeerArguments, network: Network, organiser: RSAPublicKey | None, *, say: Callable[[str], None]
 ) -> tuple[list[Source], bool]:
-    """What the initial peers hand over, as far as it may count, and whether something else came."""
+    """What the initial peers hand over, as far as it may count; and whether that is nothing at all, but an answer."""
     sources: dict[bytes, Source] = {}
-    refused = False
+    has_nothing, is_refused = False, False
     for peer_id in names_in(peer.initial_peers)[:MAX_ASKED]:
         try:
             content, signature = network.fetch_manifest(network.dht, peer_id)
@@ -121,14 +121,18 @@ def collect(
             if organiser is not None and not is_signed(organiser, manifest, signature):
                 raise ValueError(f"they are {'wrongly signed' if signature else 'not signed by the run’s organiser'}")
         except NothingThereError:
+            has_nothing = True
+            continue
+        except ConnectionError as error:
+            say(f"the settings of the run were not to be had from {peer_id}: {printable(error, 200)}")
             continue
         except ValueError as error:
-            refused = True
+            is_refused = True
             _say_refused(peer_id, error, say)
             continue
         source = sources.setdefault(content, Source(manifest, b"" if organiser is None else signature, []))
         source.peers.append(peer_id)
-    return list(sources.values()), refused
+    return list(sources.values()), has_nothing and not is_refused and not sources
 
 
 def _say_refused(peer_id: str, reason: object, say: Callable[[str], None]) -> None:
@@ -216,7 +220,10 @@ def words_of(manifest: Manifest, folder: Path, given: Mapping[str, object], *, r
     """
     found = contradictions(given, manifest) + _contradicting_files(manifest, folder, given)
     if found:
-        raise ValueError(f"{'; '.join(found[:4])}: leave out what the run hands over, or choose another --run_id")
+        raise ValueError(
+            f"{'; '.join(found[:4])}: leave that out, or choose another --run_id; if all peers of the run change it, "
+            f"remove {folder}"
+        )
     paths = paths_in(folder, manifest)
     if "tokenizer_path" not in {**paths, **given}:
         raise ValueError("--tokenizer_path is missing: this run hands over no tokenizer; ask its organisers")

@@ -85,6 +85,8 @@ def test_nothing_of_a_machine_or_a_person_is_handed_over():
         (changed(flags={"adam_beta1": 2.0}), "--adam_beta1 2.0: must be in [0, 1)"),
         (changed(flags={"min_vector_size": 0}), "--min_vector_size must be positive"),
         (changed(flags={"matchmaking_time": -5.0}), "matchmaking_time"),
+        (changed(flags={"max_sequence_length": 2**40}), "--max_sequence_length 1099511627776: must be in"),
+        (changed(flags={"averaging_timeout": 1e18}), "--averaging_timeout 1e+18: must be in"),
         (changed(flags={"warmup_steps": 10**6}), "--warmup_steps 1000000 must lie between"),
         (changed().replace(b'"learning_rate":0.0025', b'"learning_rate":NaN'), "no JSON"),
         (changed().replace(b'"learning_rate":0.0025', b'"learning_rate":1e999'), "wrong type"),

@@ -87,7 +87,7 @@ def test_who_has_nothing_or_is_older_is_told_from_who_fails(monkeypatch):
     for dht in (FakeDHT(older, monkeypatch), asking(RunFiles(), monkeypatch)):
         with pytest.raises(NothingThereError):
             fetch_manifest(dht, str(PEER))
-    with pytest.raises(ValueError, match=r"run.json could not be fetched: dial backoff \[2J$"):
+    with pytest.raises(ConnectionError, match=r"run.json could not be fetched: dial backoff \[2J$"):
         fetch_manifest(FakeDHT(broken, monkeypatch), str(PEER))
 
 
@@ -124,10 +124,10 @@ def test_who_drips_or_is_silent_is_left(monkeypatch):
         await asyncio.sleep(60)
 
     monkeypatch.setattr(module, "PIECE_SECONDS", 0.1)
-    with pytest.raises(ValueError, match=r"came with 0.\d KB/s"):
+    with pytest.raises(ConnectionError, match=r"came with 0.\d KB/s"):
         fetch(FakeDHT(drip, monkeypatch), str(PEER), MANIFEST, limit=MAX_BYTES)
     dht = FakeDHT(silent, monkeypatch)
-    with pytest.raises(ValueError, match="does not answer"):
+    with pytest.raises(ConnectionError, match="does not answer"):
         fetch(dht, str(PEER), MANIFEST, limit=MAX_BYTES)
     assert dht.asked == module.TRIES
 
@@ -137,7 +137,7 @@ def test_budget_is_shared_by_all_and_who_waits_gets_the_file(folder, monkeypatch
     servicer.bytes.spend(module.BURST_BYTES)
     dht = asking(servicer, monkeypatch)
     monkeypatch.setattr(module, "WAIT_SECONDS", {module.BUSY: 0.05})
-    with pytest.raises(ValueError, match="too many others take it"):
+    with pytest.raises(ConnectionError, match="too many others take it"):
         fetch(dht, str(PEER), PIPELINE, limit=2**20)
     monkeypatch.setattr(module, "WAIT_SECONDS", {module.BUSY: 1e3})
     servicer.bytes.rate = 1e7
@@ -151,7 +151,7 @@ def test_strangers_get_nothing_of_a_private_run(folder, monkeypatch):
 
     monkeypatch.setattr(RunFiles, "_gate", Gate())
     monkeypatch.setattr(module, "WAIT_SECONDS", {})
-    with pytest.raises(ValueError, match="does not let this peer in"):
+    with pytest.raises(ConnectionError, match="does not let this peer in"):
         fetch_manifest(asking(serving(folder), monkeypatch), str(PEER))
 
 

@@ -85,7 +85,7 @@ def test_what_lies_on_this_machine_is_not_fetched(tmp_path):
 
 def test_kept_settings_are_enough_without_anybody(tmp_path):
     joined(tmp_path, FakePeers({A: offer()}))
-    manifest, said = joined(tmp_path, FakePeers({A: NothingThereError(), B: ValueError("it does not answer")}))
+    manifest, said = joined(tmp_path, FakePeers({A: NothingThereError(), B: ConnectionError("it does not answer")}))
     assert manifest == manifest_of_demo() and "no initial peer confirms" in said[-1]
     assert joined(tmp_path, None) == (manifest, [])
 
@@ -124,7 +124,6 @@ BAD_TOKENIZER = {**FILES, "tokenizer/tokenizer.json": b"nonsense"}
         ((manifest_of_demo().content().replace(b'"seed"', b'"output_dir"'), b"", FILES),
          "--output_dir is for each peer"),
         ((manifest_of_demo().content().replace(b"274644", b"1073741824"), b"", FILES), "1073741824 bytes"),
-        (ValueError("run.json could not be fetched: it does not answer \x1b[2J\n"), "does not answer"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("first", [A, B])
@@ -143,6 +142,15 @@ def test_liar_costs_one_line_and_the_other_is_believed(tmp_path, evil, reason, f
     alone = FakePeers({first: evil}, bad=(str(2**27 - 2),))
     with pytest.raises(ValueError, match="no initial peer hands over settings of run run that can be taken"):
         joined(tmp_path / "other", alone)
+
+
+def test_peer_that_is_not_there_is_named_and_the_other_is_believed(tmp_path):
+    away = ConnectionError("run.json could not be fetched: \x1b[2J\n")
+    manifest, said = joined(tmp_path, FakePeers({A: away, B: offer()}))
+    assert manifest == manifest_of_demo() and f"not to be had from {A}: run.json could not be fetched" in said[0]
+    assert joined(tmp_path / "other", FakePeers({A: away, B: NothingThereError()}))[0] is None
+    with pytest.raises(ValueError, match="no initial peer hands over"):  # nobody says that flags alone count
+        joined(tmp_path / "third", FakePeers({A: away}))
 
 
 def test_older_version_hands_over_nothing_and_flags_count(tmp_path):
@@ -221,7 +229,7 @@ def test_words_say_what_the_run_does_and_nothing_of_this_peer(kept):
 
 def test_contradicting_flag_is_named_with_both_values(kept, tmp_path):
     given = {"dataset_sources": ["a.txt"], "learning_rate": 0.1, "averaging_timeout": 500.0}
-    with pytest.raises(ValueError, match=r"^--learning_rate is 0.1 here and 0.0025 in the run: leave out"):
+    with pytest.raises(ValueError, match=r"^--learning_rate is 0.1 here and 0.0025 in the run: leave that out"):
         words_of(manifest_of_demo(), kept, given, reads_text=True)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**json.loads(FILES["config.json"]), "hidden_size": 512}))
