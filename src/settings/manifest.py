@@ -134,7 +134,8 @@ def _checked_data_sets(names: object, weights: object) -> tuple[tuple[str, ...],
 
 def is_handed_over(source: str) -> bool:
     """Whether a source of text can be named to others: a data set of the hub at a fixed commit, and nothing here."""
-    return DATA_SET.fullmatch(source) is not None and not Path(source.partition("@")[0].partition(":")[0]).exists()
+    places = (source, source.partition("@")[0], source.partition("@")[0].partition(":")[0])
+    return DATA_SET.fullmatch(source) is not None and not any(Path(place).exists() for place in places)
 
 
 def make_manifest(

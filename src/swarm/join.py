@@ -145,7 +145,8 @@ def enter(
             entry = replace(entry, dht=dht, public_key=public_key)
         return _with_settings(entry, peer, reads_text=reads_text, say=say)
     except BaseException:
-        entry.leave()
+        if peer.check:  # else the program ends at once, and its watchdog would take the node's end for an accident
+            entry.leave()
         raise
 
 

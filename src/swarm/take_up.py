@@ -25,6 +25,7 @@ from src.settings.manifest import (
     Manifest,
     contradictions,
     differences,
+    is_handed_over,
     is_signed,
     make_files,
     make_manifest,
@@ -231,6 +232,10 @@ def words_of(manifest: Manifest, folder: Path, given: Mapping[str, object], *, r
     if reads_text and "dataset_sources" not in given:
         if not manifest.data_sets:
             raise ValueError("--dataset_sources is missing: this run names no data sets, so pass text of your own")
+        if here := [name for name in manifest.data_sets if not is_handed_over(name)]:
+            raise ValueError(
+                f"the run names a data set {here[0]}, and here is a path of that name; start this elsewhere"
+            )
         words += ["--dataset_sources", *manifest.data_sets]
         words += ["--dataset_weights", *map(str, manifest.weights)] if manifest.weights else []
     return words

@@ -252,6 +252,15 @@ def test_text_is_the_runs_or_asked_for(kept):
     assert "--dataset_sources" not in words_of(manifest, kept, {"dataset_sources": ["a"]}, reads_text=True)
 
 
+@pytest.mark.parametrize("place", ["me/text", "me/text:ru", f"me/text:ru@{COMMIT}"])
+def test_data_set_that_the_run_names_is_never_a_path(kept, tmp_path, monkeypatch, place):
+    manifest = make_manifest("run", DEFAULTS, FILES, sources=[f"me/text:ru@{COMMIT}"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(ValueError, match="here is a path of that name"):
+        words_of(manifest, kept, {}, reads_text=True)
+
+
 def test_auxiliary_peer_says_of_trainers_what_it_was_told():
     peer = PeerArguments(run_id="run", model_config_path=DEMO_CONFIG, tokenizer_path=str(TOKENIZER))
     peer.run_datasets = [f"me/text@{COMMIT}"]
