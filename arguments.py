@@ -11,6 +11,7 @@ import argparse
 import math
 import re
 import shlex
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +22,10 @@ from command_line import OneLineErrors
 
 REPOSITORY = Path(__file__).resolve().parent
 DEMO = REPOSITORY / "demo"
+DEMO_CORPUS = str(DEMO / "corpus" / "*.txt")
 OWN_FILE = re.compile(r"(--[\w-]+=)?@((?:demo|recipes)/.*)")
-# What a run trains. Whoever starts one names it; whoever joins one without naming it gets the demo's.
-WHAT_TO_TRAIN = {
-    "model_config_path": str(DEMO / "config.json"),
-    "tokenizer_path": str(DEMO / "tokenizer"),
-    "dataset_sources": [str(DEMO / "corpus" / "*.txt")],
-}
+# What a run trains. Whoever starts one names it; whoever joins one is told by the run, see `src.swarm.take_up`.
+WHAT_TO_TRAIN = ("model_config_path", "tokenizer_path", "dataset_sources")
 
 # Topics of --help, in this order.
 WHO = "who takes part, and how they reach each other"
@@ -41,16 +39,18 @@ TOPICS = (WHO, TEXT, MACHINE, OPTIMIZER, AVERAGING, FILES, SERVICE)
 # Whom the value of a flag concerns. An auxiliary peer, which reads no data, need not have what trainers share.
 PEERS, TRAINERS = "the same for all peers", "the same for all trainers"
 RUN, LINE = "of the run, but peers may differ", "needed to join"
+NAMED = "what a run's metrics and joining line name"
 MINE, PRIVATE = "how this peer computes", "this machine, or the person who runs it"
-SHARED, HANDED_ON, DESCRIPTION = (PEERS, TRAINERS), (PEERS, TRAINERS, RUN, LINE), (PEERS, TRAINERS, RUN, MINE)
+SHARED, HANDED_OVER = (PEERS, TRAINERS), (PEERS, TRAINERS, RUN)
+DESCRIPTION = (PEERS, TRAINERS, RUN, NAMED, MINE)
 
 
 def option(default, help: str, *, topic: str = "", scope: str = PRIVATE, **kwargs):
     """A dataclass field that is a flag; all about the flag is said here. A list default is copied for each instance.
 
     ``topic``: where --help lists it; a flag without one is of Trainer, and fixed here. ``scope``: SHARED flags are in
-    the run card, which peers compare; HANDED_ON ones in the line with which others join; those of the DESCRIPTION in
-    metrics and model cards.
+    the run card, which peers compare; HANDED_OVER ones are what a run tells whoever joins it, and nothing else is taken
+    from outside; those of the DESCRIPTION are in metrics and model cards.
     """
     metadata = {"help": help, "topic": topic, "scope": scope, **kwargs}
     if isinstance(default, list):
@@ -77,7 +77,9 @@ def check_range(arguments, low: float, high: float, *names: str) -> None:
 class PeerArguments:
     """Who this peer is, whom it talks to, and which model the swarm trains."""
 
-    run_id: str | None = option(None, "Name of the run: peers with the same name train together.", topic=WHO, scope=RUN)
+    run_id: str | None = option(
+        None, "Name of the run: peers with the same name train together.", topic=WHO, scope=NAMED
+    )
     initial_peers: list[str] = option(
         [],
         "Addresses of one or more peers of the run (as they print them); without any, a new swarm is started.",
@@ -124,8 +126,12 @@ class PeerArguments:
         "by default the file NAME.key beside NAME.token. False: an open run, anybody may join.",
         topic=WHO,
     )
-    model_config_path: str | None = option(None, "Model configuration (.json file).", topic=TEXT, scope=LINE)
-    tokenizer_path: str | None = option(None, "Directory or hub id of the tokenizer.", topic=TEXT, scope=LINE)
+    model_config_path: str | None = option(
+        None, "Model configuration (.json file); whoever joins a run gets it from there.", topic=TEXT
+    )
+    tokenizer_path: str | None = option(
+        None, "Directory or hub id of the tokenizer; whoever joins a run gets it from there.", topic=TEXT
+    )
     cache_dir: str | None = option(None, "Where downloaded data sets and tokenizers are kept.", topic=TEXT)
     wandb_project: str | None = option(
         None,
@@ -179,12 +185,13 @@ class TrainerPeerArguments(PeerArguments):
 
     dataset_sources: list[str] | None = option(
         None,
-        "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets (name[:config])",
+        "Text to train on: .txt, .jsonl, .jsonl.gz, .parquet files or globs, or Hugging Face data sets "
+        "(name[:config][@commit]). Those named ORG/NAME[:config]@COMMIT are handed over to whoever joins without text.",
         topic=TEXT,
-        scope=RUN,
+        scope=NAMED,
     )
     dataset_weights: list[float] | None = option(
-        None, "How often each source is drawn from, in the same order; equal by default.", topic=TEXT, scope=RUN
+        None, "How often each source is drawn from, in the same order; equal by default.", topic=TEXT, scope=NAMED
     )
     pack_sequences: bool = option(
         False,
@@ -217,6 +224,12 @@ class TrainerPeerArguments(PeerArguments):
 class AuxiliaryPeerArguments(PeerArguments):
     """What only an auxiliary peer needs: checkpoints, uploads, help with averaging."""
 
+    run_datasets: list[str] = option(
+        [],
+        "Hugging Face data sets (ORG/NAME[:config]@COMMIT) for trainers that join without --dataset_sources, for who "
+        "starts a run; this peer reads none.",
+        topic=TEXT,
+    )
     refresh_period: float = option(10.0, "Seconds between two looks at the trainers' metrics.", topic=FILES)
     assist_in_averaging: bool = option(False, "Lend bandwidth to the trainers' averaging rounds.", topic=SERVICE)
     assist_refresh: float = option(
@@ -406,6 +419,10 @@ class HFTrainerArguments(TrainingArguments):
             self.activation_memory = "checkpoint"
         self.use_cpu = self.use_cpu or not torch.cuda.is_available()  # otherwise --bf16 is refused without a GPU
         super().__post_init__()
+        self.check_ranges()
+
+    def check_ranges(self) -> None:
+        """Raises ValueError for a value that is impossible, or contradicts another one."""
         check_positive(self, "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
                        "total_steps", "max_steps", "max_sequence_length", "pad_to_multiple_of", "adam_epsilon",
                        "max_grad_norm", "clamp_value")  # fmt: skip
@@ -433,6 +450,7 @@ class HFTrainerArguments(TrainingArguments):
 
 KINDS = (PeerArguments, TrainerPeerArguments, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments)
 FLAGS = {name: kind.__dataclass_fields__[name] for kind in KINDS for name in kind.__annotations__}
+TYPES = {name: kind for one in KINDS for name, kind in one.__annotations__.items()}  # a parser changes those of fields
 
 
 def shared_flags(*, trainer: bool) -> tuple[str, ...]:
@@ -448,20 +466,52 @@ def run_settings(peer: PeerArguments, collaboration: CollaborationArguments, tra
     return {name: getattr(group, name) for name in described for group in groups if hasattr(group, name)}
 
 
-def joining_arguments(argv: list[str], addresses: list[str]) -> list[str]:
-    """The arguments with which another machine joins: those of this peer that are handed on, and its addresses.
+def handed_over_flags() -> tuple[str, ...]:
+    """The flags that a run may tell whoever joins it: neither paths and addresses nor what is a peer's own choice."""
+    return tuple(name for name, flag in FLAGS.items() if flag.metadata["scope"] in HANDED_OVER)
 
-    ``argv``: as the program was called, files of flags replaced by what they hold, except this repository's own.
-    """
-    kept, keeping = [], False
-    for word in argv:
-        if word.startswith("--"):
-            name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-            flag = FLAGS.get(name) or FLAGS.get(name.removeprefix("no_"))
-            keeping = flag is not None and flag.metadata["scope"] in HANDED_ON
-        if keeping or names_flags(word):
-            kept.append(word)
-    return [*kept, "--initial_peers", *addresses]
+
+def check_handed_over(flags: dict) -> None:
+    """Raises ValueError for the first of some flags from outside that is unknown, none that is handed over, not of the
+    flag's type, or out of its range."""
+    for name, value in flags.items():
+        if name not in FLAGS:
+            raise ValueError(f"--{name[:50]!r} is no flag of this version; update it, or ask the run which one to take")
+        if name not in handed_over_flags():
+            raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
+        if not _has_type(value, TYPES[name]):
+            raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
+    named = argparse.Namespace(**{"min_vector_size": 1, "max_sequence_length": 1, **flags})
+    check_positive(named, "min_vector_size")
+    check_range(named, 1, 2**24, "max_sequence_length")
+    check_range(named, 0, 10**6, *flags.keys() & {"matchmaking_time", "next_chunk_timeout", "averaging_timeout"})
+    CollaborationArguments(**{name: flags[name] for name in flags if name in CollaborationArguments.__annotations__})
+    schedule = object.__new__(HFTrainerArguments)  # an ordinary one looks for devices, and for other processes
+    vars(schedule).update(flags)
+    schedule.check_ranges()
+
+
+def _has_type(value: object, kind: object) -> bool:
+    """``kind``: of a field that is a number or a switch, or may be None."""
+    kinds = typing.get_args(kind) or (kind,)
+    if value is None:
+        return type(None) in kinds
+    if bool in kinds:
+        return type(value) is bool
+    if type(value) is int:
+        return abs(value) < 2**63
+    return float in kinds and type(value) is float and math.isfinite(value)
+
+
+def joining_arguments(peer: PeerArguments, addresses: list[str], *, asks_for_text: bool) -> list[str]:
+    """The arguments with which another machine joins: the run hands over all the rest, but for text of one's own
+    where it names no data sets (``asks_for_text``)."""
+    text = "@demo/corpus/*.txt" if getattr(peer, "dataset_sources", None) == [DEMO_CORPUS] else "YOUR_TEXT"
+    return [
+        *("--run_id", peer.run_id, *(["--use_ipfs"] if peer.use_ipfs else [])),
+        *(["--dataset_sources", text] if asks_for_text else []),
+        *("--initial_peers", *addresses),
+    ]
 
 
 def names_flags(word: str) -> bool:
@@ -512,27 +562,50 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             self.refuse_unknown(unknown)
         return tuple(instances)
 
-    def require_own_run(self, peer: PeerArguments) -> None:
-        """Ends the program if this peer starts a run and was not told what to train: the demo is for those who ask."""
-        missing = [name for name in WHAT_TO_TRAIN if getattr(peer, name, "") is None]
-        if missing and not peer.initial_peers:
-            role = "trainer" if isinstance(peer, TrainerPeerArguments) else "aux"
-            advice = [] if missing == ["dataset_sources"] else [f"take a recipe (@recipes/small/{role}.args)"]
-            advice += ["name your text (--dataset_sources 'texts/*.txt')"] if "dataset_sources" in missing else []
-            self.error(
-                f"run {peer.run_id} is started here (no --initial_peers), but --{', --'.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} not given: {' and '.join(advice)}, see docs/recipes.md; "
-                f"or train the demo's with @demo/{role}.args"
-            )
-        for name in missing:
-            setattr(peer, name, WHAT_TO_TRAIN[name])
+    def parse_run(self, words: list[str]) -> tuple:
+        """As `parse`, when all that the run hands over stands among the words."""
+        instances = self.parse(words)
+        self.require_own_run(instances[0], asked=True)
+        return instances
 
-    def read_files(self, words: list[str], within: tuple[Path, ...] = (), *, keep_own: bool = False) -> list[str]:
-        """The words with each ``@FILE`` replaced by what it holds; ``keep_own``: not for this repository's files."""
+    def parse_first(self, words: list[str]) -> tuple[object, dict]:
+        """An instance of the first type alone, and {flag: value} of all that stands in the words, defaults left out."""
+        given = argparse.Namespace(**{action.dest: argparse.SUPPRESS for action in self._actions})
+        given, unknown = self.parse_known_args(words, given)
+        if unknown:
+            self.refuse_unknown(unknown)
+        given = {name: value for name, value in vars(given).items() if value is not argparse.SUPPRESS}
+        kind = self.dataclass_types[0]
+        try:
+            return kind(**{name: given[name] for name in given if name in kind.__dataclass_fields__}), given
+        except ValueError as error:
+            self.error(str(error).splitlines()[0])
+
+    def require_own_run(self, peer: PeerArguments, *, asked: bool = False) -> None:
+        """Ends the program if nobody has told this peer what to train: the demo is for those who ask.
+
+        ``asked``: what the run hands over is here already; without it, whoever joins may still be told.
+        """
+        missing = [name for name in WHAT_TO_TRAIN if getattr(peer, name, "") is None]
+        if not missing or (peer.initial_peers and not asked):
+            return
+        role = "trainer" if isinstance(peer, TrainerPeerArguments) else "aux"
+        advice = [] if missing == ["dataset_sources"] else [f"take a recipe (@recipes/small/{role}.args)"]
+        advice += ["name your text (--dataset_sources 'texts/*.txt')"] if "dataset_sources" in missing else []
+        why = "is started here (no --initial_peers)"
+        if peer.initial_peers:
+            why = "has no peer that hands over its settings"
+        self.error(
+            f"run {peer.run_id} {why}, but --{', --'.join(missing)} {'is' if len(missing) == 1 else 'are'} not given: "
+            f"{' and '.join(advice)}, see docs/recipes.md; or train the demo's with @demo/{role}.args"
+        )
+
+    def read_files(self, words: list[str], within: tuple[Path, ...] = ()) -> list[str]:
+        """The words with each ``@FILE`` replaced by what it holds."""
         found = []
         for word in words:
             own = OWN_FILE.fullmatch(word)
-            if (own and keep_own) or not (own or word.startswith("@")):
+            if not (own or word.startswith("@")):
                 found.append(word)
                 continue
             if not names_flags(word):
@@ -554,5 +627,5 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
                     inner = shlex.split(line, comments=True)
                 except ValueError as error:
                     self.error(f"{word}, line {number}: {error}")
-                found += self.read_files(inner, (*within, path), keep_own=keep_own)
+                found += self.read_files(inner, (*within, path))
         return found

@@ -24,35 +24,54 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.metrics.console import Progress, Pulse
     from src.metrics.history import read_history
     from src.metrics.terminal import TerminalView
+    from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
     from src.swarm.dht import visible_addresses
+    from src.swarm.join import enter, how_to_join
     from src.swarm.reconnect import KeepInTouch
     from tasks.mlm import task
     from tasks.mlm.evaluate import checkpoint_scorer
 
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     alone = not set(sys.argv[1:]) - {"--check"}  # without a word on the run: the demo's
-    peer, collaboration, training = parser.parse([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
-    parser.require_own_run(peer)
+    words = parser.read_files([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
+    peer, given = parser.parse_first(words)
     progress, stop = TerminalView() if sys.stdout.isatty() else Progress(), threading.Event()
     if peer.check:
-        leave_at_once(check(peer, collaboration, training, task=task, make_scorer=checkpoint_scorer, say=progress.say))
-    peer.restart = may_start_again(peer.restart)
+        with settings_for_check(peer, given, reads_text=False, say=progress.say) as entry:
+            code = 2
+            if entry is not None:
+                parsed = parser.parse_run([*entry.words, *words])
+                code = check(*parsed, task=task, make_scorer=checkpoint_scorer, say=progress.say)
+        leave_at_once(code)
+    may_restart = may_start_again(peer.restart)
     try:
-        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
+        with Watchdog(say=progress.say, stop=stop, start_again=may_restart, asks=False):
+            entry = enter(peer, given, reads_text=False, say=progress.say)
+            peer, collaboration, training = parser.parse_run([*entry.words, *words])
+            peer.restart = may_restart
             program = build(
-                peer, collaboration, training, task=task, make_scorer=checkpoint_scorer, progress=progress, stop=stop
+                peer,
+                collaboration,
+                training,
+                entry=entry,
+                task=task,
+                make_scorer=checkpoint_scorer,
+                progress=progress,
+                stop=stop,
             )
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
+    except SystemExit as end:  # of the parser, perhaps beside a node
+        leave_at_once(end.code)
     swarm, journal = program.swarm, program.journal
     # now, because hivemind has replaced the handlers
     install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
     addresses = visible_addresses(swarm.dht)
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
-    progress.say(f"trainers and further auxiliary peers join with\n  --initial_peers {' '.join(addresses)}")
+    progress.say(f"trainers join with\n  {how_to_join(peer, addresses, program.manifest)}")
     ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
     Pulse(progress, swarm.optimizer, total_epochs=training.total_steps, stop=stop).start()
     if not peer.use_ipfs:

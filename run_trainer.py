@@ -17,7 +17,6 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     limit_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.
-    import shlex
     import threading
 
     from arguments import (
@@ -25,7 +24,6 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
         CollaborationArguments,
         HFTrainerArguments,
         TrainerPeerArguments,
-        joining_arguments,
     )
 
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -35,20 +33,25 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
 
     quiet_libraries()  # before they are loaded
     from src.metrics.console import Progress, Pulse
+    from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
     from src.swarm.dht import short_peer_name, visible_addresses
+    from src.swarm.join import enter, how_to_join
     from src.swarm.reconnect import KeepInTouch
-    from src.trainer.build import STOP_SECONDS, build, build_follower, check, train
+    from src.trainer.build import STOP_SECONDS, build, build_follower, check, follow_settings, train
+    from src.trainer.local_workers import share_settings
     from tasks.mlm import task
     from tasks.mlm.text_errors import TextError
 
     alone = not set(sys.argv[1:]) - {"--check"}
     argv = ["@demo/trainer.args", *sys.argv[1:]] if alone else sys.argv[1:]
-    peer, collaboration, training = parser.parse(argv)
-    parser.require_own_run(peer)
+    words = parser.read_files(argv)
+    peer, given = parser.parse_first(words)
     progress, stop = Progress(), threading.Event()
-    if training.process_index > 0:  # torchrun has started several processes of this script
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun has started several processes of this script
+        handed_over = () if peer.check else follow_settings(peer, given)
+        peer, _, training = parser.parse([*handed_over, *words])
         if peer.check:
             return 0
         follower = build_follower(peer, training, task=task, stop=stop)
@@ -57,19 +60,26 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     if alone:
         progress.say("no arguments: the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
-        leave_at_once(check(peer, collaboration, training, task=task, say=progress.say))
-    peer.restart = may_start_again(peer.restart)
+        with settings_for_check(peer, given, reads_text=True, say=progress.say) as entry:
+            code = 2 if entry is None else check(*parser.parse_run([*entry.words, *words]), task=task, say=progress.say)
+        leave_at_once(code)
+    may_restart = may_start_again(peer.restart)
     try:
-        with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, asks=False):
-            program = build(peer, collaboration, training, task=task, progress=progress, stop=stop)
+        with Watchdog(say=progress.say, stop=stop, start_again=may_restart, asks=False):
+            entry = enter(peer, given, reads_text=True, say=progress.say)
+            share_settings(entry.settings_hash)
+            peer, collaboration, training = parser.parse_run([*entry.words, *words])
+            peer.restart = may_restart
+            program = build(peer, collaboration, training, entry=entry, task=task, progress=progress, stop=stop)
     except (ValueError, OSError) as error:
         print(f"run_trainer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
+    except SystemExit as end:  # of the parser, perhaps beside a node
+        leave_at_once(end.code)
     swarm, callback = program.swarm, program.callback
     # now, because hivemind has replaced the handlers
     install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    handed_on = joining_arguments(parser.read_files(argv, keep_own=True), visible_addresses(swarm.dht))
-    joining = shlex.join(["python", "run_trainer.py", *handed_on])
+    joining = how_to_join(peer, visible_addresses(swarm.dht), program.manifest)
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
     program.outlook.begin()

@@ -63,6 +63,7 @@ DEFAULTS = {
         "eval_batches": 16,
         "eval_margin": 0.1,
         "report_interval": 120.0,
+        "run_datasets": [],
     },
     CollaborationArguments: {
         "target_batch_size": 16384,
@@ -296,10 +297,10 @@ def test_arguments_file_of_the_repository_that_does_not_exist_is_named(capsys, w
 # -- a run of one's own -----------------------------------------------------------------------------------------------
 
 
-def require(command, kind, prog="script.py"):
+def require(command, kind, prog="script.py", **options):
     parser = ArgumentParser(kind, CollaborationArguments, HFTrainerArguments, prog=prog)
     peer = parser.parse(command.split())[0]
-    parser.require_own_run(peer)
+    parser.require_own_run(peer, **options)
     return peer
 
 
@@ -321,6 +322,10 @@ def test_arguments_run_of_ones_own_is_never_the_demo_in_silence(capsys, kind, co
     printed = capsys.readouterr().err
     assert caught.value.code == 2 and printed.count("\n") == 1
     assert "run my-exp is started here" in printed and complaint in printed
+    with pytest.raises(SystemExit):  # and nobody handed anything over
+        require(f"{command} --run_id my-exp --initial_peers {ADDRESS}", kind, asked=True)
+    require(f"{command} --run_id my-exp --initial_peers {ADDRESS}", kind)  # before anybody is asked
+    assert "run my-exp has no peer that hands over its settings, but --" in capsys.readouterr().err
     assert f"@demo/{'trainer' if kind is TrainerPeerArguments else 'aux'}.args" in printed
 
 
@@ -330,7 +335,6 @@ def test_arguments_run_of_ones_own_is_never_the_demo_in_silence(capsys, kind, co
         (TrainerPeerArguments, f"{MODEL_AND_TOKENIZER} --dataset_sources x"),
         (TrainerPeerArguments, "@recipes/base/trainer.args --dataset_sources x"),
         (TrainerPeerArguments, "@demo/trainer.args"),
-        (TrainerPeerArguments, f"--initial_peers {ADDRESS}"),
         (AuxiliaryPeerArguments, "@demo/aux.args"),
         (AuxiliaryPeerArguments, "@demo/swarm.args"),
         (AuxiliaryPeerArguments, "@recipes/small/aux.args"),
@@ -432,40 +436,37 @@ JOIN_AT = ["/ip4/203.0.113.5/tcp/1/p2p/Qm", "/ip4/127.0.0.1/tcp/1/p2p/Qm"]
 
 
 @pytest.mark.parametrize(
-    ("own", "kept"),
+    ("own", "asks_for_text", "line"),
     [
-        ("@demo/trainer.args", "@demo/trainer.args"),
-        ("--run_id a --bandwidth 100 --learning_rate 1e-3", "--run_id a --learning_rate 1e-3"),
-        ("--host_maddrs /ip4/0.0.0.0/tcp/1 /ip6/::/tcp/1 --run_id a", "--run_id a"),
-        ("--run_id a --announce_maddrs /ip4/203.0.113.5/tcp/1", "--run_id a"),
-        ("--initial_peers x y @demo/trainer.args --seed 3", "@demo/trainer.args --seed 3"),
-        ("--client_mode --run_id a", "--run_id a"),
-        ("--check --run_id a --tensorboard_dir x", "--run_id a"),
-        ("--run_id=a --bandwidth=100 --output_dir=/tmp/x", "--run_id=a"),
-        ("--run-id a --identity-path key.pem --host-maddrs x y", "--run-id a"),
-        ("--state_path b.pth --local_path c --cache_dir d --run_id a --seed -1", "--run_id a --seed -1"),
-        ("--init_checkpoint state.pth --run_id a", "--run_id a"),
-        ("--dataset_sources a.txt b.txt --dataset_weights 1 2", "--dataset_sources a.txt b.txt --dataset_weights 1 2"),
-        ("--run_id a --authorize ivan.token --wandb_project mine --backup_every_epochs 3", "--run_id a"),
-        ("--run_id a --per_device_train_batch_size 8 --no_restart --wait_for_peers 2", "--run_id a"),
-        ("--no_delay_grad_averaging --save_steps 5 --run_id a", "--no_delay_grad_averaging --run_id a"),
-        ("@recipes/small/trainer.args --run_id a --cache_dir @demo/x", "@recipes/small/trainer.args --run_id a"),
-        (
-            "--tokenizer_path @demo/tokenizer --state_path=@demo/x --run_id a",
-            "--tokenizer_path @demo/tokenizer --run_id a",
-        ),
+        ("@demo/trainer.args", True, "--run_id demo --dataset_sources @demo/corpus/*.txt"),
+        ("--run_id a --learning_rate 1e-3 --dataset_sources /x", True, "--run_id a --dataset_sources YOUR_TEXT"),
+        ("--run_id a --dataset_sources me/x --output_dir /tmp/x --identity_path k", False, "--run_id a"),
+        ("--run-id a --use_ipfs --authorize False --client_mode", False, "--run_id a --use_ipfs"),
     ],
-)
-def test_line_for_others_has_what_they_need_and_nothing_of_this_person(own, kept):
-    assert joining_arguments(own.split(), JOIN_AT) == [*kept.split(), "--initial_peers", *JOIN_AT]
+)  # fmt: skip
+def test_line_for_others_has_what_they_need_and_nothing_of_this_person(own, asks_for_text, line):
+    peer = parse(own)[0]
+    expected = [*line.split(), "--initial_peers", *JOIN_AT]
+    assert joining_arguments(peer, JOIN_AT, asks_for_text=asks_for_text) == expected
 
 
-def test_line_for_others_says_what_stands_in_a_file_of_flags(tmp_path):
-    file = tmp_path / "my.args"
-    file.write_text("@demo/swarm.args\n--run_id mine --wandb_project secret --learning_rate 1e-3\n")
-    words = ArgumentParser(TrainerPeerArguments, prog="script.py").read_files(
-        [f"@{file}", "--seed", "3"], keep_own=True
-    )
-    assert joining_arguments(words, []) == [
-        "@demo/swarm.args", "--run_id", "mine", "--learning_rate", "1e-3", "--seed", "3", "--initial_peers",
+def test_line_for_others_of_an_auxiliary_peer_asks_for_text():
+    peer = parse("@demo/aux.args", AuxiliaryPeerArguments)[0]
+    assert joining_arguments(peer, JOIN_AT[:1], asks_for_text=True)[:4] == [
+        "--run_id", "demo", "--dataset_sources", "YOUR_TEXT"
     ]  # fmt: skip
+
+
+def test_flags_by_hand_are_told_from_defaults(tmp_path):
+    file = tmp_path / "my.args"
+    file.write_text("@demo/swarm.args\n--run-id mine --learning_rate=1e-3 --no_restart\n")
+    parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, prog="script.py")
+    words = parser.read_files([f"@{file}", "--bf16", "--dataset_sources", "a", "b"])
+    peer, given = parser.parse_first(words)
+    assert (peer.run_id, peer.restart, peer.dataset_sources) == ("mine", False, ["a", "b"])
+    assert (given["learning_rate"], given["bf16"], given["restart"], given["total_steps"]) == (1e-3, True, False, 100)
+    assert not {"fp16", "seed", "output_dir", "initial_peers", "dataset_weights"} & given.keys()
+    with pytest.raises(SystemExit):
+        parser.parse_first(["--run_id", "a", "--learning_rat", "1"])
+    with pytest.raises(SystemExit):
+        parser.parse_first([])

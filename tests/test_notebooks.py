@@ -47,15 +47,15 @@ def test_notebook_joins_a_swarm_as_a_client(tmp_path, monkeypatch):
         full = ["--run_id", "swarm", *shared, "--per_device_train_batch_size", "4", "--wait_for_peers", "2"]
         trainer = swarm.start("trainer", "run_trainer.py", full)
         printed = run_notebook(
-            "join_the_swarm.ipynb", REPOSITORY / "notebooks", monkeypatch, RUN_ID="swarm", RUN_FLAGS=" ".join(shared),
-            INITIAL_PEERS=" ".join(swarm.initial_peers), BATCH_SIZE="4", ACCUMULATION="1",
-            MACHINE_FLAGS="--wait_for_peers 2",
+            "join_the_swarm.ipynb", REPOSITORY / "notebooks", monkeypatch, RUN_ID="swarm",
+            INITIAL_PEERS=" ".join(swarm.initial_peers), TEXT="@demo/corpus/*.txt", BATCH_SIZE="4", ACCUMULATION="1",
+            MACHINE_FLAGS=f"--wait_for_peers 2 --output_dir {tmp_path / 'own'}",
         )  # fmt: skip
         assert trainer.process.wait(60) == 0, trainer.output()
     assert "working in" in printed and "--client_mode" in printed
     assert "epoch 3/3" in printed, printed
     assert re.search(r"\d epochs, \d+ samples computed here: thank you!", printed)
-    records = read_journal(tmp_path / "swarm" / "trainer-2" / "metrics.jsonl")
+    records = read_journal(tmp_path / "own" / "swarm" / "trainer" / "metrics.jsonl")
     rounds = [record for record in records if record["event"] == "round" and record["kind"] == "gradients"]
     assert any(record["complete"] for record in rounds), "it never averaged with the trainer that was there"
 

@@ -1,10 +1,11 @@
 """Who may join a private run: make keys, issue tokens, list them, take them back. Works offline; there is no server.
 
 The organiser's files lie in access/RUN_ID: organiser.key (keep it safe: whoever has it can let anybody in),
-issued.jsonl and, after the first revocation, revoked.txt.
+issued.jsonl and, after the first revocation, revoked.txt; settings, once they are signed.
 
   python -m src.access init RUN_ID                            organiser: once a run
   python -m src.access key ivan.key                           member: prints the public key to send
+  python -m src.access sign RUN_ID @recipes/base/swarm.args   organiser: access/RUN_ID/settings, the run's settings
   python -m src.access issue RUN_ID ivan "ssh-rsa AAAA..."    organiser: access/RUN_ID/ivan.token to send back
   python run_trainer.py ... --authorize ivan.token                     member: ivan.key lies beside it
 """
@@ -172,6 +173,11 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("init", help="make the organiser's key of a run").add_argument("run_id")
     commands.add_parser("key", help="make a key and print its public part").add_argument("file", type=Path)
+    sign = commands.add_parser(
+        "sign", help="sign the run's settings: what follows are flags of run_trainer.py, or files of them (@FILE)"
+    )
+    sign.add_argument("run_id")
+    sign.add_argument("flags", nargs=argparse.REMAINDER)
     issue = commands.add_parser("issue", help="sign a token; again for the same name: renew it")
     issue.add_argument("run_id")
     issue.add_argument("name", help="for whom; also names the file")
@@ -198,6 +204,11 @@ def run(arguments: argparse.Namespace) -> None:
         path = office.issue(arguments.name, key, arguments.days)
         files = path if key is not None else f"{path} and {path.with_suffix('.key')} (secret)"
         print(f"for {arguments.name}: {files}\nuse: --authorize {path}")
+    elif arguments.command == "sign":
+        from src.access.settings import sign_settings  # loads torch, which the others do without
+
+        folder = sign_settings(office.key(), arguments.run_id, arguments.flags, office.directory)
+        print(f"{folder}: put a copy of this folder beside the token of each peer that begins the run")
     elif arguments.command == "list":
         print("\n".join(office.table()))
     elif arguments.command == "revoke":

@@ -28,7 +28,8 @@ from src.preflight.network import Seen
 from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
-from src.swarm.join import Swarm, join_run, record_start, start_averaging
+from src.settings.manifest import Manifest
+from src.swarm.join import Entry, Swarm, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
 
 
@@ -41,6 +42,7 @@ class AuxiliaryProgram:
     store: CheckpointStore | None
     threads: list[threading.Thread]
     end: RunEnd
+    manifest: Manifest | None
 
 
 def check(
@@ -88,12 +90,16 @@ def build(
     collaboration: CollaborationArguments,
     training: HFTrainerArguments,
     *,
+    entry: Entry,
     task,
     make_scorer: Callable,
     progress: Progress,
     stop: threading.Event,
 ) -> AuxiliaryProgram:
-    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError."""
+    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError.
+
+    ``entry``: from `src.swarm.join.enter`.
+    """
     model, tokenizer = task.build_model(peer, seed=training.seed)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
@@ -102,7 +108,7 @@ def build(
     settings = run_settings(peer, collaboration, training)
     if peer.restart:
         take_up_identity(peer)
-    node = join_run(model, tokenizer, settings, peer=peer, trainer=False, say=progress.say)
+    node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=False, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
     evaluate = make_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
@@ -150,7 +156,7 @@ def build(
     )
     record_start(journal, node.settings, role="auxiliary peer")
     threads = [thread for thread in (reporter, assistant, notice, evaluator, uploader) if thread is not None]
-    return AuxiliaryProgram(swarm, journal, store, threads, end)
+    return AuxiliaryProgram(swarm, journal, store, threads, end, node.manifest)
 
 
 def require_token(repo_id: str, *, say: Callable[[str], None]) -> None:

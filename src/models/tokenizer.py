@@ -24,6 +24,7 @@ SENTENCEPIECE_FILE = "spiece.model"
 OTHER_VOCABULARY_FILES = ("vocab.json", "vocab.txt", "sentencepiece.bpe.model", "tokenizer.model")
 SETTINGS_FILES = ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 VOCABULARY_FILES = (PIPELINE_FILE, SENTENCEPIECE_FILE, *OTHER_VOCABULARY_FILES)
+OWN_FILES = (PIPELINE_FILE, SENTENCEPIECE_FILE, "tokenizer_config.json", "special_tokens_map.json")  # of load_exactly
 SUBFOLDER = "tokenizer"  # where the published repository keeps them
 
 # What transformers calls the tokenizers that are read here; any other class is loaded by AutoTokenizer.
@@ -213,6 +214,14 @@ def load_exactly(directory: Path, settings: dict) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def is_of_own_family(directory: Path) -> bool:
+    """Whether `load_exactly` reads a directory's tokenizer, and transformers has no say in it."""
+    tokenizer_class = read_json(directory / "tokenizer_config.json").get("tokenizer_class", OWN_CLASSES[0])
+    return tokenizer_class in OWN_CLASSES and any(
+        (directory / name).is_file() for name in (PIPELINE_FILE, SENTENCEPIECE_FILE)
+    )
+
+
 def load_tokenizer(path_or_hub_id: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer in a directory or a Hugging Face repository, with exactly the pipeline its files describe.
 
@@ -225,10 +234,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike) -> PreTrainedTokenizerBase
     Raises ValueError when there is no such directory, no vocabulary in it, or a file in it is damaged.
     """
     directory = find_directory(path_or_hub_id)
-    settings = read_json(directory / "tokenizer_config.json")
-    is_own_family = settings.get("tokenizer_class", OWN_CLASSES[0]) in OWN_CLASSES
-    if is_own_family and any((directory / name).is_file() for name in (PIPELINE_FILE, SENTENCEPIECE_FILE)):
-        return load_exactly(directory, settings)
+    if is_of_own_family(directory):
+        return load_exactly(directory, read_json(directory / "tokenizer_config.json"))
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # damaged files show as errors of any kind here, bare Exception among them

@@ -22,6 +22,7 @@ from src.models.memory import (
     predict_memory,
 )
 from src.preflight.check import FAILED, OK, WARNING, Check
+from src.process.memory import available_memory
 
 MIN_OPEN_FILES = 4096
 # Copies of all parameters in shared memory: averaged gradients, averaged parameters with their 8-bit statistics, and a
@@ -108,16 +109,6 @@ def require_shared_memory(model: torch.nn.Module) -> None:
     check = check_shared_memory(model)
     if check.state == FAILED:
         raise ValueError(f"too little {check.name}: {check.found}; {check.fix}")
-
-
-def available_memory() -> float:
-    """Bytes that this machine, or the container this program runs in, can still give."""
-    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
-                     if line.startswith("MemAvailable"))  # fmt: skip
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def check_memory(config, workload: Workload, device: torch.device) -> list[Check]:

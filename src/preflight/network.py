@@ -181,11 +181,17 @@ def describe_speed(speed: Speed | None, way: str, given) -> Check:
     return Check("bandwidth", OK, found + ("" if given else f"; use --bandwidth {speed.bandwidth:.0f}, or auto"))
 
 
-def join(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
-    """As the run would, in a private one with this peer's token; but a key that the run would make is not made here."""
+def without_new_key(peer: PeerArguments) -> PeerArguments:
+    """The peer as it tests: a key that does not exist yet is not made for that."""
+    peer = copy.copy(peer)
+    peer.restart = False
     if peer.token_file is None and peer.identity_path and not Path(peer.identity_path).expanduser().exists():
-        peer = copy.copy(peer)
         peer.identity_path = None
+    return peer
+
+
+def join(peer: PeerArguments) -> tuple[hivemind.DHT, bytes]:
+    peer = without_new_key(peer)
     return start_dht(peer, load_identity(peer))
 
 

@@ -3,12 +3,14 @@
 Each check gives one line; the last line is the verdict.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from arguments import PeerArguments
+from arguments import FLAGS, PeerArguments
 from src.preflight.check import FAILED, WARNING, Check, attempt
 from src.preflight.machine import (
     Workload,
@@ -18,8 +20,10 @@ from src.preflight.machine import (
     check_open_files,
     check_shared_memory,
 )
-from src.preflight.network import Seen, check_network
+from src.preflight.network import Seen, check_network, without_new_key
 from src.preflight.plan import Plan
+from src.settings.folder import folder_of
+from src.swarm.join import Entry, UnfitSettingsError, enter
 
 
 def run_checks(  # noqa: PLR0913 (what the two programs differ in)
@@ -74,6 +78,36 @@ def run_checks(  # noqa: PLR0913 (what the two programs differ in)
         for warning in made.warnings:
             report(warning)
     return verdict(checks, say)
+
+
+@contextlib.contextmanager
+def settings_for_check(
+    peer: PeerArguments, given: dict, *, reads_text: bool, say: Callable[[str], None]
+) -> Iterator[Entry | None]:
+    """What the run hands over, which is not kept; None, with the verdict said, if this peer cannot take it.
+
+    Where no peer can be reached the flags count, or what was kept when this peer was in the run: the other checks tell
+    the reason.
+    """
+    kept = folder_of(given.get("output_dir", FLAGS["output_dir"].default), peer.run_id)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = kept if kept.exists() else Path(aside) / kept.name
+        try:
+            entry = enter(without_new_key(peer), given, folder=folder, reads_text=reads_text, say=say)
+            entry.leave()
+        except UnfitSettingsError as error:
+            entry = None
+            verdict_of = Check("settings of the run", FAILED, str(error))
+            say(verdict_of.lines())
+            verdict([verdict_of], say)
+        except (ValueError, OSError):  # of the network
+            alone = without_new_key(peer)
+            alone.initial_peers = []
+            entry = Entry(folder, given)
+            if kept.exists():
+                entry = enter(alone, given, folder=folder, reads_text=reads_text, say=say)
+                entry.leave()
+        yield entry
 
 
 def describe_model(built: tuple) -> str:

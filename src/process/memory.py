@@ -98,3 +98,13 @@ def leave_to_owner(tensors: Callable[[], Iterable]) -> None:
                 madvise(begin, size, mmap.MADV_DONTNEED)
 
     os.register_at_fork(after_in_child=forget)
+
+
+def available_memory() -> float:
+    """Bytes that this machine, or the container this program runs in, can still give."""
+    available = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+                     if line.startswith("MemAvailable"))  # fmt: skip
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available

@@ -35,6 +35,7 @@ from src.swarm import hivemind_fixes
 from src.swarm.clock import keep_time
 from src.swarm.probe import offer_probe
 from src.swarm.progress import REPORT_SECONDS
+from src.swarm.run_files import offer_run_files
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
         keeper.update()  # before anybody is asked to average with this peer
         keeper.start()
     dht.run_coroutine(offer_probe)
+    dht.run_coroutine(offer_run_files)
     return dht, records.local_public_key
 
 

@@ -4,30 +4,65 @@
 peers of a run compare (`arguments.run_settings`).
 """
 
+import os
+import shlex
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import hivemind
 import torch
 
-from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
+from arguments import FLAGS, CollaborationArguments, HFTrainerArguments, PeerArguments, joining_arguments
 from src.access.membership import Identity, load_identity
 from src.metrics.journal import Journal
 from src.metrics.records import Start
 from src.process.memory import leave_to_owner
+from src.process.same_peer import take_up_identity
+from src.settings.folder import SETTINGS, folder_of, write_folder
+from src.settings.manifest import Manifest
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.dht import start_dht
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
 from src.swarm.run_card import RunCard, make_run_card
+from src.swarm.run_files import hand_over
+from src.swarm.take_up import Network, own_files, settings_of_own, take_up, words_of
 from src.version import VERSION
 
 WAIT_FOR_WEIGHTS_SECONDS = 300.0  # the first trainer of a run may still be reading its data; its card lives 150 s
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A peer before it has built anything: what its run has handed over, and its place in the network if it joins one.
+
+    ``words``: of a command line, for what the run has handed over; to be put before the peer's own.
+    """
+
+    folder: Path
+    given: dict
+    manifest: Manifest | None = None
+    words: Sequence[str] = ()
+    identity: Identity | None = None
+    dht: hivemind.DHT | None = None
+    public_key: bytes = b""
+
+    @property
+    def settings_hash(self) -> str:
+        """By which other processes of this peer know the content of the folder; empty if the flags alone count."""
+        return "" if self.manifest is None else self.manifest.hash
+
+    def leave(self) -> None:
+        """For who only looks."""
+        if self.dht is not None:
+            self.dht.shutdown()
+        if self.identity is not None and self.identity.lock is not None:
+            os.close(self.identity.lock)
 
 
 @dataclass(frozen=True)
@@ -39,6 +74,7 @@ class Node:
     identity: Identity | None
     settings: dict
     run_card: RunCard
+    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -87,22 +123,83 @@ class Swarm:
         self.dht.shutdown()
 
 
+class UnfitSettingsError(ValueError):
+    """What the run hands over cannot be taken, or is not what this peer was told."""
+
+
+def enter(
+    peer: PeerArguments, given: dict, *, folder: Path | None = None, reads_text: bool, say: Callable[[str], None]
+) -> Entry:
+    """Take what the run hands over, from its peers, its organiser, or the folder in which it lies from the last time.
+
+    ``given``: {flag: value} of this peer's own; ``reads_text``: it trains. The node is started if there are initial
+    peers to ask. Must be called on the main thread, as `start_averaging`. Raises ValueError or OSError, with what to
+    do.
+    """
+    output_dir = given.get("output_dir", FLAGS["output_dir"].default)
+    entry = Entry(folder_of(output_dir, peer.run_id) if folder is None else folder, given)
+    try:
+        if peer.initial_peers or peer.token_file:
+            if peer.restart:
+                take_up_identity(peer)
+            entry = replace(entry, identity=load_identity(peer))
+        if peer.initial_peers:
+            dht, public_key = start_dht(peer, entry.identity)
+            entry = replace(entry, dht=dht, public_key=public_key)
+        return _with_settings(entry, peer, reads_text=reads_text, say=say)
+    except BaseException:
+        if peer.check:  # else the program ends at once, and its watchdog would take the node's end for an accident
+            entry.leave()
+        raise
+
+
+def _with_settings(entry: Entry, peer: PeerArguments, *, reads_text: bool, say: Callable[[str], None]) -> Entry:
+    membership = None if entry.identity is None else entry.identity.membership
+    try:
+        manifest = take_up(
+            peer,
+            entry.folder,
+            network=None if entry.dht is None else Network(entry.dht),
+            organiser=None if membership is None else membership.organiser,
+            own_files=own_files(peer.model_config_path, peer.tokenizer_path),
+            say=say,
+        )
+        if manifest is None:
+            return entry
+        words = words_of(manifest, entry.folder, entry.given, reads_text=reads_text)
+    except ValueError as error:
+        raise UnfitSettingsError(str(error)) from error
+    if entry.dht is not None:
+        hand_over(entry.dht, entry.folder, manifest)
+    elif not peer.check:
+        say(f"goes on with the settings of run {peer.run_id} in {entry.folder}")
+    if reads_text and "dataset_sources" not in entry.given:
+        say(f"trains on data sets that the run names, from the Hugging Face hub: {' '.join(manifest.data_sets)}")
+    return replace(entry, manifest=manifest, words=words)
+
+
 def join_run(
     model: torch.nn.Module,
     tokenizer,
     settings: dict,
     *,
+    entry: Entry,
     peer: PeerArguments,
     trainer: bool,
     say: Callable[[str], None],
 ) -> Node:
     """Enter the network, compare this peer's settings with the run's, and measure its bandwidth if that is wished.
 
-    Raises ValueError or OSError, with what to do, if the network, the run or this peer's key will not have it so.
+    Whoever begins a run hands its settings over from now on. Raises ValueError or OSError, with what to do, if the
+    network, the run or this peer's key will not have it so.
     """
-    identity = load_identity(peer)
     leave_to_owner(partial(trained_tensors, weakref.ref(model)))
-    dht, public_key = start_dht(peer, identity)
+    identity, dht, public_key = entry.identity, entry.dht, entry.public_key
+    manifest = entry.manifest
+    if dht is None:
+        identity = load_identity(peer) if identity is None else identity
+        dht, public_key = start_dht(peer, identity)  # from now on others ask
+        manifest = begin_to_hand_over(dht, entry, settings, identity=identity, peer=peer, trainer=trainer, say=say)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
@@ -111,7 +208,48 @@ def join_run(
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
-    return Node(dht, public_key, identity, settings, run_card)
+    return Node(dht, public_key, identity, settings, run_card, manifest)
+
+
+def begin_to_hand_over(
+    dht: hivemind.DHT,
+    entry: Entry,
+    settings: dict,
+    *,
+    identity: Identity,
+    peer: PeerArguments,
+    trainer: bool,
+    say: Callable[[str], None],
+) -> Manifest | None:
+    """Of who begins a run: pin its settings, and let others have them. None, with the reason said, if they cannot."""
+    manifest = entry.manifest
+    if manifest is None and identity.membership is not None:
+        signed = Path(peer.token_file).expanduser().with_name(SETTINGS)
+        say(
+            "whoever joins must give all of the run's flags: nobody believes settings that the organiser of a private "
+            f"run has not signed (python -m src.access sign {peer.run_id} FLAGS writes them; put them in {signed})"
+        )
+        return None
+    if manifest is None:
+        try:
+            manifest, files = settings_of_own(peer, settings, entry.given, trainer=trainer)
+        except ValueError as error:
+            say(f"whoever joins must give all of the run's flags: they cannot be handed over ({error})")
+            return None
+        write_folder(entry.folder, manifest, files)
+        if not manifest.has_tokenizer:
+            say("whoever joins must give --tokenizer_path: a tokenizer of this kind cannot be handed over")
+    hand_over(dht, entry.folder, manifest)
+    return manifest
+
+
+def how_to_join(peer: PeerArguments, addresses: Sequence[str], manifest: Manifest | None) -> str:
+    """The command with which another machine joins the run as a trainer."""
+    asks_for_text = manifest is None or not manifest.data_sets
+    command = ["python", "run_trainer.py", *joining_arguments(peer, addresses, asks_for_text=asks_for_text)]
+    if peer.token_file:
+        command += ["--authorize", "THEIR_TOKEN"]
+    return shlex.join(command) + ("" if manifest is not None else "\n  and all flags that the run shares")
 
 
 def trained_tensors(model: weakref.ref) -> list[torch.Tensor]:

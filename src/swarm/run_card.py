@@ -47,16 +47,21 @@ def make_run_card(config: LeanAlbertConfig, tokenizer, settings: dict, *, traine
     for option in dataclasses.fields(LeanAlbertConfig):
         if option.name in LeanAlbertConfig.__annotations__ and option.name not in OWN_OPTIONS:
             card[f"model.{option.name}"] = str(getattr(config, option.name))
-    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-    for switch in ("padding", "truncation"):  # left on by whoever used the tokenizer last
-        pipeline.pop(switch, None)
-    card["vocabulary"] = _fingerprint(sorted(tokenizer.get_vocab().items()))
-    card["tokenizer"] = _fingerprint(pipeline)
+    card |= fingerprints_of(tokenizer)
     for flag in shared_flags(trainer=trainer):
         card[f"--{flag}"] = str(settings[flag])
     if settings.get("init_checkpoint"):
         card[INITIAL_WEIGHTS] = settings["init_checkpoint"]
     return card
+
+
+def fingerprints_of(tokenizer) -> dict[str, str]:
+    """A card's fields by which two tokenizers are told from each other."""
+    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
+    for switch in ("padding", "truncation"):  # left on by whoever used the tokenizer last
+        pipeline.pop(switch, None)
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {"vocabulary": _fingerprint(vocabulary), "tokenizer": _fingerprint(pipeline)}
 
 
 def _fingerprint(content) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback
 
-from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
+from arguments import FLAGS, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
 from src.preflight.check import OK, WARNING
@@ -28,14 +28,17 @@ from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
-from src.swarm.join import Swarm, join_run, record_start, start_averaging
+from src.settings.folder import folder_of, read_folder
+from src.settings.manifest import Manifest
+from src.swarm.join import Entry, Swarm, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
+from src.swarm.take_up import words_of
 from src.trainer.backup import Backups, load_initial_weights
 from src.trainer.callback import CollaborativeCallback, sequence_length_at
 from src.trainer.epoch_report import EpochReport
 from src.trainer.gradient_buffers import GradientBuffers
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, StoppedWaiting
-from src.trainer.local_workers import FollowerCallback, LocalWorkers, worker_was_lost
+from src.trainer.local_workers import FollowerCallback, LocalWorkers, await_settings, worker_was_lost
 from src.trainer.outlook import Outlook
 
 STOP_SECONDS = 25.0  # to leave the swarm in order after a stop
@@ -50,6 +53,7 @@ class TrainerProgram:
     swarm: Swarm
     journal: Journal
     outlook: Outlook
+    manifest: Manifest | None
 
 
 def check(
@@ -117,11 +121,15 @@ def build(
     collaboration: CollaborationArguments,
     training: HFTrainerArguments,
     *,
+    entry: Entry,
     task,
     progress: Progress,
     stop: threading.Event,
 ) -> TrainerProgram:
-    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError."""
+    """hivemind forks its processes here, so this comes before threads are started. Raises ValueError and OSError.
+
+    ``entry``: from `src.swarm.join.enter`.
+    """
     model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     task.check_sequence_length(model, training.max_sequence_length)
     require_shared_memory(model)
@@ -139,7 +147,7 @@ def build(
         progress.say(f"begins with the weights of {peer.init_checkpoint} ({settings['init_checkpoint']})")
     if peer.restart:
         take_up_identity(peer)
-    node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=progress.say)
+    node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=True, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
     workers = LocalWorkers(size=training.world_size, device=training.device)
@@ -183,7 +191,7 @@ def build(
         say=progress.say,
     )
     callback.after_step = outlook.after_step
-    return TrainerProgram(trainer, callback, swarm, journal, outlook)
+    return TrainerProgram(trainer, callback, swarm, journal, outlook, node.manifest)
 
 
 def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)
@@ -241,6 +249,20 @@ def make_trainer(model, dataset, collator, callback, *, training, optimizer) -> 
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def follow_settings(peer: TrainerPeerArguments, given: dict) -> list[str]:
+    """Words of a command line, as rank 0 has them from `src.swarm.join.enter`: the run's settings in its folder.
+
+    Ends with an error if something else lies there than rank 0 has seen.
+    """
+    settings_hash = await_settings()
+    if not settings_hash:
+        return []
+    folder = folder_of(given.get("output_dir", FLAGS["output_dir"].default), peer.run_id)
+    manifest, _ = read_folder(folder, peer.run_id)
+    assert manifest.hash == settings_hash, f"{folder} has changed while this peer started"
+    return words_of(manifest, folder, given, reads_text=True)
 
 
 def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:

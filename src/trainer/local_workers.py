@@ -5,11 +5,14 @@ gradients; rank 0 reports it for the samples of all ranks. After each local step
 whether to stop, and when rank 0's parameters have changed the others get them before their next forward pass.
 """
 
+import os
 import threading
+from datetime import timedelta
 from multiprocessing.sharedctypes import Synchronized
 
 import torch
 import torch.distributed
+from torch.distributed.rendezvous import rendezvous
 from transformers import TrainerCallback, TrainingArguments
 
 from src.trainer.gradient_buffers import GradientBuffers
@@ -17,6 +20,30 @@ from src.trainer.hf_trainer import LossMeter
 
 METER_FIELDS = ("loss", "mlm_loss", "sop_loss", "mini_steps", "samples", "dropped", "unreported_samples")
 MAX_SEED_BYTES = 256
+
+
+SETTINGS_KEY, LONG = "LeanALBERT settings", timedelta(days=100)  # rank 0 may be waiting for the swarm
+
+_store = None
+
+
+def _rendezvous():
+    """The store through which torchrun's processes find each other, before they have a process group."""
+    global _store
+    if _store is None:  # rank 0 may be the one that serves it
+        _store, _, _ = next(rendezvous("env://", timeout=LONG))
+    return _store
+
+
+def share_settings(settings_hash: str) -> None:
+    """On rank 0: tell the other ranks, if there are any, which settings lie in the run's folder now; empty: none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _rendezvous().set(SETTINGS_KEY, settings_hash)
+
+
+def await_settings() -> str:
+    """On the other ranks: what rank 0 says."""
+    return _rendezvous().get(SETTINGS_KEY).decode()
 
 
 class LocalWorkers:

@@ -6,6 +6,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from src.models.hub import explain_hub_error, give_up_on_silence
 from tasks.mlm.text_errors import LeftOut, TextError, first_line
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_DOCUMENTS = 10_000  # of a streamed dataset that has but one shard
 HUB_PATIENCE_SECONDS = 600.0  # how long a hub that does not answer is asked again
 MAX_HUB_WAIT_SECONDS = 30.0
-HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?")
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(@(?P<commit>[0-9a-f]{40}))?")
 
 
 def status_of(error: BaseException) -> int | None:
@@ -169,12 +170,18 @@ class HubDataset:
 def load_hub_dataset(source: str) -> HubDataset:
     match = HUB_NAME.fullmatch(source)
     if match is None:
-        raise ValueError(f"{source!r}: no such file, and not a Hugging Face dataset either (name or name:config)")
+        raise ValueError(
+            f"{source!r}: no such file, and not a Hugging Face dataset either (name, name:config, name:config@commit)"
+        )
+    if match["commit"] and Path(match["name"]).exists():  # the library would read that; others may have named it
+        raise ValueError(f"{source}: there is a local {match['name']} here, not that commit; start this elsewhere")
     import datasets
 
     give_up_on_silence()
     try:
-        dataset = datasets.load_dataset(match["name"], match["config"], split="train", streaming=True)
+        dataset = datasets.load_dataset(
+            match["name"], match["config"], split="train", streaming=True, revision=match["commit"]
+        )
     except Exception as error:  # the library lets errors of every kind through: network, hub, script, parser
         if configurations := re.search(r"available configs: \[(.*?)\]", str(error)):
             names = ", ".join(f"{match['name']}:{name.strip(' ')[1:-1]}" for name in configurations[1].split(","))

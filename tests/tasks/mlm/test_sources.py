@@ -238,6 +238,20 @@ def test_hub_dataset_that_does_not_load_is_one_line(monkeypatch):
         open_source("owner/name:config.1")
 
 
+def test_hub_dataset_at_a_fixed_commit_is_asked_for_that_and_is_no_path(monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise ConnectionError(f"{arguments} {options['revision']}")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    with pytest.raises(ValueError, match=rf"\('owner/name', 'ru'\) {commit}"):
+        open_source(f"owner/name:ru@{commit}")
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(ValueError, match="there is a local owner/name here, not that commit"):
+        open_source(f"owner/name:ru@{commit}")
+
+
 # -- documents and files that cannot be read ---------------------------------------------------------------------------
 
 
