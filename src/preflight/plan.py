@@ -225,7 +225,8 @@ class Clock:
         gradients = sum(size * (EIGHT_BIT if size >= EIGHT_BIT_THRESHOLD else SIXTEEN_BIT) for size in sizes)
         self.gradient_bytes = share * gradients
         self.parameter_bytes = share * SIXTEEN_BIT * sum(sizes) / settings["average_state_every"]
-        self.bandwidth = now.bandwidth or USUAL_BANDWIDTH
+        bandwidth = now.bandwidth or USUAL_BANDWIDTH
+        self.bandwidth = round(bandwidth, 1 if bandwidth < 10 else None) or bandwidth  # a measured one has many digits
         self.round_seconds = 8 * (self.gradient_bytes + self.parameter_bytes) / (1e6 * self.bandwidth)
 
     def length(self, epoch: int) -> int:

@@ -90,6 +90,11 @@ def test_an_auxiliary_peer_knows_the_pace_of_the_trainers_but_not_their_sequence
     assert planned(num_trainers=2, is_trainer=False, averages=False).gradient_bytes == 0
 
 
+@pytest.mark.parametrize(("measured", "shown"), [(626.382, "626 Mbit/s"), (1.26, "1.3 Mbit/s"), (0.02, "0.02 Mbit/s")])
+def test_a_measured_bandwidth_is_shown_without_its_noise(measured, shown):
+    assert shown in "\n".join(planned(num_trainers=2, bandwidth=measured).lines())
+
+
 def test_before_its_own_pace_is_known_that_of_the_others_is():
     plan = planned(num_trainers=3, others_per_second=100.0, why_no_pace="follows", bandwidth=1000.0)
     assert plan.pace_lines()[0].startswith("pace      follows, 2 other trainers 100.0/s, at 512 tokens; an epoch")
