@@ -19,13 +19,7 @@ from arguments import (
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.models.memory import predict_memory
 from src.optim.schedules import learning_rate, sequence_length
-from src.preflight.machine import (
-    AUXILIARY_COPIES,
-    GPU_LIBRARY_BYTES,
-    LIBRARY_BYTES,
-    SHARED_COPIES,
-    TRAINER_COPIES,
-)
+from src.preflight.machine import SHARED_COPIES, Workload, needed_memory
 from src.swarm.compression import EIGHT_BIT_THRESHOLD
 
 RECIPES = sorted(path.name for path in (REPOSITORY / "recipes").iterdir())
@@ -142,34 +136,30 @@ def figures(recipe: str) -> dict[str, str]:
     config.sparse_prediction = True
     config.activation_memory = training.activation_memory or config.activation_memory
     batch, length = training.per_device_train_batch_size, training.max_sequence_length
-    memory = predict_memory(config, batch_size=batch, length=length)
+    trainer, auxiliary = Workload.of(training), Workload(training.min_8bit_size)
+    on_gpu = needed_memory(config, trainer, on_gpu=True)
+    needed = [*on_gpu.values(), *(needed_memory(config, one, on_gpu=False)["memory"] for one in (trainer, auxiliary))]
+    machine, gpu, trainer, auxiliary = (f"{sum(parts.values()) / 1e9:.1f} GB" for parts in needed)
     with torch.device("meta"):
         sizes = [parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters()]
     # gradients in 8 bits, small ones in 16, every epoch; parameters in 16 bits now and then
     sent = sum(size if size >= EIGHT_BIT_THRESHOLD else 2 * size for size in sizes)
     sent += 2 * sum(sizes) / collaboration.average_state_every
     samples = training.total_steps * collaboration.target_batch_size
-    of_machine = memory.optimizer + TRAINER_COPIES * memory.parameters + LIBRARY_BYTES
     return {
         "parameters": f"{sum(sizes) / 1e6:.1f} million",
         "batch of a trainer": f"{batch} x {length} tokens",
-        "GPU memory of a trainer": f"{(memory.device + GPU_LIBRARY_BYTES) / 1e9:.1f} GB",
-        "and of its machine": f"{of_machine / 1e9:.1f} GB",
-        "memory of a trainer without a GPU": f"{(memory.device + of_machine) / 1e9:.1f} GB",
-        "memory of an auxiliary peer": f"{auxiliary_bytes(memory) / 1e9:.1f} GB",
-        "shared memory of each": f"{SHARED_COPIES * memory.parameters / 1e9:.1f} GB",
+        "GPU memory of a trainer": gpu,
+        "and of its machine": machine,
+        "memory of a trainer without a GPU": trainer,
+        "memory of an auxiliary peer": auxiliary,
+        "shared memory of each": f"{SHARED_COPIES * 4 * sum(sizes) / 1e9:.1f} GB",
         "sent in an epoch, and received: client": f"{sent / 1e6:.0f} MB",
         "the same, one that can be reached": f"up to {2 * sent / 1e6:.0f} MB",
         "samples a second to end in 7 days": f"{samples / 7 / 86400:.0f}",
         "in 30 days": f"{samples / 30 / 86400:.0f}",
         "in 90 days": f"{samples / 90 / 86400:.0f}",
     }
-
-
-def auxiliary_bytes(memory) -> float:
-    return (
-        memory.optimizer + memory.parameters + memory.gradients + AUXILIARY_COPIES * memory.parameters + LIBRARY_BYTES
-    )
 
 
 def test_page_of_the_recipes_states_what_they_give():
