@@ -19,6 +19,7 @@ from arguments import (
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.models.memory import predict_memory
 from src.optim.schedules import learning_rate, sequence_length
+from src.preflight import __main__ as preflight
 from src.preflight.machine import SHARED_COPIES, Workload, needed_memory
 from src.swarm.compression import EIGHT_BIT_THRESHOLD
 
@@ -171,6 +172,19 @@ def test_page_of_the_recipes_states_what_they_give():
     assert {name: cells for name, *cells in rows if name in expected} == expected, "\n".join(
         f"| {name} | {' | '.join(cells)} |" for name, cells in expected.items()
     )
+
+
+PLAN = re.compile(r"```text\n\$ python -m src.preflight (plan .*)\n([^`]*)```")
+
+
+def test_page_of_the_recipes_shows_the_plan_of_each(capsys):
+    plans = PLAN.findall((REPOSITORY / "docs" / "recipes.md").read_text())
+    assert [re.search("@recipes/(.*)/trainer.args", command)[1] for command, _ in plans] == [
+        "small", "base", "ruleanalbert",
+    ]  # fmt: skip
+    for command, output in plans:
+        assert preflight.main(command.split()) == 0
+        assert capsys.readouterr().out == output, command
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -61,6 +61,8 @@ def plan(words: Sequence[str]) -> None:
     )  # fmt: skip
     # the name of a run is its operator's choice, so recipes have none, and nothing depends on it
     peer, collaboration, training, swarm = parser.parse(["--run_id", "planned", *words])
+    if peer.model_config_path is None:
+        raise ValueError("which model? Name a recipe (@recipes/small/trainer.args) or pass --model_config_path")
     quiet_libraries()
     from src.files import write_atomically
     from src.preflight.machine import Workload, needed_memory
