@@ -52,6 +52,7 @@ PARSED = {
     "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.soak": "takes hours",
+    "benchmarks.published_size": "takes half an hour and 20 GB",
 }  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.
 ELSEWHERE = {
