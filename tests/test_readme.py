@@ -53,6 +53,7 @@ PARSED = {
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.soak": "takes hours",
     "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py",
+    "benchmarks.published_size": "takes half an hour and 20 GB",
 }  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.
 ELSEWHERE = {

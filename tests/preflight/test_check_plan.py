@@ -2,7 +2,13 @@
 
 import pytest
 
-from arguments import AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+from arguments import (
+    WHAT_TO_TRAIN,
+    AuxiliaryPeerArguments,
+    CollaborationArguments,
+    HFTrainerArguments,
+    TrainerPeerArguments,
+)
 from src.auxiliary import build as auxiliary_build
 from src.preflight import machine
 from src.preflight import run as preflight_run
@@ -31,9 +37,9 @@ def check(tmp_path, monkeypatch):
         options = {"task": task, "say": lines.append}
         if auxiliary:
             kind, module, options["make_scorer"] = AuxiliaryPeerArguments, auxiliary_build, None
-        code = module.check(
-            kind(run_id="a", **dict(peer)), CollaborationArguments(**dict(collaboration)), arguments, **options
-        )
+        what = {name: value for name, value in WHAT_TO_TRAIN.items() if name in kind.__dataclass_fields__}
+        known = kind(run_id="a", **{**what, **dict(peer)})
+        code = module.check(known, CollaborationArguments(**dict(collaboration)), arguments, **options)
         return code, "\n".join(lines)
 
     return check

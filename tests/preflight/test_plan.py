@@ -234,6 +234,7 @@ def test_the_command_plans_a_run_that_does_not_exist(tmp_path, capsys):
     [
         ([], "usage: python -m src.preflight plan @FILE"),
         (["plan", "@none.args"], "none.args"),
+        (["plan", "--peers", "3"], "which model? Name a recipe"),
         (["plan", "--peers", "0"], "--peers must be positive"),
         (["plan", "--samples_per_second", "-1"], "--samples_per_second must be positive"),
         (["plan", "--model_config_path", "none.json"], "--model_config_path: none.json: No such file"),

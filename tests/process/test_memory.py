@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from src.process import memory
 from src.process.local_swarm import REPOSITORY
+from src.swarm import join
 
 PROGRAM = """
 import os, sys, threading, time
@@ -157,3 +160,23 @@ def test_forked_process_keeps_no_old_copy_of_what_its_owner_trains():
     assert left[1][0] < 0.01, "but for the first and last page, which may hold other data"
     assert left[1][1:] == [10.0, 1000.0]
     assert kept[0] - left[0] == pytest.approx(40.0 / 1.048576, abs=4.0)
+
+
+def test_what_a_peer_trains_is_left_to_it_from_before_its_first_process_is_forked(monkeypatch):
+    left = []
+
+    def start_dht(*arguments):
+        assert len(left) == 1
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(join, "load_identity", lambda peer: None)
+    monkeypatch.setattr(join, "leave_to_owner", left.append)
+    monkeypatch.setattr(join, "start_dht", start_dht)
+    model = torch.nn.Linear(3, 2)
+    model.weight.grad = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="far enough"):
+        join.join_run(model, None, {}, peer=SimpleNamespace(), trainer=True, say=print)
+    places = {tensor.data_ptr() for tensor in left[0]()}
+    assert places == {tensor.data_ptr() for tensor in (model.weight, model.bias, model.weight.grad)}
+    del model
+    assert left[0]() == [], "it is not kept alive for it"

@@ -287,11 +287,13 @@ def test_optimizer_averages_although_the_last_round_s_handle_was_not_replaced():
     assert optimizer.scheduled_grads == "new round"
 
 
-def test_auxiliary_optimizer_delays_nothing_and_shares_no_state(start_optimizer):
+def test_auxiliary_optimizer_delays_nothing_shares_no_state_and_holds_no_gradients(start_optimizer):
     optimizer = start_optimizer(auxiliary=True)
     assert not optimizer.delay_optimizer_step and not optimizer.delay_grad_averaging
-    assert not optimizer.delay_state_averaging and not optimizer.grad_averager.reuse_grad_buffers
+    assert not optimizer.delay_state_averaging
     assert not optimizer.state_averager.allow_state_sharing
+    assert optimizer.grad_averager._local_accumulators is None
+    assert all(parameter.grad is None for parameter in optimizer.state_averager.main_parameters)
 
 
 def test_optimizer_hands_the_run_settings_to_both_averagers(start_optimizer):
