@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 from hivemind.utils.crypto import RSAPrivateKey
@@ -17,7 +18,8 @@ from arguments import (
 )
 from src.models import LeanAlbertConfig
 from src.models.tokenizer import find_directory, is_of_own_family
-from src.settings.folder import SETTINGS, read_folder, write_folder
+from src.settings.examine import parse
+from src.settings.folder import SETTINGS, read_folder, write_files, write_folder
 from src.settings.manifest import make_files, make_manifest, sign_manifest
 
 
@@ -45,6 +47,9 @@ def sign_settings(organiser: RSAPrivateKey, run_id: str, flags: list[str], direc
         raise ValueError(
             "--dataset_sources: only data sets of the hub at a fixed commit (ORG/NAME[:config]@COMMIT) are handed over"
         )
+    with tempfile.TemporaryDirectory() as aside:
+        write_files(Path(aside), files)
+        parse(Path(aside))  # else members would refuse them
     folder = directory / SETTINGS
     present = read_folder(folder, run_id) if folder.exists() else None
     if present is not None and present[0] != manifest:

@@ -29,7 +29,7 @@ from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.settings.manifest import Manifest
-from src.swarm.join import Entry, Swarm, join_run, record_start, start_averaging
+from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
 
 
@@ -154,9 +154,10 @@ def build(
         progress=progress,
         stop=stop,
     )
+    manifest = begin_to_hand_over(node, entry, peer=peer, trainer=False, say=progress.say)
     record_start(journal, node.settings, role="auxiliary peer")
     threads = [thread for thread in (reporter, assistant, notice, evaluator, uploader) if thread is not None]
-    return AuxiliaryProgram(swarm, journal, store, threads, end, node.manifest)
+    return AuxiliaryProgram(swarm, journal, store, threads, end, manifest)
 
 
 def require_token(repo_id: str, *, say: Callable[[str], None]) -> None:

@@ -92,21 +92,20 @@ def settings_for_check(
     kept = folder_of(given.get("output_dir", FLAGS["output_dir"].default), peer.run_id)
     with tempfile.TemporaryDirectory() as aside:
         folder = kept if kept.exists() else Path(aside) / kept.name
+        probe = without_new_key(peer)
         try:
-            entry = enter(without_new_key(peer), given, folder=folder, reads_text=reads_text, say=say)
+            try:
+                entry = enter(probe, given, folder=folder, reads_text=reads_text, say=say)
+            except UnfitSettingsError:
+                raise
+            except (ValueError, OSError):  # of the network, or of the key
+                probe.initial_peers, probe.authorize = [], "False"
+                entry = enter(probe, given, folder=folder, reads_text=reads_text, say=say)
             entry.leave()
         except UnfitSettingsError as error:
-            entry = None
-            verdict_of = Check("settings of the run", FAILED, str(error))
-            say(verdict_of.lines())
-            verdict([verdict_of], say)
-        except (ValueError, OSError):  # of the network
-            alone = without_new_key(peer)
-            alone.initial_peers = []
-            entry = Entry(folder, given)
-            if kept.exists():
-                entry = enter(alone, given, folder=folder, reads_text=reads_text, say=say)
-                entry.leave()
+            entry, found = None, Check("settings of the run", FAILED, str(error))
+            say(found.lines())
+            verdict([found], say)
         yield entry
 
 

@@ -42,6 +42,13 @@ def read_folder(folder: Path, run_id: str) -> tuple[Manifest, bytes] | None:
     return manifest, signature.read_bytes() if signature.exists() else b""
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """``files``: {name: content}, under names that `read_manifest` lets through."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
 def write_folder(folder: Path, manifest: Manifest, files: Mapping[str, bytes], signature: bytes = b"") -> None:
     """Pin what was checked. Raises ValueError if another process has pinned something else meanwhile."""
     with _locked(folder):
@@ -50,9 +57,7 @@ def write_folder(folder: Path, manifest: Manifest, files: Mapping[str, bytes], s
             require_same(present[0], manifest, folder, "here")
             return
         with replaced_directory(folder) as aside:
-            for name in manifest.files:
-                (aside / name).parent.mkdir(exist_ok=True)
-                (aside / name).write_bytes(files[name])
+            write_files(aside, {name: files[name] for name in manifest.files})
             (aside / MANIFEST).write_bytes(manifest.content())
             if signature:
                 (aside / SIGNATURE).write_bytes(signature)

@@ -30,7 +30,7 @@ from src.swarm.dht import start_dht
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
 from src.swarm.run_card import RunCard, make_run_card
-from src.swarm.run_files import hand_over
+from src.swarm.run_files import hand_over, hand_over_nothing, let_others_wait
 from src.swarm.take_up import Network, own_files, settings_of_own, take_up, words_of
 from src.version import VERSION
 
@@ -74,7 +74,6 @@ class Node:
     identity: Identity | None
     settings: dict
     run_card: RunCard
-    manifest: Manifest | None = None
 
 
 @dataclass(frozen=True)
@@ -190,16 +189,15 @@ def join_run(
 ) -> Node:
     """Enter the network, compare this peer's settings with the run's, and measure its bandwidth if that is wished.
 
-    Whoever begins a run hands its settings over from now on. Raises ValueError or OSError, with what to do, if the
-    network, the run or this peer's key will not have it so.
+    Whoever begins a run lets others wait for its settings, until `begin_to_hand_over`. Raises ValueError or OSError,
+    with what to do, if the network, the run or this peer's key will not have it so.
     """
     leave_to_owner(partial(trained_tensors, weakref.ref(model)))
     identity, dht, public_key = entry.identity, entry.dht, entry.public_key
-    manifest = entry.manifest
     if dht is None:
         identity = load_identity(peer) if identity is None else identity
-        dht, public_key = start_dht(peer, identity)  # from now on others ask
-        manifest = begin_to_hand_over(dht, entry, settings, identity=identity, peer=peer, trainer=trainer, say=say)
+        dht, public_key = start_dht(peer, identity)
+        let_others_wait(dht)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
@@ -208,38 +206,38 @@ def join_run(
     if peer.bandwidth == "auto":
         peer.bandwidth = measure_bandwidth(dht, peer.initial_peers)
         say(f"measured a bandwidth of {peer.bandwidth:.0f} Mbit/s")
-    return Node(dht, public_key, identity, settings, run_card, manifest)
+    return Node(dht, public_key, identity, settings, run_card)
 
 
 def begin_to_hand_over(
-    dht: hivemind.DHT,
-    entry: Entry,
-    settings: dict,
-    *,
-    identity: Identity,
-    peer: PeerArguments,
-    trainer: bool,
-    say: Callable[[str], None],
+    node: Node, entry: Entry, *, peer: PeerArguments, trainer: bool, say: Callable[[str], None]
 ) -> Manifest | None:
-    """Of who begins a run: pin its settings, and let others have them. None, with the reason said, if they cannot."""
+    """Of who begins a run, when nothing of the start can fail any more: keep its settings, and let others have them.
+
+    None, with the reason said, if they cannot be handed over. Does nothing for who has joined.
+    """
+    if entry.dht is not None:
+        return entry.manifest
     manifest = entry.manifest
-    if manifest is None and identity.membership is not None:
+    if manifest is None and node.identity.membership is not None:
         signed = Path(peer.token_file).expanduser().with_name(SETTINGS)
         say(
             "whoever joins must give all of the run's flags: nobody believes settings that the organiser of a private "
             f"run has not signed (python -m src.access sign {peer.run_id} FLAGS writes them; put them in {signed})"
         )
-        return None
-    if manifest is None:
+    elif manifest is None:
         try:
-            manifest, files = settings_of_own(peer, settings, entry.given, trainer=trainer)
+            manifest, files = settings_of_own(peer, node.settings, entry.given, trainer=trainer)
         except ValueError as error:
             say(f"whoever joins must give all of the run's flags: they cannot be handed over ({error})")
-            return None
-        write_folder(entry.folder, manifest, files)
-        if not manifest.has_tokenizer:
-            say("whoever joins must give --tokenizer_path: a tokenizer of this kind cannot be handed over")
-    hand_over(dht, entry.folder, manifest)
+        else:
+            write_folder(entry.folder, manifest, files)
+            if not manifest.has_tokenizer:
+                say("whoever joins must give --tokenizer_path: a tokenizer of this kind cannot be handed over")
+    if manifest is None:
+        hand_over_nothing(node.dht)
+    else:
+        hand_over(node.dht, entry.folder, manifest)
     return manifest
 
 

@@ -39,13 +39,15 @@ class RunFiles(Gated, ServicerBase):
 
     def __init__(self):
         self.folder: Path | None = None  # as `src.settings.folder` writes it
-        self.names: frozenset[str] = frozenset()
+        self.names: frozenset[str] | None = frozenset()  # None: it is not known yet
         self.bytes = Allowance(BURST_BYTES, BYTES_AN_HOUR / 3600)
 
     async def rpc_piece(self, request: Tensor, context: P2PContext) -> Tensor:
         """``request``: [name, offset]; so much of that file as fits into one answer, empty at its end."""
         if not await self._admits(context.remote_id):
             return Tensor(dtype=STRANGER)
+        if self.names is None:
+            return Tensor(dtype=BUSY)
         try:
             name, offset = json.loads(request.buffer[:MAX_REQUEST_BYTES])
             known = name in self.names and type(offset) is int and 0 <= offset < 2**40
@@ -73,7 +75,7 @@ async def offer_run_files(dht, node) -> None:
     await node.run_files.add_p2p_handlers(node.p2p)
 
 
-async def _hand_over(dht, node, *, folder: Path, names: frozenset[str]) -> None:
+async def _hand_over(dht, node, *, folder: Path | None, names: frozenset[str] | None) -> None:
     node.run_files.folder, node.run_files.names = folder, names
 
 
@@ -81,6 +83,15 @@ def hand_over(dht, folder: Path, manifest: Manifest) -> None:
     """Let others have what is in the folder of a run from now on."""
     names = frozenset({MANIFEST, SIGNATURE, *manifest.files})
     dht.run_coroutine(partial(_hand_over, folder=folder.absolute(), names=names))
+
+
+def let_others_wait(dht) -> None:
+    """Until `hand_over` or `hand_over_nothing`."""
+    dht.run_coroutine(partial(_hand_over, folder=None, names=None))
+
+
+def hand_over_nothing(dht) -> None:
+    dht.run_coroutine(partial(_hand_over, folder=None, names=frozenset()))
 
 
 class NothingThereError(LookupError):
@@ -120,7 +131,7 @@ def fetch(dht, peer_id: str, name: str, *, limit: int) -> bytes:
         if kind == NOTHING:
             raise NothingThereError(f"{name}: that peer has none")
         if kind != PIECE:
-            reasons = {BUSY: "too many others take it", STRANGER: "it does not let this peer in"}
+            reasons = {BUSY: "it is busy", STRANGER: "it does not let this peer in"}
             reason = reasons.get(kind) or printable(piece.decode(errors="replace"), 100)
             raise ConnectionError(f"{name} could not be fetched: {reason}")
         if len(piece) > PIECE_BYTES or len(found) + len(piece) > limit:

@@ -18,7 +18,7 @@ from src.metrics.records import printable
 from src.models import LeanAlbertConfig, load_tokenizer
 from src.models.tokenizer import find_directory, is_of_own_family
 from src.settings.examine import examine
-from src.settings.folder import SETTINGS, paths_in, read_folder, require_same, write_folder
+from src.settings.folder import SETTINGS, paths_in, read_folder, require_same, write_files, write_folder
 from src.settings.manifest import (
     CONFIG_FILE,
     OWN_OPTIONS,
@@ -157,9 +157,7 @@ def _fetch_files(
                 if name not in files:
                     files[name] = network.fetch_file(network.dht, peer_id, name, digest, size)
             with tempfile.TemporaryDirectory() as aside:
-                for name, content in files.items():
-                    (Path(aside) / name).parent.mkdir(exist_ok=True)
-                    (Path(aside) / name).write_bytes(content)
+                write_files(Path(aside), files)
                 network.examine(Path(aside))
             return files
         except ValueError as error:
@@ -272,5 +270,7 @@ def settings_of_own(
     directory = find_directory(peer.tokenizer_path)
     files = make_files(read_options(peer.model_config_path), directory if is_of_own_family(directory) else None)
     sources = peer.dataset_sources if trainer else peer.run_datasets
+    if not trainer and not all(map(is_handed_over, sources)):
+        raise ValueError(f"--run_datasets {' '.join(sources)}: name data sets of the hub as ORG/NAME[:config]@COMMIT")
     weights = getattr(peer, "dataset_weights", None)
     return make_manifest(peer.run_id, said, files, sources=sources or (), weights=weights), files

@@ -30,7 +30,7 @@ from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
 from src.settings.folder import folder_of, read_folder
 from src.settings.manifest import Manifest
-from src.swarm.join import Entry, Swarm, join_run, record_start, start_averaging
+from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
 from src.swarm.take_up import words_of
 from src.trainer.backup import Backups, load_initial_weights
@@ -177,6 +177,7 @@ def build(
         workers=workers,
     )
     callback.resume()
+    manifest = begin_to_hand_over(node, entry, peer=peer, trainer=True, say=progress.say)
     record_start(journal, node.settings, role="trainer")
     trainer = make_trainer(model, dataset, collator, callback, training=training, optimizer=swarm.optimizer)
     outlook = Outlook(
@@ -191,7 +192,7 @@ def build(
         say=progress.say,
     )
     callback.after_step = outlook.after_step
-    return TrainerProgram(trainer, callback, swarm, journal, outlook, node.manifest)
+    return TrainerProgram(trainer, callback, swarm, journal, outlook, manifest)
 
 
 def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)

@@ -3,6 +3,7 @@
 import pytest
 
 from arguments import (
+    DEMO,
     WHAT_TO_TRAIN,
     AuxiliaryPeerArguments,
     CollaborationArguments,
@@ -23,6 +24,13 @@ QUIET = {"max_sequence_length": 64, "initial_sequence_length": 64, "sequence_len
 NOBODY = Seen()
 
 
+DEMO_S = {
+    "model_config_path": str(DEMO / "config.json"),
+    "tokenizer_path": str(DEMO / "tokenizer"),
+    "dataset_sources": [str(DEMO / "corpus" / "*.txt")],
+}
+
+
 @pytest.fixture
 def check(tmp_path, monkeypatch):
     """Exit code and lines of a trainer's check, on a machine of the given ``pace`` that has ``seen`` such a swarm."""
@@ -37,7 +45,7 @@ def check(tmp_path, monkeypatch):
         options = {"task": task, "say": lines.append}
         if auxiliary:
             kind, module, options["make_scorer"] = AuxiliaryPeerArguments, auxiliary_build, None
-        what = {name: value for name, value in WHAT_TO_TRAIN.items() if name in kind.__dataclass_fields__}
+        what = {name: DEMO_S[name] for name in WHAT_TO_TRAIN if name in kind.__dataclass_fields__}
         known = kind(run_id="a", **{**what, **dict(peer)})
         code = module.check(known, CollaborationArguments(**dict(collaboration)), arguments, **options)
         return code, "\n".join(lines)

@@ -28,7 +28,9 @@ from src.preflight import machine, network
 from src.preflight.check import FAILED, OK, WARNING
 from src.preflight.machine import Workload
 from src.preflight.network import describe_speed, explain_knock
-from src.preflight.run import run_checks
+from src.preflight.run import run_checks, settings_for_check
+from src.settings.folder import folder_of, write_folder
+from src.settings.manifest import make_files, make_manifest
 from src.swarm.dht import start_dht, visible_addresses
 from src.swarm.probe import (
     BYTES_AN_HOUR,
@@ -50,6 +52,7 @@ from src.swarm.probe import (
 )
 from src.swarm.run_card import RunCard
 from tests.reference.fake_swarm import tiny_model
+from tests.settings.test_manifest import CONFIG, DEFAULTS, TOKENIZER
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -627,3 +630,31 @@ def test_probe_gives_no_more_than_its_share(monkeypatch):
 )  # fmt: skip
 def test_probe_address_of_a_multiaddress(address, expected):
     assert address_of(address) == expected
+
+
+# -- what the run hands over ------------------------------------------------------------------------------------------
+
+
+def settled(peer, tmp_path, **given) -> tuple[object, str]:
+    """What is known of the run's settings, and what was said."""
+    said = []
+    peer.check = True
+    given = {"output_dir": str(tmp_path), "dataset_sources": ["a.txt"], **given}
+    with settings_for_check(peer, given, reads_text=True, say=said.append) as entry:
+        return entry, "\n".join(said)
+
+
+@pytest.mark.fails_to_start
+def test_check_without_anybody_goes_by_what_was_kept(tmp_path, closed_port):
+    nobody = f"/ip4/127.0.0.1/tcp/{closed_port}/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC"
+    peer = peer_arguments(initial_peers=[nobody])
+    entry, said = settled(peer, tmp_path)
+    assert (entry.manifest, list(entry.words), said) == (None, [], "") and list(tmp_path.iterdir()) == []
+    files = make_files(CONFIG, TOKENIZER)
+    manifest = make_manifest("check", DEFAULTS, files)
+    write_folder(folder_of(str(tmp_path), "check"), manifest, files)
+    entry, said = settled(peer, tmp_path)
+    assert entry.manifest == manifest and "--learning_rate=0.0025" in entry.words and said == ""
+    entry, said = settled(peer, tmp_path, learning_rate=0.5)
+    assert entry is None and "FAILED  settings of the run: --learning_rate is 0.5 here and 0.0025 in the run" in said
+    assert said.splitlines()[-1].startswith("NOT READY: 1 of 1 checks failed")

@@ -137,11 +137,19 @@ def test_budget_is_shared_by_all_and_who_waits_gets_the_file(folder, monkeypatch
     servicer.bytes.spend(module.BURST_BYTES)
     dht = asking(servicer, monkeypatch)
     monkeypatch.setattr(module, "WAIT_SECONDS", {module.BUSY: 0.05})
-    with pytest.raises(ConnectionError, match="too many others take it"):
+    with pytest.raises(ConnectionError, match="it is busy"):
         fetch(dht, str(PEER), PIPELINE, limit=2**20)
     monkeypatch.setattr(module, "WAIT_SECONDS", {module.BUSY: 1e3})
     servicer.bytes.rate = 1e7
     assert fetch(dht, str(PEER), PIPELINE, limit=2**20) == FILES[PIPELINE]
+
+
+def test_peer_that_starts_lets_others_wait(monkeypatch):
+    servicer = RunFiles()
+    servicer.names = None
+    monkeypatch.setattr(module, "WAIT_SECONDS", {module.BUSY: 0.05})
+    with pytest.raises(ConnectionError, match="it is busy"):
+        fetch_manifest(asking(servicer, monkeypatch), str(PEER))
 
 
 def test_strangers_get_nothing_of_a_private_run(folder, monkeypatch):

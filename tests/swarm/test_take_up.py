@@ -261,6 +261,13 @@ def test_data_set_that_the_run_names_is_never_a_path(kept, tmp_path, monkeypatch
         words_of(manifest, kept, {}, reads_text=True)
 
 
+def test_auxiliary_peer_names_data_sets_at_a_fixed_commit_only():
+    peer = PeerArguments(run_id="run", model_config_path=DEMO_CONFIG, tokenizer_path=str(TOKENIZER))
+    peer.run_datasets = ["me/text"]
+    with pytest.raises(ValueError, match="--run_datasets me/text: name data sets of the hub as ORG/NAME"):
+        settings_of_own(peer, DEFAULTS, {}, trainer=False)
+
+
 def test_auxiliary_peer_says_of_trainers_what_it_was_told():
     peer = PeerArguments(run_id="run", model_config_path=DEMO_CONFIG, tokenizer_path=str(TOKENIZER))
     peer.run_datasets = [f"me/text@{COMMIT}"]
