@@ -130,14 +130,18 @@ def is_abandoned(namespace: str) -> bool:
 
 def remove(namespaces: list[str]) -> None:
     """Kill what runs in network namespaces, and remove them with all their interfaces and rules."""
+    give_up_at = time.monotonic() + 10.0
+    while (pids := [pid for name in namespaces for pid in pids_in(name)]) and time.monotonic() < give_up_at:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
     for namespace in namespaces:
-        give_up_at = time.monotonic() + 10.0
-        while (pids := command("ip", "netns", "pids", namespace).split()) and time.monotonic() < give_up_at:
-            for pid in map(int, pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
         command("ip", "netns", "del", namespace)
+
+
+def pids_in(namespace: str) -> list[int]:
+    return [int(pid) for pid in command("ip", "netns", "pids", namespace).split()]
 
 
 def namespaces_named(prefix: str) -> list[str]:
