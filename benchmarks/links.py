@@ -2,7 +2,7 @@
 
     python -m benchmarks.links --profile home               # one kind of connection, at most nine minutes
     python -m benchmarks.links                              # all of them and a crowd, at most an hour; needs root
-    python -m benchmarks.links --part published             # a model of 295 M parameters; needs 16 GB of memory
+    python -m benchmarks.links --part published             # a model of 295 M parameters; needs 20 GB of memory
 
 Trainers and an auxiliary peer live in network namespaces with emulated links (`benchmarks.emulated_links`); the figures
 are those of the interfaces' counters and of the trainers' own metrics files. Trainers sleep where others compute
@@ -20,6 +20,7 @@ import os
 import platform
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from benchmarks.emulated_links import Host, Link, Network, Traffic, what_lacks
 from benchmarks.measure import number, write_atomically
 from benchmarks.sleeping_trainer import BATCH_SIZE
 from src.metrics.journal import read_journal
+from src.models import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.process.local_swarm import LocalPeer, LocalSwarm
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -51,9 +53,9 @@ START_SECONDS, MEASURE_SECONDS = 180.0, 280.0  # of one part; five profiles, the
 MODEL = {"model_type": "lean_albert", "vocab_size": 4000, "embedding_size": 128, "hidden_size": 1024,
          "num_attention_heads": 16, "intermediate_size": 4864, "num_hidden_layers": 2}  # 30 M parameters  # fmt: skip
 PUBLISHED = {**MODEL, "hidden_size": 4096, "intermediate_size": 27_648, "num_hidden_layers": 1}  # 295 M
-TINY = {**MODEL, "embedding_size": 8, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16,
+TINY = {**MODEL, "embedding_size": 2, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16,
         "num_hidden_layers": 1}  # fmt: skip
-PUBLISHED_GIGABYTES = 16.0
+PUBLISHED_GIGABYTES = 20.0  # 30 bytes a parameter and peer, as with 30 M, and a little for programs
 
 
 @dataclass(frozen=True)
@@ -207,10 +209,11 @@ def summarise(part: Part, first: Snapshot, last: Snapshot, records: dict[str, li
         peers[name] = {
             "role": role(name, link),
             "link": str(link),
-            **traffic_figures(used, link, epochs=epochs, samples=samples),
+            **traffic_figures(used, link, seconds=seconds, epochs=epochs, samples=samples),
             **(trainer_figures(records[name], recent[name]) if name in records else {}),
         }
     return {
+        "parameters": num_parameters(part.model),
         "epochs": epochs,
         "samples": samples,
         "seconds": round(seconds, 1),
@@ -218,20 +221,22 @@ def summarise(part: Part, first: Snapshot, last: Snapshot, records: dict[str, li
         "seconds_a_sample": round(seconds / samples, 5) if samples else None,
         "seconds_an_epoch_without_averaging": part.epoch_seconds,
         "rounds_of_parameters": max(count(lines, kind="parameters") for lines in recent.values()),
-        "groups_an_epoch": groups(recent),
+        "groups_an_epoch": None if HELPER in part.links else groups(recent),
         "busiest": max(peers, key=lambda name: peers[name]["up_bytes"] + peers[name]["down_bytes"]),
         "overruns": sum(last.traffic[name].overruns - first.traffic[name].overruns for name in part.links),
         "peers": peers,
     }
 
 
-def traffic_figures(used: Traffic, link: Link, *, epochs: int, samples: int) -> dict:
+def traffic_figures(used: Traffic, link: Link, *, seconds: float, epochs: int, samples: int) -> dict:
     at_full_rate = max(used.up * 8e-6 / link.up, used.down * 8e-6 / link.down)
     return {
         "up_bytes": used.up,
         "down_bytes": used.down,
         "up_bytes_an_epoch": round(used.up / epochs),
         "down_bytes_an_epoch": round(used.down / epochs),
+        "up_bytes_a_second": round(used.up / seconds),
+        "down_bytes_a_second": round(used.down / seconds),
         "up_bytes_a_sample": round(used.up / samples, 1) if samples else None,
         "down_bytes_a_sample": round(used.down / samples, 1) if samples else None,
         "seconds_an_epoch_at_full_rate": round(at_full_rate / epochs, 2),
@@ -274,10 +279,7 @@ def count(records: list[dict], *, kind: str) -> int:
 
 
 def groups(records: dict[str, list[dict]]) -> float | None:
-    """How many groups averaged gradients in an epoch, on average: each of a group's k members counts for 1 / k of it.
-
-    Of a group that an auxiliary peer assists, the trainers make up less than one.
-    """
+    """How many groups averaged gradients in an epoch, on average: each of a group's k trainers counts for 1 / k."""
     sizes: dict[int, list[int]] = {}
     for lines in records.values():
         for one in lines:
@@ -285,6 +287,11 @@ def groups(records: dict[str, list[dict]]) -> float | None:
                 sizes.setdefault(one["epoch"], []).append(one["num_peers"])
     whole = [sum(1 / size for size in members) for members in sizes.values() if len(members) == len(records)]
     return round(statistics.mean(whole), 2) if whole else None
+
+
+def num_parameters(model: dict) -> int:
+    with torch.device("meta"):
+        return sum(one.numel() for one in LeanAlbertForPreTraining(LeanAlbertConfig.from_dict(model)).parameters())
 
 
 def median(values: list[float]) -> float | None:
@@ -331,13 +338,16 @@ def described(name: str, part: dict) -> str:
     trainers = [peer for peer in part["peers"].values() if "rounds" in peer]
     complete, rounds = (sum(peer[key] for peer in trainers) for key in ("complete_rounds", "rounds"))
     text = (
-        f"{name}: {part['epochs']} epochs of {part['seconds_an_epoch']:g} s "
+        f"{name}: {number(part['parameters'])} parameters, {part['epochs']} epochs of {part['seconds_an_epoch']:g} s "
         f"({part['seconds_an_epoch_without_averaging']:g} s of computing), {part['samples']} samples, "
         f"{1000 * (part['seconds_a_sample'] or 0):.3g} ms a sample; {complete} of {rounds} gradient rounds complete, "
         f"{part['rounds_of_parameters']} of parameters"
     )
     if part["groups_an_epoch"] is not None:
         text += f"; groups an epoch: {part['groups_an_epoch']:g}"
+    busiest = part["peers"][part["busiest"]]
+    mean_up = mean([peer["up_bytes_a_second"] for peer in part["peers"].values()])
+    text += f"; a peer sends {number(mean_up / 1e3)} kB/s, the busiest {number(busiest['up_bytes_a_second'] / 1e3)}"
     if part["overruns"]:
         text += f"; NOT FAITHFUL: this machine was too slow to delay {part['overruns']} packets"
     return text + "."
@@ -389,7 +399,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="links-") as folder:
             try:
                 results["parts"][part.name] = run(part, Path(folder))
-            except RuntimeError as error:
+            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
                 failed.append(part.name)
                 print(f"{part.name} failed: {error}", file=sys.stderr, flush=True)
                 continue

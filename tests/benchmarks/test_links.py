@@ -191,6 +191,15 @@ def test_network_of_a_killed_program_goes_when_the_next_one_is_made(rights):
         assert namespaces_named(left) == []
 
 
+def test_network_goes_when_its_program_is_interrupted(rights):
+    with subprocess.Popen(
+        [sys.executable, "-c", MAKE_A_NETWORK], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as program:
+        assert program.stdout.readline() == "ready\n"
+        program.send_signal(signal.SIGINT)
+    assert namespaces_named(f"{emulated_links.PREFIX}-{program.pid}-") == []
+
+
 def test_network_goes_with_whatever_runs_in_it(rights):
     with Network() as network, running(network.add("home", Link(100, 100)), "import time; time.sleep(60)") as sleeper:
         time.sleep(0.2)
@@ -315,4 +324,4 @@ def test_bench_without_rights_ends_with_one_line(monkeypatch, capsys):
 
 def test_bench_needs_memory_for_the_published_size(monkeypatch):
     monkeypatch.setattr(links.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
-    assert links.why_not([links.published()]) == "the published size needs 16 GB of memory, 8 are available"
+    assert links.why_not([links.published()]) == "the published size needs 20 GB of memory, 8 are available"
