@@ -5,8 +5,7 @@
 Makes the two network devices (TUN) in this namespace and prints "ready". They may be moved to other namespaces now, and
 must be set up. Then a line on stdin lets it pass packets from one to the other until it is ended; the devices go, too.
 
-A packet costs some ten microseconds of a core. What is more than this program can carry, the kernel drops and counts
-as "dropped" of the device that sends.
+What is more than this program can carry, the kernel drops, and counts as "dropped" of the device that sends.
 """
 
 import collections

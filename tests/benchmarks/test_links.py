@@ -126,6 +126,16 @@ def test_links_have_the_rates_that_were_asked_for(network, delay):
 
 
 @pytest.mark.swarm
+def test_program_that_delays_can_carry_the_fastest_delayed_link(network):
+    """Prints what it can carry: `pytest -m swarm -s -k carry_the_fastest tests/benchmarks/test_links.py`."""
+    fastest = max(max(link.up, link.down) for link in links.LINKS.values() if link.delay)
+    quick, other = network.add("quick", Link(10_000, 10_000, delay=10)), network.add("other", Link(10_000, 10_000))
+    carried = measure(other, RECEIVE, quick, SEND, 40.0)
+    print(f"carried {carried:.0f} Mbit/s")
+    assert carried > 1.1 * fastest
+
+
+@pytest.mark.swarm
 def test_link_delays_packets_there_and_back(network):
     near, far = network.add("near", Link(100, 100, delay=30)), network.add("far", Link(100, 100, delay=50))
     assert measure(far, ECHO, near, PING) == pytest.approx(30 + 50, rel=0.2)
