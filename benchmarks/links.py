@@ -372,6 +372,14 @@ def chosen_parts(options: argparse.Namespace) -> list[Part]:
     return [profiles()[name] for name in options.profile or []] + [extra[name]() for name in options.part or []]
 
 
+def connections(part: Part) -> str:
+    """Who has which link, equal ones together."""
+    names: dict[Link, list[str]] = {}
+    for name, link in part.links.items():
+        names.setdefault(link, []).append(name)
+    return "; ".join(f"{', '.join(who)}: {link}" for link, who in names.items())
+
+
 def why_not(parts: list[Part]) -> str:
     available = psutil.virtual_memory().available / 1e9
     if any(part.model is PUBLISHED for part in parts) and available < PUBLISHED_GIGABYTES:
@@ -395,7 +403,7 @@ def main() -> int:
     }
     failed = []
     for part in parts:
-        print(f"{part.name}: {', '.join(f'{name} {link}' for name, link in part.links.items())}", flush=True)
+        print(f"{part.name}: {connections(part)}", flush=True)
         with tempfile.TemporaryDirectory(prefix="links-") as folder:
             try:
                 results["parts"][part.name] = run(part, Path(folder))
