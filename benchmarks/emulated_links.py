@@ -9,6 +9,7 @@ with it, or, where it was killed, when the next program makes a network.
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,7 @@ def what_lacks() -> str:
         return f"there is no {' and no '.join(missing)} (Debian: apt install iproute2 iptables)"
     if not Path("/dev/net/tun").exists():
         return "there is no /dev/net/tun"
-    trial = own_namespace("trial")
+    trial = own_name("trial")
     try:
         command("ip", "netns", "add", trial)
         inside(
@@ -115,15 +116,18 @@ def started(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
 
 
-def own_namespace(name: str) -> str:
-    return f"{PREFIX}-{os.getpid()}-{started(os.getpid())}-{name}"
+def own_name(what: str) -> str:
+    """A name by which others know whether this program still runs."""
+    return f"{PREFIX}-{os.getpid()}-{started(os.getpid())}-{what}"
 
 
-def is_abandoned(namespace: str) -> bool:
-    """Whether the program that made a namespace has ended."""
-    _, pid, ticks, _ = namespace.split("-", 3)
+def is_abandoned(name: str) -> bool:
+    """Whether the program that has given this name, see `own_name`, has ended."""
+    owner = re.match(rf"{PREFIX}-(\d+)-(\d+)-", name)
+    if owner is None:
+        return False
     try:
-        return started(int(pid)) != ticks
+        return started(int(owner[1])) != owner[2]
     except OSError:
         return True
 
@@ -150,11 +154,11 @@ def namespaces_named(prefix: str) -> list[str]:
 
 
 class Network:
-    """Hosts around one router; ``with`` removes it. Raises OSError with the reason if it cannot be made."""
+    """Hosts around one router, one network at a time; ``with`` removes it. Raises OSError if it cannot be made."""
 
     def __init__(self):
         self.hosts: list[Host] = []
-        self.router = own_namespace("router")
+        self.router = own_name("router")
         self._relays: list[subprocess.Popen] = []
 
     def __enter__(self) -> "Network":
@@ -167,7 +171,7 @@ class Network:
         return self
 
     def __exit__(self, *exception) -> None:
-        remove(namespaces_named(own_namespace("")))
+        remove(namespaces_named(own_name("")))
         for relay in self._relays:
             relay.wait()
             relay.stdin.close()
@@ -181,9 +185,9 @@ class Network:
 
     def add(self, name: str, link: Link) -> Host:
         """A host at the router; its name has at most twelve letters, as those of network interfaces are short."""
-        number, namespace = len(self.hosts) + 1, own_namespace(name)
+        number, namespace = len(self.hosts) + 1, own_name(name)
         near, far = f"10.77.{number}.1", f"10.77.{number}.2"
-        at_link = own_namespace(f"{name}-home") if link.nat else namespace
+        at_link = own_name(f"{name}-home") if link.nat else namespace
         self._add_namespace(namespace)
         if link.nat:
             self._add_namespace(at_link, forwards=True)

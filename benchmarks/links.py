@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,9 +32,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from benchmarks.emulated_links import Host, Link, Network, Traffic, what_lacks
-from benchmarks.measure import number, write_atomically
+from benchmarks.emulated_links import PREFIX, Host, Link, Network, Traffic, is_abandoned, own_name, what_lacks
+from benchmarks.measure import number
 from benchmarks.sleeping_trainer import BATCH_SIZE
+from src.files import write_atomically
 from src.metrics.journal import read_journal
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.process.local_swarm import LocalPeer, LocalSwarm
@@ -388,14 +390,26 @@ def why_not(parts: list[Part]) -> str:
     return lacking and f"links cannot be emulated: {lacking}"
 
 
+def remove_folders_of_killed_runs() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}-*"):
+        if is_abandoned(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def main() -> int:
     options = parse_arguments()
     parts = chosen_parts(options)
     if reason := why_not(parts):
         print(f"benchmarks.links: skipped: {reason}", file=sys.stderr)
         return 2
-    for number_ in (signal.SIGINT, signal.SIGTERM):  # whatever has been begun is removed on the way out
-        signal.signal(number_, lambda number, frame: sys.exit(128 + number))
+    try:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"benchmarks.links: error: --results {options.results}: {error.strerror}", file=sys.stderr)
+        return 2
+    for signum in (signal.SIGINT, signal.SIGTERM):  # whatever has been begun is removed on the way out
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
+    remove_folders_of_killed_runs()
     results = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "date": time.strftime("%Y-%m-%d"),
@@ -404,18 +418,18 @@ def main() -> int:
     failed = []
     for part in parts:
         print(f"{part.name}: {connections(part)}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="links-") as folder:
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix=own_name("")) as folder:
                 results["parts"][part.name] = run(part, Path(folder))
-            except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
-                failed.append(part.name)
-                print(f"{part.name} failed: {error}", file=sys.stderr, flush=True)
-                continue
-        results["load"] = round(os.getloadavg()[0], 2)
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.results, (json.dumps(results, indent=1) + "\n").encode())
+            results["load"] = round(os.getloadavg()[0], 2)
+            write_atomically(options.results, json.dumps(results, indent=1) + "\n")
+        except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+            failed.append(part.name)
+            print(f"{part.name} failed: {error}", file=sys.stderr, flush=True)
     if results["parts"]:
-        print(table(results) + f"\nwritten to {options.results}")
+        print(table(results))
+    if len(failed) < len(parts):
+        print(f"written to {options.results}")
     return 1 if failed else 0
 
 

@@ -1,10 +1,12 @@
 """Emulated links are what they say, and leave nothing behind; what the bench of links makes of its figures."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import emulated_links, links
-from benchmarks.emulated_links import Link, Network, Traffic, command, namespaces_named, own_namespace, read_counters
+from benchmarks.emulated_links import Link, Network, Traffic, command, namespaces_named, own_name, read_counters
 
 # Each runs in a host's namespace. The receiver prints what it has measured: Mbit/s, or the number of packets.
 RECEIVE = """
@@ -175,7 +177,7 @@ def test_what_the_router_receives_is_what_a_host_has_sent():
     assert (traffic.up, traffic.down, traffic.overruns) == (1, 2, 3)
 
 
-def test_network_lies_in_its_own_namespaces_and_goes_with_them(rights):
+def test_network_lies_in_its_own_names_and_goes_with_them(rights):
     def outside() -> list[str]:
         return [command("ip", "-o", "link"), command("iptables", "-S"), command("iptables", "-t", "nat", "-S")]
 
@@ -183,9 +185,9 @@ def test_network_lies_in_its_own_namespaces_and_goes_with_them(rights):
     with pytest.raises(ZeroDivisionError), Network() as network:
         network.add("home", Link(100, 20, delay=40, loss=0.01, nat=True))
         assert [line.split("\\")[0] for line in outside()] == before
-        assert len(namespaces_named(own_namespace(""))) == 3
+        assert len(namespaces_named(own_name(""))) == 3
         raise ZeroDivisionError
-    assert namespaces_named(own_namespace("")) == []
+    assert namespaces_named(own_name("")) == []
     assert [line.split("\\")[0] for line in outside()] == before
 
 
@@ -335,3 +337,50 @@ def test_bench_without_rights_ends_with_one_line(monkeypatch, capsys):
 def test_bench_needs_memory_for_the_published_size(monkeypatch):
     monkeypatch.setattr(links.psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
     assert links.why_not([links.published()]) == "the published size needs 20 GB of memory, 8 are available"
+
+
+def test_only_names_of_programs_that_have_ended_are_abandoned():
+    with subprocess.Popen(["sleep", "0"]) as ended:
+        pass
+    assert emulated_links.is_abandoned(f"{emulated_links.PREFIX}-{ended.pid}-1-router")
+    assert emulated_links.is_abandoned(f"{emulated_links.PREFIX}-{os.getpid()}-1-router")  # one that had this id before
+    assert not emulated_links.is_abandoned(own_name("router"))
+    assert not emulated_links.is_abandoned(f"{emulated_links.PREFIX}-somebody-elses")
+
+
+def test_folders_of_killed_runs_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = [own_name("present"), f"{emulated_links.PREFIX}-{os.getpid()}-1-killed", "other"]
+    for name in names:
+        (tmp_path / name / "helper").mkdir(parents=True)
+    links.remove_folders_of_killed_runs()
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], "other"}
+
+
+def test_peers_are_started_where_they_live_and_clients_as_clients(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(links, "LocalPeer", lambda name, script, arguments, **kwargs: started.append(
+        (script, " ".join(map(str, arguments)), kwargs["prefix"])))  # fmt: skip
+    for name, link in PAIR.links.items():
+        host = emulated_links.Host(name, f"{name}-space", "10.77.9.2", link)
+        links.start_peer(PAIR, host, tmp_path / "config.json", ["/ip4/10.77.1.2/tcp/1/p2p/Qm"])
+    (helper, helped, _), (_, trained, prefix), (script, client, _) = started
+    assert helper == "run_aux_peer.py" and "--assist_in_averaging" in helped and script == "-m"
+    assert prefix == ["ip", "netns", "exec", "trainer-space"] and "--host_maddrs /ip4/10.77.9.2/tcp/0" in trained
+    assert "--client_mode" in client and "--client_mode" not in trained + helped
+    assert "--target_batch_size 320" in trained and "--wait_for_peers 2" in trained  # 2 x 10 batches of 16
+
+
+def test_part_that_ends_no_epoch_in_time_fails_and_one_that_ends_few_does_not(tmp_path):
+    swarm = SimpleNamespace(peers=[])
+    for name in PAIR.trainers:
+        metrics = links.metrics_of(PAIR, tmp_path, name)
+        metrics.parent.mkdir(parents=True)
+        metrics.write_text(json.dumps({"event": "epoch", "time": 1.0, "epoch": 3}) + "\n", encoding="utf-8")
+    links.wait_for_epoch(9, PAIR, tmp_path, swarm, give_up_at=0.0, least=3)
+    with pytest.raises(RuntimeError, match="pair: after the longest time allowed, trainers are in epoch 3 only"):
+        links.wait_for_epoch(4, PAIR, tmp_path, swarm, give_up_at=0.0)
+    swarm.peers.append(SimpleNamespace(name="client", lines=["no room"], process=subprocess.Popen(["false"])))
+    swarm.peers[0].process.wait()
+    with pytest.raises(RuntimeError, match="client ended with code 1:\nno room"):
+        links.wait_for_epoch(4, PAIR, tmp_path, swarm, give_up_at=time.monotonic() + 60)
