@@ -177,6 +177,7 @@ def test_what_the_router_receives_is_what_a_host_has_sent():
     assert (traffic.up, traffic.down, traffic.overruns) == (1, 2, 3)
 
 
+@pytest.mark.swarm  # alone: others may change what lies outside
 def test_network_lies_in_its_own_names_and_goes_with_them(rights):
     def outside() -> list[str]:
         return [command("ip", "-o", "link"), command("iptables", "-S"), command("iptables", "-t", "nat", "-S")]
