@@ -51,7 +51,7 @@ PARSED = {
     "demo/run_demo.py": "takes minutes", "demo/make_pictures.py": "takes minutes",
     "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
-    "benchmarks.data_pipeline": "takes minutes", "benchmarks.soak": "takes hours",
+    "benchmarks.data_pipeline": "takes minutes", "benchmarks.links": "needs root", "benchmarks.soak": "takes hours",
     "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py",
     "benchmarks.published_size": "takes half an hour and 20 GB",
 }  # fmt: skip
