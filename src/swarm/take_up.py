@@ -74,7 +74,7 @@ def take_up(
     """The settings of the run, which then lie in ``folder``; None if nobody hands them over: then flags count.
 
     ``network``: None for a peer that begins a run. ``organiser``: of a private run. ``own_files``: what this machine
-    has of the files that runs hand over, by hash. Raises ValueError, in one line, if there is nobody to be believed, or
+    has of the files that runs hand over, by name. Raises ValueError, in one line, if there is nobody to be believed, or
     if the run has other settings than those that the folder holds.
     """
     found = read_folder(folder, peer.run_id)
@@ -148,9 +148,10 @@ def _fetch_files(
     Raises ValueError, after one line for each peer that has nothing good.
     """
     wanted = offer.manifest.files
-    files = {name: own_files[digest] for name, (digest, _) in wanted.items() if digest in own_files}
-    if len(files) == len(wanted):
-        return files
+    own = {name: content for name, content in own_files.items() if sha256(content) == wanted.get(name, ("", 0))[0]}
+    if own.keys() == wanted.keys() == own_files.keys():
+        return own
+    files = own
     for peer_id in offer.peers:
         try:
             for name, (digest, size) in wanted.items():
@@ -196,14 +197,13 @@ def _from_organiser(
 
 
 def own_files(model_config_path: str | None, tokenizer_path: str | None) -> dict[str, bytes]:
-    """{hash: content} of what lies on this machine, as it would be handed over; what cannot be read is left out."""
+    """{name: content} of what lies on this machine, as it would be handed over; what cannot be read is left out."""
     try:
         config = read_options(model_config_path)
         directory = Path(tokenizer_path or "").expanduser()
-        files = make_files(config, directory if tokenizer_path and directory.is_dir() else None)
+        return make_files(config, directory if tokenizer_path and directory.is_dir() else None)
     except (OSError, ValueError, TypeError):
         return {}
-    return {sha256(content): content for content in files.values()}
 
 
 def read_options(path: str | None) -> LeanAlbertConfig:

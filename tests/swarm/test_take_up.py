@@ -83,6 +83,20 @@ def test_what_lies_on_this_machine_is_not_fetched(tmp_path):
     assert own_files("nothing.json", None) == {} == own_files(None, None)
 
 
+def test_own_file_is_taken_under_its_own_name_only(tmp_path):
+    """Recipes are public: a liar knows what lies here, and would have it pinned where it does not belong."""
+    own = own_files(DEMO_CONFIG, str(TOKENIZER))
+    evil = {**FILES, "config.json": FILES["tokenizer/special_tokens_map.json"]}
+    peers = FakePeers({A: offer(make_manifest("run", DEFAULTS, evil), files={})})
+    with pytest.raises(ValueError, match="no initial peer hands over settings"):
+        joined(tmp_path, peers, own=own)
+    part = {name: content for name, content in FILES.items() if name != "tokenizer/tokenizer.json"}
+    peers = FakePeers({A: offer(make_manifest("run", DEFAULTS, part), files={})}, bad=("vocab_size",))
+    with pytest.raises(ValueError, match="no initial peer hands over settings"):  # a part of them is parsed anew
+        joined(tmp_path, peers, own=own)
+    assert not folder_of(tmp_path, "run").exists()
+
+
 def test_kept_settings_are_enough_without_anybody(tmp_path):
     joined(tmp_path, FakePeers({A: offer()}))
     manifest, said = joined(tmp_path, FakePeers({A: NothingThereError(), B: ConnectionError("it does not answer")}))
