@@ -34,6 +34,8 @@ class FakePeers:
 
     def fetch_file(self, dht, peer_id, name, digest, size):
         self.fetched.append((peer_id, name))
+        if isinstance(self.peers[peer_id][2], Exception):
+            raise self.peers[peer_id][2]
         content = self.peers[peer_id][2].get(name, b"")
         if sha256(content) != digest:
             raise ValueError(f"its {name} does not have the hash that its settings name")
@@ -118,6 +120,23 @@ def test_initial_peers_that_disagree_are_both_named(tmp_path):
     message = str(caught.value)
     assert f"--learning_rate is 0.0025 according to {A}, and 0.5 according to {B}" in message
     assert not folder_of(tmp_path, "run").exists()
+
+
+@pytest.mark.parametrize("liar", [A, B])
+def test_liar_is_not_believed_while_it_keeps_an_honest_peer_busy(tmp_path, liar):
+    busy = offer(files=ConnectionError("config.json could not be fetched: it is busy"))
+    peers = {liar: offer(manifest_of_demo(learning_rate=0.5)), (B if liar == A else A): busy}
+    with pytest.raises(ValueError, match=r"disagree about the run: --learning_rate is 0.5 according to"):
+        joined(tmp_path, FakePeers(peers))
+    assert not folder_of(tmp_path, "run").exists()
+    with pytest.raises(ValueError, match="no initial peer hands over settings of run run that can be taken"):
+        joined(tmp_path, FakePeers({A: busy}))
+    assert joined(tmp_path, FakePeers({A: busy, B: offer()}))[0] == manifest_of_demo()
+
+
+def test_no_more_than_eight_are_asked_and_that_is_said(tmp_path):
+    _, said = joined(tmp_path, FakePeers({f"Qm{number}": offer() for number in range(9)}))
+    assert said[0] == "8 of the 9 initial peers are asked for the settings of the run"
 
 
 LARGE = make_files(
