@@ -162,6 +162,8 @@ def _fetch_files(
         return own
     files, nothing_good = own, ValueError("nobody has its files")
     for peer_id in offer.peers:
+        if missing := sum(size for name, (_, size) in wanted.items() if name not in files):
+            say(f"fetching {missing / 1e6:.1f} MB of the run's files from {peer_id}")  # which may take its time
         try:
             for name, (digest, size) in wanted.items():
                 if name not in files:

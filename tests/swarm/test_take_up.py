@@ -70,7 +70,8 @@ def test_newcomer_takes_what_its_initial_peer_hands_over_and_keeps_it(tmp_path):
     peers = FakePeers({A: offer()})
     manifest, said = joined(tmp_path, peers)
     assert manifest == manifest_of_demo() and said == [
-        f"took the settings of run run (hash {manifest.hash[:12]}) from {A}"
+        f"fetching 0.3 MB of the run's files from {A}",
+        f"took the settings of run run (hash {manifest.hash[:12]}) from {A}",
     ]
     assert {name for _, name in peers.fetched} == set(FILES)
     assert read_folder(folder_of(tmp_path, "run"), "run") == (manifest, b"")
