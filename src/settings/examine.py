@@ -78,8 +78,8 @@ def parse(folder: Path) -> int:
             raise ValueError(
                 f"its tokenizer has {num_tokens} tokens, ids up to {largest}, its model {config.vocab_size}"
             )
-        if not all(map(str.isprintable, tokenizer.all_special_tokens)):
-            raise ValueError("its tokenizer has a special token that cannot be printed")
+        if not all(token.isprintable() and len(token) <= MAX_REASON for token in tokenizer.all_special_tokens):
+            raise ValueError("its tokenizer has a special token that cannot be printed in a line")
         tokenizer(SAMPLE, SAMPLE)
     return memory.parameters + memory.optimizer
 

@@ -50,6 +50,9 @@ STEERING = {"cls_token": {"content": "\x1b[2J", "special": True}}
           "config": {"vocab_size": 4008},
           "tokenizer": json.dumps({**PIPELINE, "added_tokens": [*PIPELINE["added_tokens"], {
               **PIPELINE["added_tokens"][0], "id": 4000, "content": "\x1b[2J"}]}).encode()}, "cannot be printed"),
+        ({"special_tokens_map": json.dumps({"cls_token": "A" * 10_000}).encode(), "config": {"vocab_size": 4008},
+          "tokenizer": json.dumps({**PIPELINE, "added_tokens": [*PIPELINE["added_tokens"], {
+              **PIPELINE["added_tokens"][0], "id": 4000, "content": "A" * 10_000}]}).encode()}, "cannot be printed"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, change, complaint):
