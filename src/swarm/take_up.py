@@ -232,6 +232,9 @@ def words_of(manifest: Manifest, folder: Path, given: Mapping[str, object], *, r
     there is no text to train on.
     """
     found = contradictions(given, manifest) + _contradicting_files(manifest, folder, given)
+    if given.get("run_datasets") and tuple(given["run_datasets"]) != manifest.data_sets:
+        theirs = " ".join(manifest.data_sets) or "none"
+        found.append(f"--run_datasets is {' '.join(given['run_datasets'])} here and {theirs} in the run")
     if found:
         raise ValueError(
             f"{'; '.join(found[:4])}: leave that out, or choose another --run_id; if all peers of the run change it, "

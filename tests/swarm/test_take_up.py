@@ -271,6 +271,15 @@ def test_contradicting_flag_is_named_with_both_values(kept, tmp_path):
         words_of(manifest_of_demo(), kept, {"model_config_path": str(other)}, reads_text=False)
 
 
+def test_auxiliary_peer_cannot_name_other_data_sets_than_the_run(kept):
+    source = f"me/text@{COMMIT}"
+    manifest = make_manifest("run", DEFAULTS, FILES, sources=[source])
+    words_of(manifest, kept, {"run_datasets": [source]}, reads_text=False)
+    for other, theirs in ((manifest, rf"me/text@{COMMIT}"), (manifest_of_demo(), "none")):
+        with pytest.raises(ValueError, match=rf"--run_datasets is me/other@{COMMIT} here and {theirs} in the run"):
+            words_of(other, kept, {"run_datasets": [f"me/other@{COMMIT}"]}, reads_text=False)
+
+
 def test_equal_flags_and_files_by_hand_are_fine(kept):
     given = {"learning_rate": 0.0025, "model_config_path": DEMO_CONFIG, "tokenizer_path": str(TOKENIZER)}
     words_of(manifest_of_demo(), kept, given, reads_text=False)
