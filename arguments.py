@@ -481,9 +481,9 @@ def check_handed_over(flags: dict) -> None:
             raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
         if not _has_type(value, TYPES[name]):
             raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
-    named = argparse.Namespace(**{"min_vector_size": 1, "max_sequence_length": 1, **flags})
+    named = argparse.Namespace(**{"min_vector_size": 1, "max_sequence_length": 1, "pad_to_multiple_of": 1, **flags})
     check_positive(named, "min_vector_size")
-    check_range(named, 1, 2**24, "max_sequence_length")
+    check_range(named, 1, 2**24, "max_sequence_length", "pad_to_multiple_of")
     check_range(named, 0, 10**6, *flags.keys() & {"matchmaking_time", "next_chunk_timeout", "averaging_timeout"})
     CollaborationArguments(**{name: flags[name] for name in flags if name in CollaborationArguments.__annotations__})
     schedule = object.__new__(HFTrainerArguments)  # an ordinary one looks for devices, and for other processes

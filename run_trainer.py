@@ -50,7 +50,11 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     peer, given = parser.parse_first(words)
     progress, stop = Progress(), threading.Event()
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun has started several processes of this script
-        handed_over = () if peer.check else follow_settings(peer, given)
+        try:
+            handed_over = () if peer.check else follow_settings(peer, given)
+        except ValueError as error:
+            print(f"run_trainer.py: error: {error}", file=sys.stderr)
+            leave_at_once(2)
         peer, _, training = parser.parse([*handed_over, *words])
         if peer.check:
             return 0

@@ -20,7 +20,7 @@ from src.models import LeanAlbertConfig
 from src.models.tokenizer import find_directory, is_of_own_family
 from src.settings.examine import parse
 from src.settings.folder import SETTINGS, read_folder, write_files, write_folder
-from src.settings.manifest import make_files, make_manifest, sign_manifest
+from src.settings.manifest import is_signed, make_files, make_manifest, sign_manifest
 
 
 def sign_settings(organiser: RSAPrivateKey, run_id: str, flags: list[str], directory: Path) -> Path:
@@ -52,7 +52,7 @@ def sign_settings(organiser: RSAPrivateKey, run_id: str, flags: list[str], direc
         parse(Path(aside))  # else members would refuse them
     folder = directory / SETTINGS
     present = read_folder(folder, run_id) if folder.exists() else None
-    if present is not None and present[0] != manifest:
-        shutil.rmtree(folder)  # the organiser has other settings now
+    if present is not None and not (present[0] == manifest and is_signed(organiser.get_public_key(), *present)):
+        shutil.rmtree(folder)  # the organiser has other settings now, or another key
     write_folder(folder, manifest, files, sign_manifest(organiser, manifest))
     return folder

@@ -73,10 +73,13 @@ def parse(folder: Path) -> int:
         if not is_of_own_family(directory):
             raise ValueError("its tokenizer is not of a kind that is handed over")
         tokenizer = load_exactly(directory, read_json(directory / "tokenizer_config.json"))
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}")
-        if not all(map(str.isprintable, tokenizer.all_special_tokens)):
-            raise ValueError("its tokenizer has a special token that cannot be printed")
+        num_tokens, largest = len(tokenizer), max(tokenizer.get_vocab().values(), default=0)
+        if max(num_tokens, largest + 1) > config.vocab_size:
+            raise ValueError(
+                f"its tokenizer has {num_tokens} tokens, ids up to {largest}, its model {config.vocab_size}"
+            )
+        if not all(token.isprintable() and len(token) <= MAX_REASON for token in tokenizer.all_special_tokens):
+            raise ValueError("its tokenizer has a special token that cannot be printed in a line")
         tokenizer(SAMPLE, SAMPLE)
     return memory.parameters + memory.optimizer
 

@@ -60,8 +60,8 @@ class Manifest:
         return any(name.startswith(TOKENIZER) for name in self.files)
 
     def fields(self) -> dict[str, str]:
-        """{what people call it: value}, for comparisons."""
-        files = {name: f"{size} bytes with hash {digest[:12]}" for name, (digest, size) in self.files.items()}
+        """{what people call it: value}, for comparisons: manifests are equal if these are, so hashes are whole."""
+        files = {name: f"{size} bytes with hash {digest}" for name, (digest, size) in self.files.items()}
         flags = {f"--{name}": str(value) for name, value in self.flags.items()}
         weights = " ".join(map(str, self.weights)) or "equal"
         return {**flags, **files, "data sets": " ".join(self.data_sets) or "none", "weights": weights}
@@ -176,7 +176,7 @@ def make_files(config: LeanAlbertConfig, tokenizer_directory: Path | None) -> di
 def read_config(content: bytes) -> LeanAlbertConfig:
     """Raises ValueError for whatever is no configuration of a model that `make_files` has written."""
     try:
-        options = json.loads(content, parse_constant=_no_constant)
+        options = json.loads(content.decode(), parse_constant=_no_constant)  # from bytes it would read UTF-16, too
         unknown = options.keys() - {"model_type", *LeanAlbertConfig.__annotations__} | options.keys() & {*NOT_SHARED}
         if unknown:
             raise ValueError(f"there is no option {min(unknown)[:50]!r}")

@@ -189,15 +189,18 @@ def join_run(
 ) -> Node:
     """Enter the network, compare this peer's settings with the run's, and measure its bandwidth if that is wished.
 
-    Whoever begins a run lets others wait for its settings, until `begin_to_hand_over`. Raises ValueError or OSError,
-    with what to do, if the network, the run or this peer's key will not have it so.
+    Whoever begins a run lets others wait for settings that are new, until `begin_to_hand_over`. Raises ValueError or
+    OSError, with what to do, if the network, the run or this peer's key will not have it so.
     """
     leave_to_owner(partial(trained_tensors, weakref.ref(model)))
     identity, dht, public_key = entry.identity, entry.dht, entry.public_key
     if dht is None:
         identity = load_identity(peer) if identity is None else identity
         dht, public_key = start_dht(peer, identity)
-        let_others_wait(dht)
+        if entry.manifest is None:
+            let_others_wait(dht)
+        else:  # kept from the last time
+            hand_over(dht, entry.folder, entry.manifest)
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)

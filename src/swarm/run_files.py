@@ -154,13 +154,11 @@ def fetch_manifest(dht, peer_id: str) -> tuple[bytes, bytes]:
 
 
 def fetch_file(dht, peer_id: str, name: str, digest: str, size: int) -> bytes:
-    """A file as the manifest names it. Raises ValueError if this peer does not have that."""
+    """A file as the manifest names it. Raises ValueError if this peer does not have that, else as `fetch`."""
     try:
         content = fetch(dht, peer_id, name, limit=size)
     except NothingThereError as error:
         raise ValueError(f"it does not hand over its {name}") from error
-    except ConnectionError as error:
-        raise ValueError(str(error)) from error
     if sha256(content) != digest:
         raise ValueError(f"its {name} does not have the hash that its settings name")
     return content

@@ -74,7 +74,7 @@ def take_up(
     """The settings of the run, which then lie in ``folder``; None if nobody hands them over: then flags count.
 
     ``network``: None for a peer that begins a run. ``organiser``: of a private run. ``own_files``: what this machine
-    has of the files that runs hand over, by hash. Raises ValueError, in one line, if there is nobody to be believed, or
+    has of the files that runs hand over, by name. Raises ValueError, in one line, if there is nobody to be believed, or
     if the run has other settings than those that the folder holds.
     """
     found = read_folder(folder, peer.run_id)
@@ -90,14 +90,16 @@ def take_up(
         if not offers:
             say(f"no initial peer confirms the settings of the run; going on with those in {folder}")
         return pinned
-    good = []
+    good, unheard = [], []
     for offer in offers:
         try:
             good.append((offer, _fetch_files(offer, network, own_files, say=say)))
+        except ConnectionError:  # it counts all the same: a liar can keep an honest peer busy
+            unheard.append(offer)
         except ValueError:
             is_by_hand = False
-    if len(good) > 1:
-        raise ValueError(_disagreement(*(offer for offer, _ in good)))
+    if good and len(good) + len(unheard) > 1:
+        raise ValueError(_disagreement(*(offer for offer, _ in good), *unheard))
     if not good and is_by_hand:
         say(BY_HAND.format(run_id=peer.run_id))
         return None
@@ -115,7 +117,10 @@ def collect(
     """What the initial peers hand over, as far as it may count; and whether that is nothing at all, but an answer."""
     sources: dict[bytes, Source] = {}
     has_nothing, is_refused = False, False
-    for peer_id in names_in(peer.initial_peers)[:MAX_ASKED]:
+    peer_ids = names_in(peer.initial_peers)
+    if len(peer_ids) > MAX_ASKED:
+        say(f"{MAX_ASKED} of the {len(peer_ids)} initial peers are asked for the settings of the run")
+    for peer_id in peer_ids[:MAX_ASKED]:
         try:
             content, signature = network.fetch_manifest(network.dht, peer_id)
             manifest = read_manifest(content, peer.run_id)
@@ -125,7 +130,7 @@ def collect(
             has_nothing = True
             continue
         except ConnectionError as error:
-            say(f"the settings of the run were not to be had from {peer_id}: {printable(error, 200)}")
+            _say_away(peer_id, error, say)
             continue
         except ValueError as error:
             is_refused = True
@@ -134,6 +139,10 @@ def collect(
         source = sources.setdefault(content, Source(manifest, b"" if organiser is None else signature, []))
         source.peers.append(peer_id)
     return list(sources.values()), has_nothing and not is_refused and not sources
+
+
+def _say_away(peer_id: str, reason: object, say: Callable[[str], None]) -> None:
+    say(f"the settings of the run were not to be had from {peer_id}: {printable(reason, 200)}")
 
 
 def _say_refused(peer_id: str, reason: object, say: Callable[[str], None]) -> None:
@@ -145,13 +154,16 @@ def _fetch_files(
 ) -> dict[str, bytes]:
     """The files of a manifest, from the first of its peers that has them, found to be good.
 
-    Raises ValueError, after one line for each peer that has nothing good.
+    Raises ValueError, after one line for each peer that has nothing good; ConnectionError if one could not be asked.
     """
     wanted = offer.manifest.files
-    files = {name: own_files[digest] for name, (digest, _) in wanted.items() if digest in own_files}
-    if len(files) == len(wanted):
-        return files
+    own = {name: content for name, content in own_files.items() if sha256(content) == wanted.get(name, ("", 0))[0]}
+    if own.keys() == wanted.keys() == own_files.keys():
+        return own
+    files, nothing_good = own, ValueError("nobody has its files")
     for peer_id in offer.peers:
+        if missing := sum(size for name, (_, size) in wanted.items() if name not in files):
+            say(f"fetching {missing / 1e6:.1f} MB of the run's files from {peer_id}")  # which may take its time
         try:
             for name, (digest, size) in wanted.items():
                 if name not in files:
@@ -160,11 +172,14 @@ def _fetch_files(
                 write_files(Path(aside), files)
                 network.examine(Path(aside))
             return files
+        except ConnectionError as error:
+            _say_away(peer_id, error, say)
+            nothing_good = ConnectionError("not all who may have its files could be asked")
         except ValueError as error:
             _say_refused(peer_id, error, say)
             if len(files) == len(wanted):
                 raise  # each other peer has the same, by hash
-    raise ValueError("nobody has its files")
+    raise nothing_good
 
 
 def _disagreement(one: Source, other: Source, *_) -> str:
@@ -196,14 +211,13 @@ def _from_organiser(
 
 
 def own_files(model_config_path: str | None, tokenizer_path: str | None) -> dict[str, bytes]:
-    """{hash: content} of what lies on this machine, as it would be handed over; what cannot be read is left out."""
+    """{name: content} of what lies on this machine, as it would be handed over; what cannot be read is left out."""
     try:
         config = read_options(model_config_path)
         directory = Path(tokenizer_path or "").expanduser()
-        files = make_files(config, directory if tokenizer_path and directory.is_dir() else None)
+        return make_files(config, directory if tokenizer_path and directory.is_dir() else None)
     except (OSError, ValueError, TypeError):
         return {}
-    return {sha256(content): content for content in files.values()}
 
 
 def read_options(path: str | None) -> LeanAlbertConfig:
@@ -218,6 +232,9 @@ def words_of(manifest: Manifest, folder: Path, given: Mapping[str, object], *, r
     there is no text to train on.
     """
     found = contradictions(given, manifest) + _contradicting_files(manifest, folder, given)
+    if given.get("run_datasets") and tuple(given["run_datasets"]) != manifest.data_sets:
+        theirs = " ".join(manifest.data_sets) or "none"
+        found.append(f"--run_datasets is {' '.join(given['run_datasets'])} here and {theirs} in the run")
     if found:
         raise ValueError(
             f"{'; '.join(found[:4])}: leave that out, or choose another --run_id; if all peers of the run change it, "

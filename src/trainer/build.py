@@ -255,15 +255,16 @@ def make_trainer(model, dataset, collator, callback, *, training, optimizer) -> 
 def follow_settings(peer: TrainerPeerArguments, given: dict) -> list[str]:
     """Words of a command line, as rank 0 has them from `src.swarm.join.enter`: the run's settings in its folder.
 
-    Ends with an error if something else lies there than rank 0 has seen.
+    Raises ValueError if something else lies there than rank 0 has seen.
     """
     settings_hash = await_settings()
     if not settings_hash:
         return []
     folder = folder_of(given.get("output_dir", FLAGS["output_dir"].default), peer.run_id)
-    manifest, _ = read_folder(folder, peer.run_id)
-    assert manifest.hash == settings_hash, f"{folder} has changed while this peer started"
-    return words_of(manifest, folder, given, reads_text=True)
+    found = read_folder(folder, peer.run_id)
+    if found is None or found[0].hash != settings_hash:
+        raise ValueError(f"{folder} does not hold the settings that rank 0 keeps: give all ranks the same --output_dir")
+    return words_of(found[0], folder, given, reads_text=True)
 
 
 def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:

@@ -1,11 +1,12 @@
 """Streamed data sets of the Hugging Face hub, which may be in trouble for a while."""
 
 import copy
+import itertools
 import logging
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.models.hub import explain_hub_error, give_up_on_silence
@@ -167,6 +168,19 @@ class HubDataset:
         return dataset, 0
 
 
+def require_own_files(data_files: Mapping[str, Sequence[str]] | None, name: str, commit: str) -> None:
+    """Raises ValueError if a data set is anything but files of its own at that commit.
+
+    Its page may name any others: some of this machine, which are nobody's business, or of an address where they change.
+    Without the hub, the library would take another version of it from its cache (``data_files`` is None).
+    """
+    if not data_files:
+        raise ValueError(f"its files at commit {commit} are not to be had")
+    for file in itertools.chain.from_iterable(data_files.values()):
+        if not file.rpartition("::")[2].startswith(f"hf://datasets/{name}@{commit}/"):
+            raise ValueError(f"it names a file that is not its own: {file[:100]!r}")
+
+
 def load_hub_dataset(source: str) -> HubDataset:
     match = HUB_NAME.fullmatch(source)
     if match is None:
@@ -179,9 +193,10 @@ def load_hub_dataset(source: str) -> HubDataset:
 
     give_up_on_silence()
     try:
-        dataset = datasets.load_dataset(
-            match["name"], match["config"], split="train", streaming=True, revision=match["commit"]
-        )
+        builder = datasets.load_dataset_builder(match["name"], match["config"], revision=match["commit"])
+        if match["commit"]:
+            require_own_files(builder.config.data_files, match["name"], match["commit"])
+        dataset = builder.as_streaming_dataset(split="train")
     except Exception as error:  # the library lets errors of every kind through: network, hub, script, parser
         if configurations := re.search(r"available configs: \[(.*?)\]", str(error)):
             names = ", ".join(f"{match['name']}:{name.strip(' ')[1:-1]}" for name in configurations[1].split(","))

@@ -29,6 +29,8 @@ def test_demo_is_found_good(tmp_path):
 
 
 PIPELINE = json.loads((TOKENIZER / "tokenizer.json").read_text())
+HOLES = {"type": "WordLevel", "unk_token": "<unk>", "vocab": {
+    "[CLS]": 0, "[SEP]": 1, "<unk>": 2, "<pad>": 3, "[MASK]": 4, "a": 4000}}  # fmt: skip
 STEERING = {"cls_token": {"content": "\x1b[2J", "special": True}}
 
 
@@ -36,7 +38,8 @@ STEERING = {"cls_token": {"content": "\x1b[2J", "special": True}}
     ("change", "complaint"),
     [
         ({"config": {"auto_map": "x"}}, "no option 'auto_map'"),
-        ({"config": {"vocab_size": 100}}, "tokens, its model 100"),
+        ({"config": {"vocab_size": 100}}, "tokens, ids up to 3999, its model 100"),
+        ({"tokenizer": json.dumps({**PIPELINE, "model": HOLES}).encode()}, "tokens, ids up to 4000, its model 4000"),
         ({"tokenizer": b"nonsense"}, "does not describe a tokenizer"),
         ({"tokenizer": gzip.compress(bytes(2**24))}, "tokenizer.json"),
         ({"tokenizer": b"[" * 2**22}, "tokenizer.json"),
@@ -47,6 +50,9 @@ STEERING = {"cls_token": {"content": "\x1b[2J", "special": True}}
           "config": {"vocab_size": 4008},
           "tokenizer": json.dumps({**PIPELINE, "added_tokens": [*PIPELINE["added_tokens"], {
               **PIPELINE["added_tokens"][0], "id": 4000, "content": "\x1b[2J"}]}).encode()}, "cannot be printed"),
+        ({"special_tokens_map": json.dumps({"cls_token": "A" * 10_000}).encode(), "config": {"vocab_size": 4008},
+          "tokenizer": json.dumps({**PIPELINE, "added_tokens": [*PIPELINE["added_tokens"], {
+              **PIPELINE["added_tokens"][0], "id": 4000, "content": "A" * 10_000}]}).encode()}, "cannot be printed"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, change, complaint):

@@ -86,6 +86,7 @@ def test_nothing_of_a_machine_or_a_person_is_handed_over():
         (changed(flags={"min_vector_size": 0}), "--min_vector_size must be positive"),
         (changed(flags={"matchmaking_time": -5.0}), "matchmaking_time"),
         (changed(flags={"max_sequence_length": 2**40}), "--max_sequence_length 1099511627776: must be in"),
+        (changed(flags={"pad_to_multiple_of": 2**40}), "--pad_to_multiple_of 1099511627776: must be in"),
         (changed(flags={"averaging_timeout": 1e18}), "--averaging_timeout 1e+18: must be in"),
         (changed(flags={"warmup_steps": 10**6}), "--warmup_steps 1000000 must lie between"),
         (changed().replace(b'"learning_rate":0.0025', b'"learning_rate":NaN'), "no JSON"),
@@ -161,6 +162,11 @@ def test_configuration_with_anything_else_is_refused(options, complaint):
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         read_config(json.dumps({**values, **options}).encode())
     assert complaint in str(caught.value)
+
+
+def test_configuration_is_read_as_it_will_be_from_its_file():
+    with pytest.raises(ValueError, match=r"config\.json"):
+        read_config(make_files(CONFIG, None)["config.json"].decode().encode("utf-16"))
 
 
 def test_signature_holds_for_one_run_and_one_content():

@@ -4,12 +4,15 @@ private run; and whatever does not fit is refused in one line."""
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
 from src.access.organiser import make_parser
 from src.access.organiser import run as organise
 from src.process.local_swarm import REPOSITORY, LocalPeer, LocalSwarm, free_port
+from src.swarm import join
+from tests.settings.test_manifest import manifest_of_demo
 from tests.swarm.test_join import ONE_THREAD
 
 pytestmark = pytest.mark.swarm
@@ -64,6 +67,26 @@ def test_newcomer_needs_a_name_an_address_and_text(tmp_path):
     with LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
         again = swarm.start("again", "run_trainer.py", newcomer(tmp_path / "new"))
         assert "goes on with the settings of run demo in" in again.output() and "resumed from" in again.output()
+
+
+@pytest.mark.parametrize("manifest", [None, manifest_of_demo()])
+def test_others_wait_for_new_settings_only(monkeypatch, tmp_path, manifest):
+    """A peer of a large model takes minutes to start again; whoever joins meanwhile is not kept waiting."""
+    calls = []
+
+    def stop(*arguments, **options):
+        raise InterruptedError
+
+    monkeypatch.setattr(join, "start_dht", lambda peer, identity: ("node", b"key"))
+    monkeypatch.setattr(join, "load_identity", lambda peer: None)
+    monkeypatch.setattr(join, "let_others_wait", lambda dht: calls.append("wait"))
+    monkeypatch.setattr(join, "hand_over", lambda dht, folder, manifest: calls.append(manifest))
+    monkeypatch.setattr(join, "make_run_card", stop)
+    monkeypatch.setattr(join, "leave_to_owner", lambda tensors: None)
+    entry, model = join.Entry(tmp_path, {}, manifest), Mock()
+    with pytest.raises(InterruptedError):
+        join.join_run(model, None, {}, entry=entry, peer=None, trainer=True, say=print)
+    assert calls == [manifest or "wait"]
 
 
 @pytest.mark.timeout(600)

@@ -34,6 +34,8 @@ class FakePeers:
 
     def fetch_file(self, dht, peer_id, name, digest, size):
         self.fetched.append((peer_id, name))
+        if isinstance(self.peers[peer_id][2], Exception):
+            raise self.peers[peer_id][2]
         content = self.peers[peer_id][2].get(name, b"")
         if sha256(content) != digest:
             raise ValueError(f"its {name} does not have the hash that its settings name")
@@ -68,7 +70,8 @@ def test_newcomer_takes_what_its_initial_peer_hands_over_and_keeps_it(tmp_path):
     peers = FakePeers({A: offer()})
     manifest, said = joined(tmp_path, peers)
     assert manifest == manifest_of_demo() and said == [
-        f"took the settings of run run (hash {manifest.hash[:12]}) from {A}"
+        f"fetching 0.3 MB of the run's files from {A}",
+        f"took the settings of run run (hash {manifest.hash[:12]}) from {A}",
     ]
     assert {name for _, name in peers.fetched} == set(FILES)
     assert read_folder(folder_of(tmp_path, "run"), "run") == (manifest, b"")
@@ -81,6 +84,20 @@ def test_what_lies_on_this_machine_is_not_fetched(tmp_path):
     own = own_files(DEMO_CONFIG, str(TOKENIZER))
     assert joined(tmp_path, peers, own=own)[0] == manifest_of_demo() and peers.fetched == []
     assert own_files("nothing.json", None) == {} == own_files(None, None)
+
+
+def test_own_file_is_taken_under_its_own_name_only(tmp_path):
+    """Recipes are public: a liar knows what lies here, and would have it pinned where it does not belong."""
+    own = own_files(DEMO_CONFIG, str(TOKENIZER))
+    evil = {**FILES, "config.json": FILES["tokenizer/special_tokens_map.json"]}
+    peers = FakePeers({A: offer(make_manifest("run", DEFAULTS, evil), files={})})
+    with pytest.raises(ValueError, match="no initial peer hands over settings"):
+        joined(tmp_path, peers, own=own)
+    part = {name: content for name, content in FILES.items() if name != "tokenizer/tokenizer.json"}
+    peers = FakePeers({A: offer(make_manifest("run", DEFAULTS, part), files={})}, bad=("vocab_size",))
+    with pytest.raises(ValueError, match="no initial peer hands over settings"):  # a part of them is parsed anew
+        joined(tmp_path, peers, own=own)
+    assert not folder_of(tmp_path, "run").exists()
 
 
 def test_kept_settings_are_enough_without_anybody(tmp_path):
@@ -104,6 +121,23 @@ def test_initial_peers_that_disagree_are_both_named(tmp_path):
     message = str(caught.value)
     assert f"--learning_rate is 0.0025 according to {A}, and 0.5 according to {B}" in message
     assert not folder_of(tmp_path, "run").exists()
+
+
+@pytest.mark.parametrize("liar", [A, B])
+def test_liar_is_not_believed_while_it_keeps_an_honest_peer_busy(tmp_path, liar):
+    busy = offer(files=ConnectionError("config.json could not be fetched: it is busy"))
+    peers = {liar: offer(manifest_of_demo(learning_rate=0.5)), (B if liar == A else A): busy}
+    with pytest.raises(ValueError, match=r"disagree about the run: --learning_rate is 0.5 according to"):
+        joined(tmp_path, FakePeers(peers))
+    assert not folder_of(tmp_path, "run").exists()
+    with pytest.raises(ValueError, match="no initial peer hands over settings of run run that can be taken"):
+        joined(tmp_path, FakePeers({A: busy}))
+    assert joined(tmp_path, FakePeers({A: busy, B: offer()}))[0] == manifest_of_demo()
+
+
+def test_no_more_than_eight_are_asked_and_that_is_said(tmp_path):
+    _, said = joined(tmp_path, FakePeers({f"Qm{number}": offer() for number in range(9)}))
+    assert said[0] == "8 of the 9 initial peers are asked for the settings of the run"
 
 
 LARGE = make_files(
@@ -235,6 +269,15 @@ def test_contradicting_flag_is_named_with_both_values(kept, tmp_path):
     other.write_text(json.dumps({**json.loads(FILES["config.json"]), "hidden_size": 512}))
     with pytest.raises(ValueError, match=r"--model_config_path .*: hidden_size is 512 here and \d+ in the run"):
         words_of(manifest_of_demo(), kept, {"model_config_path": str(other)}, reads_text=False)
+
+
+def test_auxiliary_peer_cannot_name_other_data_sets_than_the_run(kept):
+    source = f"me/text@{COMMIT}"
+    manifest = make_manifest("run", DEFAULTS, FILES, sources=[source])
+    words_of(manifest, kept, {"run_datasets": [source]}, reads_text=False)
+    for other, theirs in ((manifest, rf"me/text@{COMMIT}"), (manifest_of_demo(), "none")):
+        with pytest.raises(ValueError, match=rf"--run_datasets is me/other@{COMMIT} here and {theirs} in the run"):
+            words_of(other, kept, {"run_datasets": [f"me/other@{COMMIT}"]}, reads_text=False)
 
 
 def test_equal_flags_and_files_by_hand_are_fine(kept):

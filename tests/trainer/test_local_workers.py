@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import psutil
@@ -10,10 +12,10 @@ import pytest
 import torch
 
 from src.metrics.journal import read_journal
-from src.process.local_swarm import LocalPeer, LocalSwarm, free_port
+from src.process.local_swarm import REPOSITORY, LocalPeer, LocalSwarm, free_port
 from src.trainer.backup import read_backup
 from src.trainer.hf_trainer import LossMeter
-from src.trainer.local_workers import LocalWorkers
+from src.trainer.local_workers import SETTINGS_KEY, LocalWorkers
 from tests.swarm.test_join import ONE_THREAD, TRAINER, ending_all, family, still_alive, swarm_arguments
 
 pytestmark = pytest.mark.swarm
@@ -82,6 +84,21 @@ def test_two_processes_agree_and_the_second_follows():
 def torchrun(*arguments) -> list[str]:
     return ["torch.distributed.run", f"--nproc_per_node={RANKS}", f"--master_port={free_port()}", "run_trainer.py",
             *arguments]  # fmt: skip
+
+
+def test_rank_that_does_not_find_what_the_first_one_keeps_says_so(tmp_path):
+    port = free_port()
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    store.set(SETTINGS_KEY, "0" * 64)
+    rank = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    result = subprocess.run(
+        [sys.executable, "run_trainer.py", "--run_id", "test", "--output_dir", str(tmp_path)], cwd=REPOSITORY,
+        env={**os.environ, **ONE_THREAD, **rank}, text=True, capture_output=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stderr == (
+        f"run_trainer.py: error: {tmp_path}/test/run does not hold the settings that rank 0 keeps: give all ranks the "
+        "same --output_dir\n"
+    )
 
 
 def program_of(peer, *, rank: int) -> psutil.Process:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -229,12 +230,10 @@ def test_parquet_without_text_column_is_named(tmp_path):
 
 def test_hub_dataset_that_does_not_load_is_one_line(monkeypatch):
     def fail(name, config, **kwargs):
-        raise ConnectionError(f"{name} {config} {kwargs['streaming']} {kwargs['split']}\nsecond line")
+        raise ConnectionError(f"{name} {config}\nsecond line")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        ValueError, match=r"^owner/name:config.1: .*\(owner/name config.1 True train\); look at [^\n]*$"
-    ):
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(ValueError, match=r"^owner/name:config.1: .*\(owner/name config.1\); look at [^\n]*$"):
         open_source("owner/name:config.1")
 
 
@@ -242,7 +241,7 @@ def test_hub_dataset_at_a_fixed_commit_is_asked_for_that_and_is_no_path(monkeypa
     def fail(*arguments, **options):
         raise ConnectionError(f"{arguments} {options['revision']}")
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     monkeypatch.chdir(tmp_path)
     commit = "0123456789abcdef0123456789abcdef01234567"
     with pytest.raises(ValueError, match=rf"\('owner/name', 'ru'\) {commit}"):
@@ -250,6 +249,35 @@ def test_hub_dataset_at_a_fixed_commit_is_asked_for_that_and_is_no_path(monkeypa
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with pytest.raises(ValueError, match="there is a local owner/name here, not that commit"):
         open_source(f"owner/name:ru@{commit}")
+
+
+HOME = f"hf://datasets/owner/name@{'0' * 40}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/home/ivan/letters.txt",
+        "zip://letters.txt::/home/ivan/letters.zip",
+        "https://example.org/text.txt",
+        "hf://datasets/other/name@main/text.txt",
+        HOME[:-1] + "1/text.txt",
+    ],
+)
+def test_hub_dataset_at_a_fixed_commit_is_nothing_but_its_own_files(monkeypatch, file):
+    """What it consists of is said by its page, which a stranger may have written."""
+
+    def load(*arguments, data_files, **options):
+        stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "one"}]))
+        return SimpleNamespace(config=SimpleNamespace(data_files=data_files), as_streaming_dataset=lambda split: stream)
+
+    own = {"train": [f"{HOME}/a.txt", f"zip://b.txt::{HOME}/b.zip"]}
+    monkeypatch.setattr(datasets, "load_dataset_builder", functools.partial(load, data_files=own))
+    open_source(f"owner/name@{'0' * 40}")
+    for data_files in ({**own, "test": [file]}, None):
+        monkeypatch.setattr(datasets, "load_dataset_builder", functools.partial(load, data_files=data_files))
+        with pytest.raises(ValueError, match=r"(a file that is not its own: '|are not to be had)[^\n]*$"):
+            open_source(f"owner/name@{'0' * 40}")
 
 
 # -- documents and files that cannot be read ---------------------------------------------------------------------------
@@ -635,7 +663,7 @@ def test_configurations_of_a_hub_dataset_are_named(monkeypatch):
             "Config name is missing.\nPlease pick one among the available configs: ['first', 'second']\nExample: x"
         )
 
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(ValueError, match=r"^me/two: has several configurations.*: me/two:first, me/two:second$"):
         open_source("me/two")
 
