@@ -247,9 +247,9 @@ def own_run_cases() -> list[Case]:
          ("run r", "--dataset_sources", "@demo/trainer.args")),
         ("run_trainer.py", "recipe without a tokenizer", "@recipes/base/trainer.args --run_id r --dataset_sources x",
          ("--tokenizer_path", "./tokenizer", "no such directory", "tasks.mlm.train_tokenizer", "--vocab_size 50000")),
-        ("run_trainer.py", "joining without the tokenizer",
+        ("run_trainer.py", "joining with a recipe whose tokenizer is not here, and nobody to ask",
          f"@recipes/base/trainer.args --run_id r --dataset_sources x --initial_peers {UNREACHABLE}",
-         ("--tokenizer_path", "./tokenizer", "no such directory", "ask the run's operator")),
+         ("--initial_peers: cannot reach",)),
         ("run_aux_peer.py", "own run of nothing", "--run_id r --check", ("--tokenizer_path", "@recipes/small/aux")),
     ]  # fmt: skip
     return [Case(*row) for row in rows]

@@ -137,6 +137,8 @@ def enter(
     """
     output_dir = given.get("output_dir", FLAGS["output_dir"].default)
     entry = Entry(folder_of(output_dir, peer.run_id) if folder is None else folder, given)
+    if any(place.exists() and not place.is_dir() for place in entry.folder.parents):
+        raise ValueError(f"--output_dir: {entry.folder.parent} is no directory; choose another one")
     try:
         if peer.initial_peers or peer.token_file:
             if peer.restart:

@@ -162,7 +162,7 @@ def test_forked_process_keeps_no_old_copy_of_what_its_owner_trains():
     assert kept[0] - left[0] == pytest.approx(40.0 / 1.048576, abs=4.0)
 
 
-def test_what_a_peer_trains_is_left_to_it_from_before_its_first_process_is_forked(monkeypatch):
+def test_what_a_peer_trains_is_left_to_it_from_before_its_first_process_is_forked(tmp_path, monkeypatch):
     left = []
 
     def start_dht(*arguments):
@@ -174,8 +174,9 @@ def test_what_a_peer_trains_is_left_to_it_from_before_its_first_process_is_forke
     monkeypatch.setattr(join, "start_dht", start_dht)
     model = torch.nn.Linear(3, 2)
     model.weight.grad = torch.ones(2, 3)
+    entry = join.Entry(tmp_path, {})
     with pytest.raises(ValueError, match="far enough"):
-        join.join_run(model, None, {}, peer=SimpleNamespace(), trainer=True, say=print)
+        join.join_run(model, None, {}, entry=entry, peer=SimpleNamespace(), trainer=True, say=print)
     places = {tensor.data_ptr() for tensor in left[0]()}
     assert places == {tensor.data_ptr() for tensor in (model.weight, model.bias, model.weight.grad)}
     del model
