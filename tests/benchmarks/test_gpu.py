@@ -1,5 +1,6 @@
 """The command for somebody else's GPU: what cannot run there is named, what hangs is ended, what ran is kept."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +16,9 @@ import torch
 
 from benchmarks import gpu, measure, training_step
 from benchmarks.encoder import PEER
+
+VERSION = importlib.metadata.version("torch")
+RELEASE = VERSION.partition("+")[0]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Parts that need no GPU and take no time, in the place of the real ones.
@@ -66,7 +70,7 @@ def test_every_part_is_named_with_what_came_of_it(tmp_path):
         "good": ("ran", ""),
         "silent": ("failed", "wrote no figures: it said nothing"),
         "broken": ("failed", "ended with code 1: RuntimeError: no kernel"),
-        "lacking": ("skipped", f"torch is {torch.__version__.partition('+')[0]}, not 9.9 (--any_version runs it all "
+        "lacking": ("skipped", f"torch is {RELEASE}, not 9.9 (--any_version runs it all "
                     "the same); no-such-package 1.0 is not installed"),
         "large": ("not for this machine", "needs 9 devices, there are 2"),
         "last": ("ran", ""),
@@ -93,7 +97,7 @@ def test_other_versions_are_run_if_one_says_so(monkeypatch):
     packages = ("torch", "no-such-package")
     assert len(gpu.unmet_needs(packages, any_version=False)) == 2
     assert gpu.unmet_needs(packages, any_version=True) == ["no-such-package 1.0 is not installed"]
-    monkeypatch.setattr(gpu, "required_versions", lambda: {"torch": torch.__version__.partition("+")[0]})
+    monkeypatch.setattr(gpu, "required_versions", lambda: {"torch": RELEASE})
     assert gpu.unmet_needs(("torch",), any_version=False) == []
 
 
@@ -149,7 +153,7 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(tmp_path / "gpu.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
-    assert "no GPU" in done.stderr and torch.__version__ in done.stderr and done.stderr.count("\n") == 1
+    assert "no GPU" in done.stderr and VERSION in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_without_torch_it_says_so(monkeypatch, capsys):
@@ -167,7 +171,7 @@ def test_bad_flags_are_named_with_their_values(flag, value, named, capsys):
 
 def test_machine_is_described_where_packages_are_missing(monkeypatch):
     monkeypatch.setattr(measure, "PACKAGES", (*measure.PACKAGES, "no-such-package"))
-    assert measure.machine()["no-such-package"] is None and measure.machine()["torch"] == torch.__version__
+    assert measure.machine()["no-such-package"] is None and measure.machine()["torch"] == VERSION
 
 
 def test_parts_are_programs_that_exist_and_need_packages_that_are_required():
@@ -197,7 +201,7 @@ def test_real_part_runs_here_in_small(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     results = json.loads((tmp_path / "gpu.json").read_text())
-    assert results["machine"]["torch"] == torch.__version__ and results["machine"]["devices"] == 2
+    assert results["machine"]["torch"] == VERSION and results["machine"]["devices"] == 2
     ratios = {row["side"]: row["ratio"] for row in results["parts"][0]["rows"] if row["claim"].endswith("speed")}
     assert set(ratios) == set(training_step.ORDER) and ratios[PEER] == 1
     assert "training step, fp16: model FLOP utilisation" in done.stdout

@@ -73,7 +73,12 @@ print("freed" if ring() is None else "kept", flush=True)
 """
 
 
-@pytest.mark.parametrize(("how", "found"), [("limited", "freed"), ("plainly", "kept")])
+PLAINLY = pytest.param(
+    "plainly", "kept", marks=pytest.mark.skipif(sys.version_info >= (3, 13), reason="Python 3.13 looks by itself")
+)
+
+
+@pytest.mark.parametrize(("how", "found"), [("limited", "freed"), PLAINLY])
 def test_garbage_is_searched_for_among_what_is_newer_than_the_process(how, found):
     done = subprocess.run(
         [sys.executable, "-c", COLLECTING, how], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
