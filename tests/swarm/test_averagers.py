@@ -808,6 +808,7 @@ def handlers_of(averager_type) -> list:
 
 def test_step_cancellation_marks_the_step_before_it_wakes_the_averager():
     hivemind_fixes.apply()
+    trigger, wake = MPFuture(), MPFuture()  # before a step: hivemind cannot do with one as a process' first future
     step = StepControl(
         scheduled_time=get_dht_time() + 10,
         deadline=get_dht_time() + 60,
@@ -824,7 +825,6 @@ def test_step_cancellation_marks_the_step_before_it_wakes_the_averager():
 
         return record
 
-    trigger, wake = MPFuture(), MPFuture()
     trigger.cancel = recording("trigger", trigger.cancel)
     wake.set_result = recording("wake", wake.set_result)
     step.attach(trigger, wake)
