@@ -21,7 +21,11 @@ from tests.test_readme import TOO_LARGE, normalise, read_blocks, split_commands
 pytestmark = pytest.mark.swarm
 
 # (page that starts a swarm, page that joins it)
-PAGES = [("README.md", "README.md"), ("docs/swarm.md", "docs/join.md"), ("docs/ru/operator.md", "docs/ru/volunteer.md")]
+PAGES = [
+    ("README.md", "README.md"),
+    pytest.param("docs/swarm.md", "docs/join.md", marks=pytest.mark.slow),
+    ("docs/ru/operator.md", "docs/ru/volunteer.md"),
+]
 SHORT = """
 --target_batch_size 4 --per_device_train_batch_size 2 --initial_sequence_length 32 --max_sequence_length 32
 --total_steps 1000 --warmup_steps 1 --next_chunk_timeout 60 --averaging_timeout 150 --output_dir outputs
@@ -58,7 +62,9 @@ def start(name: str, script: str, arguments: list[str], folder: Path) -> LocalPe
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("page_that_starts", "page_that_joins"), PAGES, ids=[starts for starts, _ in PAGES])
+@pytest.mark.parametrize(
+    ("page_that_starts", "page_that_joins"), PAGES, ids=["README.md", "docs/swarm.md", "docs/ru/operator.md"]
+)
 def test_commands_of_the_pages_lead_to_an_averaged_epoch(tmp_path, page_that_starts, page_that_joins):
     for folder in ("texts", "heldout"):
         shutil.copytree(REPOSITORY / "demo" / "corpus", tmp_path / folder)
