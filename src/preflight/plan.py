@@ -20,6 +20,7 @@ from src.swarm.compression import EIGHT_BIT_THRESHOLD
 LONGEST_EPOCH, LONGEST_WITHOUT_LEARNING = 86_400.0, 3600.0  # seconds, beyond which there is a warning
 MOST_UNKNOWN = 0.01  # of the text's tokens; the same
 COMMON_EPOCH = 600.0  # seconds; what an epoch is suggested to take where it takes too long
+NOT_BEGUN = 1e-9  # samples a second: hivemind gives a trainer 1e-20 until its first local step
 NUM_POINTS = 500  # epochs at which a stretch of the schedule is looked at
 EIGHT_BIT, SIXTEEN_BIT = 1 + 4 / 4096, 2.0  # bytes of a value on its way: a code, and a scale for each 4096; float16
 
@@ -217,7 +218,7 @@ class Clock:
         self.full = settings["max_sequence_length"]
         # samples a second as if all were of full length
         self.own = 0.0 if now.pace is None else now.pace.samples_per_second * now.pace.length / self.full
-        if now.others_per_second is None:
+        if now.others_per_second is None or now.others_per_second < NOT_BEGUN:
             self.others = self.own * (now.num_trainers - now.is_trainer)
         else:
             self.others = now.others_per_second * self.length(now.epoch) / self.full

@@ -253,3 +253,13 @@ def test_the_command_is_a_module():
     command = [sys.executable, "-m", "src.preflight", "plan", "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
     assert "--samples_per_second" in done.stdout
+
+
+def test_trainers_that_have_not_begun_to_compute_tell_no_pace():
+    """hivemind gives them 1e-20 samples a second."""
+    plan = planned(num_trainers=2, others_per_second=1e-20, why_no_pace="follows")
+    assert (plan.swarm_samples_per_second, plan.epoch_seconds) == (None, None) and plan.pace_lines()[0][
+        10:
+    ] == "follows"
+    assert "length of an epoch" not in warned(plan)
+    assert planned(num_trainers=2, others_per_second=1e-20, pace=pace(10.0)).swarm_samples_per_second == 20.0
