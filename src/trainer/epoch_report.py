@@ -157,6 +157,10 @@ def describe_incomplete(averaging_round) -> str:
     )
 
 
+# in the errors of a call whose other end is gone
+LOST = ("ControlFailure", "P2PHandlerError", "P2PDaemonError", "Connection", "BrokenPipe", "Incomplete")
+
+
 def explain(reason: str) -> str:
     """What an error between this peer and another one means, and what its owner can do; unknown ones stay as they are.
 
@@ -176,8 +180,6 @@ def explain(reason: str) -> str:
         return f"{name} gave the round up"
     if "parts, but we expected" in error:
         return f"{name} ended in the middle of the round"
-    if any(
-        known in error for known in ("ControlFailure", "P2PHandlerError", "P2PDaemonError", "Connection", "Incomplete")
-    ):
+    if any(known in error for known in LOST):
         return f"lost the connection to {name}; it ended, or the network failed"
     return reason

@@ -822,6 +822,7 @@ PEER = "QmXNjm5MtCwkQxkgxw4AVx3DVPZEmERqvsBixoj4ePPYKd"
         (f"Caught AllreduceException('{PEER} sent BAD_GROUP_ID') when communicating to {PEER}", "shorten local steps"),
         (f"Caught AllreduceException('peer {PEER} sent 0 parts, but we expected 1') when communicating to {PEER}",
          "ended in the middle of the round"),
+        (f"Caught BrokenPipeError(32, 'Broken pipe') when communicating to {PEER}", "lost the connection to peer"),
         (f"Caught ControlFailure('Connect failed. msg=failed to dial') when communicating to {PEER}",
          "lost the connection to peer ...ePPYKd"),
         ("left out 2 of 2 parts of 12D3: not finite", "left out 2 of 2 parts of 12D3: not finite"),
