@@ -27,6 +27,8 @@ def quiet_libraries(*told: str) -> None:
 
     transformers_logging.disable_progress_bar()
     if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
+        os.environ["HIVEMIND_LOGLEVEL"] = "CRITICAL"  # read when it is imported
+        os.environ.setdefault("GOLOG_LOG_LEVEL", "INFO")  # p2pd would get the same, and not say why it does not start
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 

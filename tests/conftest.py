@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from src.process.sockets import is_abandoned
+from tests import warm_start
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
@@ -89,6 +90,14 @@ def shut_down_patiently(shutdown):
         shutdown(node)
 
     return shut_down
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scripts_start_warm(temporary_directory):
+    """Also those that `src.process.local_swarm` starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        warm_start.install(patch)
+        yield
 
 
 _seen: set[Path] = set()

@@ -377,43 +377,6 @@ def prediction_cases() -> list[Case]:
 CASES = [*own_run_cases(), *trainer_cases(), *auxiliary_cases(), *finetuning_cases(), *prediction_cases()]
 
 
-# Runs a script once for each case, in a fork of a program that has imported the libraries, which takes seconds.
-WARM = """
-import gc, json, os, runpy, signal, sys, time
-import torch, transformers, hivemind, datasets, bitsandbytes, huggingface_hub
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
-import src.trainer.callback, src.auxiliary.checkpoints, src.auxiliary.uploader, tasks.mlm.task, tasks.evaluation
-gc.freeze()
-for script, arguments, folder, environment in json.load(sys.stdin):
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        os.chdir(folder)
-        os.environ.update(environment)
-        for descriptor, name in ((1, "stdout.log"), (2, "stderr.log")):
-            os.dup2(os.open(os.path.join("..", name), os.O_CREAT | os.O_WRONLY), descriptor)
-        sys.argv = [script, *arguments]
-        code = 0
-        try:
-            runpy.run_path(script, run_name="__main__")
-        except SystemExit as stop:
-            code = stop.code
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # taking an interpreter with all these libraries apart takes longer than the case itself
-    give_up_at, ended, status = time.monotonic() + 60, 0, 0
-    while not ended and time.monotonic() < give_up_at:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.01)
-    if not ended:  # the input was accepted: the program works, or hangs
-        os.kill(pid, signal.SIGTERM)
-        status = os.waitpid(pid, 0)[1]
-    code = os.waitstatus_to_exitcode(status)
-    with open(os.path.join(folder, "..", "code.log"), "w") as file:
-        file.write(str(code))
-"""
-
-
 def prepare(case: Case, folder: Path, address: str) -> list[str]:
     """Write the case's files; returns its arguments."""
     folder.mkdir(parents=True)
@@ -451,22 +414,27 @@ def outcomes(request, tmp_path_factory):
         taken.listen()
         address = f"/ip4/127.0.0.1/tcp/{taken.getsockname()[1]}"
         folders = {case.id: root / str(number) / "here" for number, case in enumerate(cases)}
-        orders, before = [], {}
-        for case in cases:
+        before = {}
+
+        def run(case: Case) -> tuple[int, str, str]:
             arguments = prepare(case, folders[case.id], address)
             before[case.id] = contents(folders[case.id])
-            orders.append((str(REPOSITORY / case.script), arguments, str(folders[case.id]), case.environment))
-
-        def run(some_orders) -> None:
-            subprocess.run([sys.executable, "-c", WARM], input=json.dumps(some_orders), text=True, check=True,
-                           timeout=900, env={**os.environ, **environment})  # fmt: skip
+            with subprocess.Popen(
+                [sys.executable, str(REPOSITORY / case.script), *arguments], cwd=folders[case.id], text=True,
+                env={**os.environ, **environment, **case.environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            ) as program:  # fmt: skip
+                try:
+                    out, err = program.communicate(timeout=180)
+                except subprocess.TimeoutExpired:  # the input was accepted: the program works, or hangs
+                    program.terminate()
+                    out, err = program.communicate()
+            return program.returncode, out, err
 
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(run, [orders[start::4] for start in range(4)]))
+            done = dict(zip(folders, pool.map(run, cases), strict=True))
     found = {}
     for key, folder in folders.items():
-        code, out, err = ((folder.parent / f"{name}.log").read_text() for name in ("code", "stdout", "stderr"))
-        found[key] = int(code), out, err, before[key], contents(folder)
+        found[key] = *done[key], before[key], contents(folder)
     return found, address, root
 
 

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from arguments import AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
+from tests import warm_start
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT = 240
@@ -24,7 +25,7 @@ SMALL = [
 def run(script: str, arguments: list, folder: Path) -> subprocess.CompletedProcess:
     """Run a script in ``folder``; its processes are recognised by a variable in their environment."""
     folder.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCRIPTS_TEST": str(folder)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SCRIPTS_TEST": str(folder), warm_start.COLD: "1"}
     command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
 

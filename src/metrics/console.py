@@ -88,12 +88,12 @@ class Progress:
         left = max(0.0, progress.eta_next_epoch - get_dht_time())
         shown = f"epoch {epoch + 1}: {progress.samples_accumulated} of {progress.target_batch_size} samples, "
         shown += counted(max(1, progress.num_peers), "peer")
-        remaining = f"{format_seconds(left)} left" if left < 1e9 else "? left"
+        remaining = f", {format_seconds(left)} left" if left < 1e9 else ""
         if self.live:
-            print(f"\r\033[K{shown}, {remaining}", end="", file=self.stream, flush=True)
+            print(f"\r\033[K{shown}{remaining}", end="", file=self.stream, flush=True)
         else:
-            speed = tracker.samples_per_second if tracker.samples_per_second > SLOWEST else 0.0
-            self._write(f"{shown}, {rate(speed)}, {remaining}{self._end(epoch, total_epochs, left, tracker)}")
+            speed = f", {rate(tracker.samples_per_second)}" if tracker.samples_per_second > SLOWEST else ""
+            self._write(f"{shown}{speed}{remaining}{self._end(epoch, total_epochs, left, tracker)}")
 
     def _end(self, epoch: int, total_epochs: int, left: float, tracker) -> str:
         """When the run ends, by the epochs so far or, before there are enough, by the trainers' speed."""

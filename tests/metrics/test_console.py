@@ -70,7 +70,7 @@ def test_console_progress_is_not_redrawn_too_often():
     assert progress.stream.getvalue().count("epoch 4") == 1
 
 
-@pytest.mark.parametrize(("num_peers", "eta", "expected"), [(0, float("inf"), "1 peer, ? left"),
+@pytest.mark.parametrize(("num_peers", "eta", "expected"), [(0, float("inf"), "samples, 1 peer"),
                                                             (1, 0.0, "1 peer, 0 s left")])  # fmt: skip
 def test_console_progress_knows_what_it_does_not_know(num_peers, eta, expected):
     optimizer, progress = optimizer_in_epoch_3(), Progress(Terminal(), refresh_seconds=0.0)
@@ -105,6 +105,16 @@ def test_console_progress_in_a_file_is_a_line_a_minute(clock):
     assert first.startswith(
         "epoch 4: 40 of 64 samples, 2 peers, 12.0/s, 30 s left; at this pace the run ends 2027-01-15 "
     )
+
+
+def test_console_progress_in_a_file_names_no_rate_before_there_is_one(clock):
+    progress, optimizer = Progress(io.StringIO()), optimizer_in_epoch_3()
+    optimizer.tracker.samples_per_second = 1e-9
+    optimizer.tracker.global_progress.eta_next_epoch = float("inf")
+    Pulse(progress, optimizer, total_epochs=80, stop=None)
+    clock.seconds += 3600
+    update(progress, optimizer)
+    assert progress.stream.getvalue() == "epoch 4: 40 of 64 samples, 2 peers\n"
 
 
 def test_console_lines_of_epochs_make_up_for_those_within(clock):
@@ -193,8 +203,9 @@ def test_console_epoch_line_claims_no_averaging_that_was_not_complete(rounds):
 
 
 def test_console_silences_libraries_but_not_this_project(monkeypatch):
-    monkeypatch.delenv("HIVEMIND_LOGLEVEL", raising=False)
-    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    for variable in ("HIVEMIND_LOGLEVEL", "GOLOG_LOG_LEVEL", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
     names = ("transformers", "accelerate", "datasets", "bitsandbytes", "torch", "hivemind", "asyncio")
     levels = {name: logging.getLogger(name).level for name in names}
     try:
@@ -220,16 +231,18 @@ def test_console_leaves_hivemind_to_its_own_switch(monkeypatch):
 
 
 @pytest.mark.parametrize(("verbosity", "times"), [(None, 0), ("warning", 1)])
-def test_console_shows_what_the_hub_libraries_retry_at_most_once(verbosity, times):
+def test_console_shows_what_libraries_say_at_most_once(verbosity, times):
     code = (
         "from src.console import quiet_libraries; import logging; quiet_libraries()\n"
         "import datasets, huggingface_hub\n"
         "logging.getLogger('huggingface_hub.utils._http').warning('Retrying in 1s [Retry 1/5].')\n"
         "logging.getLogger('datasets.utils.file_utils').warning('Retrying in 5sec [1/20]')\n"
+        "from hivemind.utils.logging import get_logger; get_logger('hivemind.p2p').info('[Checking')\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("VERBOSITY")}
+    kept = [name for name in os.environ if not name.endswith("VERBOSITY") and name != "HIVEMIND_LOGLEVEL"]
+    environment = {name: os.environ[name] for name in kept}
     environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     if verbosity is not None:
-        environment |= {"DATASETS_VERBOSITY": verbosity, "HF_HUB_VERBOSITY": verbosity}
+        environment |= {"DATASETS_VERBOSITY": verbosity, "HF_HUB_VERBOSITY": verbosity, "HIVEMIND_LOGLEVEL": "INFO"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert [done.stderr.count(f"[{kind}") for kind in ("Retry 1/5", "1/20")] == [times] * 2
+    assert [done.stderr.count(f"[{kind}") for kind in ("Retry 1/5", "1/20", "Checking")] == [times] * 3
