@@ -262,7 +262,7 @@ class AuxiliaryPeerArguments(PeerArguments):
     )
     eval_pairs_each: int = option(
         10,
-        "Pairs of each paradigm for that, always the same ones. A pair takes as long as some 40 sentences of text.",
+        "Pairs of each paradigm for that, always the same ones. A pair takes as long as some 13 sequences of text.",
         topic=SERVICE,
     )
     report_interval: float = option(

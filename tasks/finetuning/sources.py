@@ -58,9 +58,9 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
 def read_csv(
     path: Path, columns: tuple[str, ...], *, others: bool = False, ends_in_line_break: bool = True
 ) -> list[tuple[str, dict]]:
-    """(place for error messages, row) of each data row that is not blank.
+    """(place for error messages, row) of each data row; the header must be exactly the given columns.
 
-    The header must be exactly the given columns; with ``others`` it may hold more, in any order.
+    With ``others`` it may hold more, in any order, and blank lines are passed over.
     A last line without a line break is an error unless it is allowed: cut off inside a sentence, it would look whole.
     """
     text = open_text(path)
@@ -74,7 +74,7 @@ def read_csv(
             raise ValueError(f"{path}:1: wrong columns {','.join(header)!r}, expected {','.join(columns)!r}{more}")
         first_line = reader.line_num + 1  # a quoted field may run over several lines
         for values in reader:
-            if values and len(values) != len(header):
+            if len(values) != len(header) and (values or not others):
                 raise ValueError(f"{path}:{first_line}: {len(values)} values in a row of {len(header)} columns")
             if values:
                 rows.append((f"{path}:{first_line}", dict(zip(header, values, strict=True))))

@@ -117,7 +117,7 @@ class Experiment:
         path = self.directory / PAIRS_FILE
         self._take_from_twin(path)
         finished = read_finished(path)
-        missing = [pair for pair in self.pairs if pair.place not in finished]
+        missing = [pair for pair in self.pairs if pair.identity not in finished]
         print(
             f"{TASK}: {self.model}, {self.form} form, {len(self.pairs)} pairs of "
             f"{len({pair.paradigm for pair in self.pairs})} paradigms"
@@ -130,10 +130,10 @@ class Experiment:
             chunk = missing[start : start + PAIRS_AT_ONCE]
             scored = score_pairs(self.score, chunk)
             append_lines(path, *map(as_record, scored))
-            finished |= {one.pair.place: one.likelihoods for one in scored}
+            finished |= {one.pair.identity: one.likelihoods for one in scored}
             pace.add(chunk)
         pace.close()
-        return [ScoredPair(pair, finished[pair.place]) for pair in self.pairs]
+        return [ScoredPair(pair, finished[pair.identity]) for pair in self.pairs]
 
     def _take_from_twin(self, path: Path) -> None:
         """The mean form is made of the same scores as the sum form."""
@@ -147,15 +147,15 @@ def as_record(scored: ScoredPair) -> dict:
     """A line of pairs.jsonl; in the lists the grammatical sentence comes first."""
     return {
         "paradigm": scored.pair.paradigm,
-        "row": scored.pair.row,
         "id": scored.pair.id,
+        "pair": scored.pair.digest,
         "log_likelihood": [one.total for one in scored.likelihoods],
         "tokens": [one.num_tokens for one in scored.likelihoods],
     }
 
 
-def read_finished(path: Path) -> dict[tuple[str, int], tuple[Likelihood, Likelihood]]:
-    """By the pairs' places. A last line without a line break was cut off by a crash and does not count."""
+def read_finished(path: Path) -> dict[tuple[str, str], tuple[Likelihood, Likelihood]]:
+    """By the pairs' identities. A last line without a line break was cut off by a crash and does not count."""
     if not path.is_file():
         return {}
     finished = {}
@@ -165,7 +165,7 @@ def read_finished(path: Path) -> dict[tuple[str, int], tuple[Likelihood, Likelih
             record = json.loads(line)
             totals, numbers = map(float, record["log_likelihood"]), map(int, record["tokens"])
             first, second = (Likelihood(*one) for one in zip(totals, numbers, strict=True))
-            finished[str(record["paradigm"]), int(record["row"])] = first, second
+            finished[str(record["paradigm"]), str(record["pair"])] = first, second
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise InputError(
                 f"{path}:{number}: not the scores of a pair; remove the line, and the pair is scored again"

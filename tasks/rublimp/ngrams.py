@@ -24,6 +24,8 @@ class NGramModel:
     """Log-probabilities of sentences from left to right; their ends are not predicted, their beginnings are context."""
 
     def __init__(self, tokenizer, order: int):
+        if not tokenizer.is_fast:
+            raise ValueError(f"--tokenizer {tokenizer.name_or_path}: has no fast version; pass another one")
         self.tokenizer, self.order = raw_tokenizer(tokenizer), order
         self.vocabulary_size = len(tokenizer)
         self.base = self.vocabulary_size + 1  # the last id stands for what is before a sentence

@@ -37,10 +37,9 @@ PARADIGMS = (
 
 @dataclass(frozen=True)
 class Pair:
-    """A grammatical sentence and its twin; paradigm and row (counted from 1, without the header) tell pairs apart."""
+    """A grammatical sentence and its twin."""
 
     paradigm: str
-    row: int
     id: str
     level: str
     phenomenon: str
@@ -52,8 +51,13 @@ class Pair:
         return self.grammatical, self.ungrammatical
 
     @property
-    def place(self) -> tuple[str, int]:
-        return self.paradigm, self.row
+    def digest(self) -> str:
+        """The same wherever the pair stands in its file, and whatever id it has there."""
+        return hashlib.sha256("\n".join(self.texts).encode()).hexdigest()[:16]
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.paradigm, self.digest
 
 
 def read_pairs(data_dir: Path, *, pairs_each: int) -> list[Pair]:
@@ -93,7 +97,7 @@ def read_from_hub(paradigm: str) -> list[Pair]:
 
 def make_pairs(paradigm: str, rows: Iterable[tuple[str, Mapping]]) -> list[Pair]:
     pairs: list[Pair] = []
-    for number, (where, row) in enumerate(rows, 1):
+    for where, row in rows:
         lacking = [name for name in COLUMNS if not str(row.get(name) or "").strip()]
         if lacking:
             raise ValueError(f"{where}: {lacking[0]} is empty")
@@ -103,13 +107,13 @@ def make_pairs(paradigm: str, rows: Iterable[tuple[str, Mapping]]) -> list[Pair]
                 f"{where}: {level}, {phenomenon} in a paradigm that began as {pairs[0].level}, {pairs[0].phenomenon}"
             )
         sentences = row["source_sentence"], row["target_sentence"]
-        pairs.append(Pair(paradigm, number, str(row["id"]), level, phenomenon, *sentences))
+        pairs.append(Pair(paradigm, str(row["id"]), level, phenomenon, *sentences))
     return pairs
 
 
 def sample(pairs: Sequence[Pair], number: int) -> list[Pair]:
     """So many pairs of a paradigm, the same ones wherever they stand in the file; a larger sample holds a smaller."""
-    return sorted(pairs, key=lambda pair: hashlib.sha256("\n".join(pair.texts).encode()).digest())[:number]
+    return sorted(pairs, key=lambda pair: pair.digest)[:number]
 
 
 def missing_paradigms(pairs: Iterable[Pair]) -> list[str]:

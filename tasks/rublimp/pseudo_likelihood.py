@@ -202,4 +202,7 @@ class PseudoLikelihood:
         finally:
             if hook is not None:
                 hook.remove()
-        return logits[:, 0] if logits.shape[1] == 1 else logits[index, columns]
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        self.decoder = None
+        return logits[index, columns]

@@ -88,6 +88,18 @@ def test_interrupted_run_goes_on_after_the_last_whole_line(run, asked, capsys):
     assert "pairs.jsonl:1: not the scores of a pair; remove the line" in capsys.readouterr().err
 
 
+def test_scores_stay_those_of_their_pairs_when_the_file_is_sorted_anew(run, asked, pairs_dir):
+    assert run() == 0
+    path = run_directory() / "paradigms.csv"
+    before = path.read_bytes()
+    for file in (pairs_dir / "RuBLiMP").glob("*.csv"):
+        header, *lines = file.read_text(encoding="utf-8").splitlines()
+        file.write_text("\n".join([header, *lines[::-1], ""]), encoding="utf-8")
+    asked.clear()
+    assert run() == 0 and asked == [] and path.read_bytes() == before
+    assert len(Ledger(Path("runs/runs.jsonl")).rows()) == 1
+
+
 def test_interrupt_keeps_what_is_done(run, asked, monkeypatch, capsys):
     lines, append = [], experiment.append_lines
 

@@ -8,9 +8,9 @@ from tasks.rublimp.pseudo_likelihood import Likelihood
 from tasks.rublimp.results import ScoredPair, wilson_interval
 
 
-def scored(first: tuple, second: tuple, *, paradigm="a", level="Syntax", phenomenon="P", row=1) -> ScoredPair:
+def scored(first: tuple, second: tuple, *, paradigm="a", level="Syntax", phenomenon="P") -> ScoredPair:
     """likelihoods: (sum, tokens)"""
-    return ScoredPair(Pair(paradigm, row, "1", level, phenomenon, "x", "y"), (Likelihood(*first), Likelihood(*second)))
+    return ScoredPair(Pair(paradigm, "1", level, phenomenon, "x", "y"), (Likelihood(*first), Likelihood(*second)))
 
 
 @pytest.mark.parametrize(
