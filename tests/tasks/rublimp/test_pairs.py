@@ -1,5 +1,6 @@
 """Paradigm files are read right, whatever wrote them, or refused with their line."""
 
+import dataclasses
 import random
 
 import datasets
@@ -68,6 +69,8 @@ def test_sample_is_fixed_wherever_the_pairs_stand_and_a_larger_one_holds_a_small
     assert shuffled != pairs
     assert sample(shuffled, 2) == sample(pairs, 2) == sample(pairs, 3)[:2] == sample(sample(pairs, 3), 2)
     assert len(sample(pairs, 1000)) == 3
+    numbered_anew = [dataclasses.replace(pair, id=str(number)) for number, pair in enumerate(pairs[::-1])]
+    assert [pair.texts for pair in sample(numbered_anew, 3)] == [pair.texts for pair in sample(pairs, 3)]
 
 
 def test_paradigms_that_are_not_there_are_named_and_unknown_ones_welcome(pairs_dir):

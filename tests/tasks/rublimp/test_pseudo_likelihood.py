@@ -54,9 +54,10 @@ def test_same_tokens_have_the_same_score_to_the_last_bit(demo_tokenizer):
     texts = [TEXTS[1], TEXTS[1].replace(" ", "  ")]
     ids = [encode(demo_tokenizer, text, by_word=False).inputs["input_ids"] for text in texts]
     assert ids[0] == ids[1], "else this test says nothing"
-    score = PseudoLikelihood(make_model("LeanAlbert", demo_tokenizer), demo_tokenizer, tokens_at_once=64)
-    first, second, _ = score([*texts, TEXTS[3]])
-    assert first == second
+    model, seen = make_model("LeanAlbert", demo_tokenizer), []
+    model.get_output_embeddings().register_forward_hook(lambda module, given, out: seen.append(len(out)))
+    first, second, third = PseudoLikelihood(model, demo_tokenizer, tokens_at_once=64)([*texts, TEXTS[3]])
+    assert first == second and sum(seen) == first.num_tokens + third.num_tokens, "computed once, whatever the batches"
 
 
 @pytest.mark.parametrize(
