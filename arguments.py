@@ -255,6 +255,16 @@ class AuxiliaryPeerArguments(PeerArguments):
         "Held-out text, written as --dataset_sources: each stored checkpoint is scored on it, beside the averaging.",
         topic=SERVICE,
     )
+    eval_pairs: str | None = option(
+        None,
+        "Directory that holds RuBLiMP/PARADIGM.csv: each stored checkpoint is asked which sentences are grammatical.",
+        topic=SERVICE,
+    )
+    eval_pairs_each: int = option(
+        10,
+        "Pairs of each paradigm for that, always the same ones. A pair takes as long as some 13 sequences of text.",
+        topic=SERVICE,
+    )
     report_interval: float = option(
         120.0, "Seconds between two writes of report.html, beside metrics.jsonl.", topic=FILES
     )
@@ -270,10 +280,11 @@ class AuxiliaryPeerArguments(PeerArguments):
         if self.client_mode:
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
         check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
-                       "report_interval")  # fmt: skip
+                       "eval_pairs_each", "report_interval")  # fmt: skip
         check_range(self, 0, math.inf, "eval_margin")
-        if self.eval_sources and not self.store_checkpoints:
-            raise ValueError("--eval_sources needs --store_checkpoints: stored checkpoints are what is scored")
+        for flag, given in (("eval_sources", self.eval_sources), ("eval_pairs", self.eval_pairs)):
+            if given and not self.store_checkpoints:
+                raise ValueError(f"--{flag} needs --store_checkpoints: stored checkpoints are what is scored")
         if self.upload_interval is not None:
             check_positive(self, "upload_interval")
         given = self.upload_interval is not None, self.repo_url is not None

@@ -19,7 +19,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.console import quiet_libraries
 
     quiet_libraries()  # before they are loaded
-    from src.auxiliary.build import build, check
+    from src.auxiliary.build import MakeScorers, build, check
     from src.auxiliary.monitor import Watch
     from src.metrics.console import Progress, Pulse
     from src.metrics.history import read_history
@@ -32,8 +32,10 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.swarm.reconnect import KeepInTouch
     from tasks.mlm import task
     from tasks.mlm.evaluate import checkpoint_scorer
+    from tasks.rublimp.checkpoints import pair_scorer
 
     parser = ArgumentParser(AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
+    make_scorers = MakeScorers(held_out=checkpoint_scorer, pairs=pair_scorer)
     alone = not set(sys.argv[1:]) - {"--check"}  # without a word on the run: the demo's
     words = parser.read_files([*(["@demo/aux.args"] if alone else []), *sys.argv[1:]])
     peer, given = parser.parse_first(words)
@@ -43,7 +45,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
             code = 2
             if entry is not None:
                 parsed = parser.parse_run([*entry.words, *words])
-                code = check(*parsed, task=task, make_scorer=checkpoint_scorer, say=progress.say)
+                code = check(*parsed, task=task, make_scorers=make_scorers, say=progress.say)
         leave_at_once(code)
     may_restart = may_start_again(peer.restart)
     try:
@@ -57,7 +59,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
                 training,
                 entry=entry,
                 task=task,
-                make_scorer=checkpoint_scorer,
+                make_scorers=make_scorers,
                 progress=progress,
                 stop=stop,
             )

@@ -172,8 +172,8 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def append_line(path: Path, record: dict) -> None:
-    """Add a record to a file of JSON lines: on disk, whole, when this returns. One that a crash cut off is dropped."""
+def append_lines(path: Path, *records: dict) -> None:
+    """Add records to a file of JSON lines: on disk, whole, when this returns. One that a crash cut off is dropped."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
@@ -183,7 +183,7 @@ def append_line(path: Path, record: dict) -> None:
             logger.info("%s cannot be locked (%s): write to it with one program at a time", path, error.strerror)
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.write(b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
         file.flush()
         os.fsync(file.fileno())
 

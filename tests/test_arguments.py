@@ -62,6 +62,8 @@ DEFAULTS = {
         "eval_sources": [],
         "eval_batches": 16,
         "eval_margin": 0.1,
+        "eval_pairs": None,
+        "eval_pairs_each": 10,
         "report_interval": 120.0,
         "run_datasets": [],
     },
@@ -397,6 +399,9 @@ AUXILIARY_CONTRADICTIONS = {
     "--run_id a --refresh_period 0": "--refresh_period must be positive",
     "--run_id a --assist_refresh 0": "--assist_refresh must be positive",
     "--run_id a --save_checkpoint_epoch_interval 0": "--save_checkpoint_epoch_interval must be positive",
+    "--run_id a --eval_pairs data": "--eval_pairs needs --store_checkpoints",
+    "--run_id a --eval_sources a.txt": "--eval_sources needs --store_checkpoints",
+    "--run_id a --eval_pairs_each 0": "--eval_pairs_each must be positive",
     "--run_id a --eval_margin -1": "--eval_margin -1.0: must not be negative",
     "--run_id a --dataset_sources x": "unknown arguments: --dataset_sources x",
 }

@@ -235,6 +235,7 @@ def auxiliary_cases() -> list[Case]:
         ("checkpoint is a file", "--run_id r --store_checkpoints --local_path mine", ("--local_path", "mine"),
          {"mine": ""}),
         ("no held-out text", "--run_id r --store_checkpoints --eval_sources none.txt", ("none.txt", "no such file")),
+        ("no pairs", "--run_id r --store_checkpoints --eval_pairs none", ("none", "no such directory")),
     ]  # fmt: skip
     return [Case("run_aux_peer.py", name, SMALL + arguments, words, *rest) for name, arguments, words, *rest in rows]
 

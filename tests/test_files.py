@@ -142,10 +142,10 @@ def test_file_that_its_check_refuses_is_not_put_in_place(tmp_path):
 
 def test_lines_are_added_whole_after_one_that_was_cut_off(tmp_path):
     path = tmp_path / "lines.jsonl"
-    files.append_line(path, {"a": "ё"})
+    files.append_lines(path, {"a": "ё"})
     with path.open("ab") as file:
         file.write(b'{"a": ')
-    files.append_line(path, {"a": 2})
+    files.append_lines(path, {"a": 2})
     assert [value for _, value in files.read_json_lines(path)] == [{"a": "ё"}, {"a": 2}]
 
 

@@ -1,7 +1,6 @@
 """Put an auxiliary peer together: the model comes from its task, all else from here.
 
-``peer``, ``collaboration`` and ``training`` are the parsed arguments of `run_aux_peer.py`; ``task`` is `tasks.mlm.task`
-and ``make_scorer`` is `tasks.mlm.evaluate.checkpoint_scorer`, or something with the same arguments.
+``peer``, ``collaboration`` and ``training``: the parsed arguments of `run_aux_peer.py`; ``task``: `tasks.mlm.task`.
 """
 
 import threading
@@ -33,6 +32,24 @@ from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_st
 from src.swarm.run_card import make_run_card
 
 
+@dataclass(frozen=True)
+class MakeScorers:
+    """`tasks.mlm.evaluate.checkpoint_scorer` and `tasks.rublimp.checkpoints.pair_scorer`, or what has their arguments:
+    each reads its data, and makes a function that scores a checkpoint's directory."""
+
+    held_out: Callable
+    pairs: Callable
+
+    def of(self, peer: AuxiliaryPeerArguments, tokenizer, *, num_batches: int) -> tuple[Callable | None, ...]:
+        """The two scorers, as far as the peer's flags ask for them."""
+        held_out = pairs = None
+        if peer.eval_sources:
+            held_out = self.held_out(tokenizer, peer.eval_sources, num_batches=num_batches)
+        if peer.eval_pairs:
+            pairs = self.pairs(tokenizer, peer.eval_pairs, pairs_each=peer.eval_pairs_each)
+        return held_out, pairs
+
+
 @dataclass
 class AuxiliaryProgram:
     """All that a running auxiliary peer consists of; ``threads`` are to be started."""
@@ -51,7 +68,7 @@ def check(
     training: HFTrainerArguments,
     *,
     task,
-    make_scorer: Callable,
+    make_scorers: MakeScorers,
     say: Callable[[str], None],
 ) -> int:
     """Test this machine's set-up without joining the run; returns the exit code."""
@@ -68,7 +85,7 @@ def check(
         )
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
-    reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size)
+    reads_data, workload = bool(peer.eval_sources or peer.eval_pairs), Workload(training.min_8bit_size)
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
@@ -77,7 +94,7 @@ def check(
         workload=workload,
         build_model=lambda: task.build_model(peer, seed=training.seed),
         make_card=partial(make_run_card, settings=settings, trainer=False),
-        read_data=(lambda tokenizer: make_scorer(tokenizer, peer.eval_sources, num_batches=1)) if reads_text else None,
+        read_data=partial(make_scorers.of, peer, num_batches=1) if reads_data else None,
         check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         plan=plan,
         fastest=collaboration.target_batch_size,
@@ -92,7 +109,7 @@ def build(
     *,
     entry: Entry,
     task,
-    make_scorer: Callable,
+    make_scorers: MakeScorers,
     progress: Progress,
     stop: threading.Event,
 ) -> AuxiliaryProgram:
@@ -111,7 +128,7 @@ def build(
     node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=False, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
-    evaluate = make_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
+    evaluate, judge_pairs = make_scorers.of(peer, tokenizer, num_batches=peer.eval_batches)
     swarm, journal = start_averaging(
         node,
         model,
@@ -138,9 +155,9 @@ def build(
         if store.last_epoch > 0:
             progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")
         notice = CheckpointNotice(store, swarm.dht, peer.run_id, swarm.public_key, stop=stop)
-        if evaluate is not None:
+        if evaluate is not None or judge_pairs is not None:
             evaluator = Evaluator(
-                store, evaluate, margin=peer.eval_margin, journal=journal, progress=progress, stop=stop
+                store, evaluate, judge_pairs, margin=peer.eval_margin, journal=journal, progress=progress, stop=stop
             )
         if peer.repo_url:
             uploader = make_uploader(peer, store, metrics=journal.path, progress=progress, stop=stop)

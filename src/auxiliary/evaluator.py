@@ -1,36 +1,50 @@
-"""Scores of stored checkpoints on held-out text."""
+"""Scores of stored checkpoints on held-out text, and on pairs of sentences of which one is grammatical."""
 
+import contextlib
 import logging
 import math
 import os
 import shutil
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from src.auxiliary.checkpoints import CheckpointStore, refuse_foreign_directory
 from src.files import replaced_directory
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, records_in
-from src.metrics.records import HeldOut, read_record
+from src.metrics.records import HeldOut, MinimalPairs, read_record
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+Scorer = Callable[[Path], dict[str, float]]  # of a checkpoint's directory
 
 
 class Evaluator(threading.Thread):
-    """Scores each stored checkpoint on held-out text, in the background and with low priority.
+    """Scores each stored checkpoint, in the background and with low priority.
 
-    ``evaluate(folder)`` gives the scores by name. When checkpoints come faster than scores, some are passed over. The
-    best one is kept next to the newest; one whose loss is more than ``margin`` nats above the best is named.
+    ``evaluate(folder)`` gives the scores on held-out text by name, ``judge_pairs(folder)`` those on minimal pairs; one
+    of them may be None. When checkpoints come faster than scores, some are passed over. The one with the best held-out
+    loss is kept next to the newest; one whose loss is more than ``margin`` nats above the best is named.
     """
 
-    def __init__(self, store: CheckpointStore, evaluate, *, margin: float, journal: Journal, progress: Progress, stop):
+    def __init__(
+        self,
+        store: CheckpointStore,
+        evaluate: Scorer | None,
+        judge_pairs: Scorer | None = None,
+        *,
+        margin: float,
+        journal: Journal,
+        progress: Progress,
+        stop,
+    ):
         super().__init__(name="evaluator", daemon=True)
         self.best_path, self.margin = store.path.with_name(f"{store.path.name}-best"), margin
         refuse_foreign_directory(self.best_path)  # it will be replaced as a whole
         self.best_loss, self.best_epoch = best_score(journal)  # of an earlier start, too
-        self.store, self.evaluate = store, evaluate
+        self.store, self.evaluate, self.judge_pairs = store, evaluate, judge_pairs
         self.journal, self.progress, self.stop = journal, progress, stop
         self.scored_epoch = 0
 
@@ -43,20 +57,40 @@ class Evaluator(threading.Thread):
     def score(self) -> None:
         """Score the newest checkpoint; a failure is reported and the next checkpoint gets its turn."""
         folder, epoch = self.store.path.with_name(f".{self.store.path.name}.held_out"), self.store.last_epoch
-        try:
+        with self._going_on("scores", epoch):
             epoch = self.store.snapshot(folder)
-            scores = self.evaluate(folder)
-            self.journal.record(HeldOut(epoch=epoch, **scores))
-            self.progress.say(
-                f"epoch {epoch} on held-out text: masked-token loss {scores['loss']:.3f}, accuracy "
-                f"{scores['accuracy']:.1%}; sentence-order accuracy {scores['order_accuracy']:.1%}"
-            )
-            self._compare(folder, epoch, scores["loss"])
-        except Exception as error:  # whatever the data or the disk do, the peer goes on
-            self.progress.say(f"no held-out scores for epoch {epoch}: {error or repr(error)}")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            self.scored_epoch = epoch  # last: who waits for the scores may read them now
+            if self.evaluate is not None:
+                with self._going_on("held-out scores", epoch):
+                    self._take_held_out(folder, epoch, self.evaluate(folder))
+            if self.judge_pairs is not None:
+                with self._going_on("scores on minimal pairs", epoch):
+                    self._take_pairs(epoch, self.judge_pairs(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+        self.scored_epoch = epoch  # last: who waits for the scores may read them now
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str, epoch: int) -> Iterator[None]:
+        """Whatever the data or the disk do, the peer goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.progress.say(f"no {what} for epoch {epoch}: {error or repr(error)}")
+
+    def _take_held_out(self, folder: Path, epoch: int, scores: dict[str, float]) -> None:
+        self.journal.record(HeldOut(epoch=epoch, **scores))
+        self.progress.say(
+            f"epoch {epoch} on held-out text: masked-token loss {scores['loss']:.3f}, accuracy "
+            f"{scores['accuracy']:.1%}; sentence-order accuracy {scores['order_accuracy']:.1%}"
+        )
+        self._compare(folder, epoch, scores["loss"])
+
+    def _take_pairs(self, epoch: int, scores: dict[str, float]) -> None:
+        record = MinimalPairs(epoch=epoch, **scores)
+        self.journal.record(record)
+        self.progress.say(
+            f"epoch {epoch} on minimal pairs: {record.accuracy:.1%} of {record.num_pairs} right "
+            f"(95 % interval {record.low:.1%} to {record.high:.1%}; chance 50 %)"
+        )
 
     def _compare(self, folder: Path, epoch: int, loss: float) -> None:
         if loss < self.best_loss:

@@ -14,6 +14,8 @@ NUM_CURVE_ROWS = 12
 CURVE_FILE = "learning_curve.svg"
 LARGEST_NUMBER = 1e6  # of epochs and losses
 HELD_OUT_SCORES = {"loss": "loss of masked tokens, nats", "accuracy": "accuracy", "order_accuracy": "order accuracy"}
+LEVELS = ("morphology", "syntax", "semantics")  # of minimal pairs
+PAIRS_TASK = "RuBLiMP"  # in a ledger, the one task without fine-tuning
 GROUP_SEPARATOR = "/"  # in names of scores of a part of the records: "mcc/logic/Negation"
 LOADING = """```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
@@ -79,6 +81,16 @@ def held_out_curve(records: Sequence[Mapping]) -> list[Mapping]:
     return [scores[epoch] for epoch in sorted(scores)]
 
 
+def pairs_curve(records: Sequence[Mapping]) -> list[Mapping]:
+    """The auxiliary peer's scores on minimal pairs, by epoch; those without an accuracy are left out."""
+    scores = {}
+    for record in records:
+        values = {name: _number(record, name) for name in ("epoch", "accuracy", "low", "high", "num_pairs")}
+        if record.get("event") == "minimal_pairs" and None not in values.values():
+            scores[int(values["epoch"])] = values | {name: _number(record, name) for name in LEVELS}
+    return [scores[epoch] for epoch in sorted(scores)]
+
+
 def model_card(
     *, name: str, model, tokenizer, license_name: str | None, data: str | None, metrics: Sequence[Mapping],
     ledger: Sequence[Mapping], origin: str = "",
@@ -138,7 +150,20 @@ def _training_sections(metrics: Sequence[Mapping], data: str | None) -> list[str
         last = held_out[-1]
         rows = [(text, f"{last[key]:.3f}") for key, text in HELD_OUT_SCORES.items() if last[key] is not None]
         sections.append(f"## Held-out text\n\nAfter epoch {last['epoch']}:\n\n" + table(("score", "value"), rows))
+    pairs = pairs_curve(metrics)
+    if pairs:
+        sections.append(_pairs_section(pairs[-1]))
     return sections
+
+
+def _pairs_section(last: Mapping) -> str:
+    rows = [("all", f"{last['accuracy']:.3f} ({last['low']:.3f} to {last['high']:.3f})")]
+    rows += [(name, f"{last[name]:.3f}") for name in LEVELS if last[name] is not None]
+    said = (
+        f"After epoch {last['epoch']:.0f}, on {last['num_pairs']:.0f} pairs of RuBLiMP (arXiv 2406.19232): how often "
+        "the grammatical sentence has the lower pseudo-perplexity, with its 95 % interval. Chance is 0.5."
+    )
+    return f"## Minimal pairs\n\n{said}\n\n" + table(("level", "accuracy"), rows)
 
 
 def _benchmark_section(ledger: Sequence[Mapping]) -> list[str]:
@@ -153,6 +178,8 @@ def _benchmark_section(ledger: Sequence[Mapping]) -> list[str]:
     if not rows:
         return []
     note = "Scores on the dev set after fine-tuning, of the best epoch of each seed; mean ± deviation over seeds."
+    if PAIRS_TASK in newest:
+        note += f" {PAIRS_TASK}: shares of minimal pairs, without fine-tuning."
     return [f"## Benchmarks\n\n{note}\n\n" + table(("task", "dev scores", "seeds"), rows)]
 
 

@@ -60,6 +60,18 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class PairScore:
+    """Of a stored checkpoint on minimal pairs: the share that is right, and its 95 % interval."""
+
+    epoch: int
+    time: float
+    accuracy: float
+    low: float
+    high: float
+    num_pairs: int
+
+
+@dataclass(frozen=True)
 class Failure:
     """A round of averaging that was not complete: ``who`` reported it."""
 
@@ -91,6 +103,7 @@ class RunHistory:
         self.epochs: dict[int, Epoch] = {}
         self.peers: dict[str, Peer] = {}
         self.held_out: list[Scores] = []
+        self.pairs: list[PairScore] = []
         self.memory: list[tuple[float, records.MemoryUse]] = []  # with the time of each
         self.failures: deque[Failure] = deque(maxlen=KEPT_FAILURES)
         self.num_failures = self.last_checkpoint = 0
@@ -164,6 +177,11 @@ class RunHistory:
         scores = (record.loss, record.accuracy, record.order_accuracy)
         if None not in scores:
             self.held_out.append(Scores(record.epoch, time, *scores))
+
+    def _add_minimal_pairs(self, time: float, record: records.MinimalPairs) -> None:
+        shares = (record.accuracy, record.low, record.high)
+        if None not in shares:
+            self.pairs.append(PairScore(record.epoch, time, *shares, record.num_pairs))
 
     def _add_memory(self, time: float, record: records.MemoryUse) -> None:
         self.memory.append((time, record))

@@ -170,6 +170,22 @@ class HeldOut(Record):
 
 
 @dataclass(frozen=True)
+class MinimalPairs(Record):
+    """How often a stored checkpoint takes the grammatical sentence of a pair (RuBLiMP) for the likelier one."""
+
+    event: ClassVar[str] = "minimal_pairs"
+    epoch: int = 0
+    accuracy: float | None = None  # share of pairs; chance is a half
+    low: float | None = None  # of its 95 % interval
+    high: float | None = None
+    morphology: float | None = None  # the same share of a level's pairs
+    syntax: float | None = None
+    semantics: float | None = None
+    num_pairs: int = 0
+    num_paradigms: int = 0
+
+
+@dataclass(frozen=True)
 class Refusal(Record):
     """Something that another peer sent was not believed."""
 

@@ -85,6 +85,9 @@ def tiles(history: RunHistory) -> str:
         score = history.held_out[-1]
         shown.append((f"{score.loss:.3f}", f"on held-out text, epoch {score.epoch}"))
         shown.append((share(score.accuracy), "of held-out tokens predicted"))
+    if history.pairs:
+        score = history.pairs[-1]
+        shown.append((share(score.accuracy), f"of {score.num_pairs} minimal pairs right, epoch {score.epoch}"))
     if last is not None:
         shown.append((f"{last.num_peers}", "trainer" if last.num_peers == 1 else "trainers"))
         shown.append((short_number(last.samples_per_second), "samples per second"))
@@ -122,6 +125,16 @@ def charts(history: RunHistory) -> str:
             x_label="epoch",
             from_zero=True,
             format_y=lambda value: f"{value:.3g}" if value < 0.01 else f"{value:.0%}",
+        ),
+        line_chart(
+            "Minimal pairs: share right, with its 95 % interval",
+            [
+                Series("right", [(score.epoch, score.accuracy) for score in history.pairs], dots=True),
+                Series("low", [(score.epoch, score.low) for score in history.pairs]),
+                Series("high", [(score.epoch, score.high) for score in history.pairs]),
+            ],
+            x_label="epoch",
+            format_y=lambda value: f"{value:.0%}",
         ),
         line_chart("Sentence-order loss, nats", [Series("training", [(e.epoch, e.sop_loss) for e in epochs])],
                    x_label="epoch"),

@@ -95,6 +95,10 @@ class TerminalView(Progress):
             score = history.held_out[-1]
             lines.append(Text(f"held-out masked-token loss {score.loss:.3f}, accuracy {score.accuracy:.1%}; "
                               f"sentence-order accuracy {score.order_accuracy:.0%}; epoch {score.epoch}"))  # fmt: skip
+        if history.pairs:
+            score = history.pairs[-1]
+            lines.append(Text(f"minimal pairs: {score.accuracy:.1%} of {score.num_pairs} right "
+                              f"({score.low:.0%} to {score.high:.0%}); epoch {score.epoch}"))  # fmt: skip
         if last is not None:
             lines.append(Text(self._pace(history, last, now), style="dim"))
         of = f" of {history.total_epochs}" if history.total_epochs else ""

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from src.models import LeanAlbertConfig, LeanAlbertModel, load_tokenizer
+from src.models import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertModel, load_tokenizer
 from src.models.checkpoint import (
     check_size,
     encoder_weights,
@@ -32,12 +32,13 @@ DEMO = REPOSITORY / "demo"
 BACKUP_FILE = "backup.pth"
 # Parts of a path that say what kind of thing it is, not which model.
 GENERIC_NAMES = {"checkpoint", "aux", "trainer", "backup", "model", "outputs", ""}
+SENTENCE_ORDER = ("albert.pooler.", "sop_classifier.")  # parts of a checkpoint
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 MAX_NAMED_KEYS = 3
 LARGEST_MODEL = 2**36  # parameters of an encoder whose weights are still to be fetched
 WHAT_TO_PASS = (
     "pass -c CHECKPOINT (state.pth, a trainer's backup.pth or a directory), or -m MODEL (ruroberta-large, an id of the "
-    "Hugging Face hub, tfidf or majority)"
+    "Hugging Face hub, or a baseline)"
 )
 
 
@@ -62,6 +63,12 @@ class Pretrained:
         if isinstance(self.config, LeanAlbertConfig):
             return load_own_encoder(self.path, copy.deepcopy(self.config))
         return load_hub_encoder(self.path, copy.deepcopy(self.config))
+
+    def load_masked_model(self) -> nn.Module:
+        """A fresh copy of the model with its masked-LM head. Raises ValueError where there is none, or as `load`."""
+        if isinstance(self.config, LeanAlbertConfig):
+            return load_own_masked_model(self.path, copy.deepcopy(self.config))
+        return load_hub_model(self.path, copy.deepcopy(self.config), AutoModelForMaskedLM)
 
 
 def find_pretrained(
@@ -226,16 +233,35 @@ def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
     return backbone
 
 
+def load_own_masked_model(path: str, config: LeanAlbertConfig) -> nn.Module:
+    """A LeanALBERT with its masked-LM head, without what only the sentence-order objective needs."""
+    state_dict = read_state_dict(path)
+    build = functools.partial(LeanAlbertForMaskedLM, config)
+    check_size(build, state_dict, source=path)
+    model = build()
+    kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(SENTENCE_ORDER)}
+    load_strictly(model, kept, source=path)
+    return model
+
+
 def load_hub_encoder(path: str, config) -> nn.Module:
-    """The encoder of any masked model. Its keys must all be there, but for a pooler, which counts as a head here;
-    what else a checkpoint holds must belong to a head."""
-    with torch.device("meta"):
-        needed = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    """The encoder of any masked model."""
+    return load_hub_model(path, config, AutoModel)
+
+
+def load_hub_model(path: str, config, kind) -> nn.Module:
+    """A model of the hub, or of a directory: ``kind`` is AutoModel or one for a head. Its keys must all be there, but
+    for a pooler, which counts as a head here; what else a checkpoint holds must belong to another head."""
+    try:
+        with torch.device("meta"):
+            needed = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
+    except ValueError as error:  # transformers lists all families that it knows
+        raise ValueError(f"{path}: a model of the family {config.model_type} is no masked language model") from error
     files = weight_files(Path(path)) if Path(path).is_dir() else []
     most = 2 * sum(file.stat().st_size for file in files) + 2**20 if files else LARGEST_MODEL
     if needed > most:  # transformers would take the memory first, and then say that it does not fit
         raise ValueError(f"{path}: its config.json describes {needed:,} parameters, far more than its weights can be")
-    model, loading = AutoModel.from_pretrained(
+    model, loading = kind.from_pretrained(
         path,
         config=config,
         dtype=torch.float32,
@@ -244,7 +270,7 @@ def load_hub_encoder(path: str, config) -> nn.Module:
     )
     prefix = f"{model.base_model_prefix}."
     missing = [key for key in loading["missing_keys"] if not key.removeprefix(prefix).startswith("pooler.")]
-    own_parts = {name.split(".")[0] for name, _ in model.named_parameters()}
+    own_parts = {name.split(".")[0] for name, _ in model.base_model.named_parameters()}
     left_over = [key for key in loading["unexpected_keys"] if key.removeprefix(prefix).split(".")[0] in own_parts]
     left_over = [key for key in left_over if not key.endswith("position_ids")]  # a buffer of old releases
     problems = {"missing": missing, "unexpected": left_over, "of another shape": loading["mismatched_keys"]}

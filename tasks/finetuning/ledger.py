@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from src.files import append_line
+from src.files import append_lines
 
 LEDGER = "runs.jsonl"
 
@@ -37,7 +37,7 @@ class Ledger:
         return rows
 
     def append(self, row: dict) -> None:
-        append_line(self.path, row)
+        append_lines(self.path, row)
 
     def finished(self, key: str) -> dict[int, dict]:
         """The rows of all finished seeds of these settings, by seed."""

@@ -55,9 +55,12 @@ def read_json_lines(path: Path) -> list[tuple[str, dict]]:
     return entries
 
 
-def read_csv(path: Path, columns: tuple[str, ...], *, ends_in_line_break: bool = True) -> list[tuple[str, dict]]:
+def read_csv(
+    path: Path, columns: tuple[str, ...], *, others: bool = False, ends_in_line_break: bool = True
+) -> list[tuple[str, dict]]:
     """(place for error messages, row) of each data row; the header must be exactly the given columns.
 
+    With ``others`` it may hold more, in any order, and blank lines are passed over.
     A last line without a line break is an error unless it is allowed: cut off inside a sentence, it would look whole.
     """
     text = open_text(path)
@@ -65,13 +68,16 @@ def read_csv(path: Path, columns: tuple[str, ...], *, ends_in_line_break: bool =
     rows = []
     try:
         header = next(reader, [])
-        if tuple(header) != columns:
-            raise ValueError(f"{path}:1: wrong columns {','.join(header)!r}, expected {','.join(columns)!r}")
+        is_right = set(columns) <= set(header) and len(set(header)) == len(header) if others else header == [*columns]
+        if not is_right:
+            more = " (others may stand beside these)" if others else ""
+            raise ValueError(f"{path}:1: wrong columns {','.join(header)!r}, expected {','.join(columns)!r}{more}")
         first_line = reader.line_num + 1  # a quoted field may run over several lines
         for values in reader:
-            if len(values) != len(columns):
-                raise ValueError(f"{path}:{first_line}: {len(values)} values in a row of {len(columns)} columns")
-            rows.append((f"{path}:{first_line}", dict(zip(columns, values, strict=True))))
+            if len(values) != len(header) and (values or not others):
+                raise ValueError(f"{path}:{first_line}: {len(values)} values in a row of {len(header)} columns")
+            if values:
+                rows.append((f"{path}:{first_line}", dict(zip(header, values, strict=True))))
             first_line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: {error} (is the file cut off? download it again)") from error

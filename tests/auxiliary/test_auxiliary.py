@@ -547,6 +547,32 @@ def test_evaluator_goes_on_after_an_error(tmp_path):
     assert [record["epoch"] for record in read_journal(tmp_path / "metrics.jsonl")] == [12]
 
 
+PAIR_SCORES = {"accuracy": 0.625, "low": 0.5, "high": 0.75, "syntax": 0.7, "num_pairs": 380, "num_paradigms": 38}
+
+
+def test_evaluator_tells_of_minimal_pairs_alone_or_with_held_out_text_and_one_does_not_cost_the_other(tmp_path):
+    evaluator = make_evaluator(tmp_path, None)
+    evaluator.judge_pairs = lambda folder: PAIR_SCORES if (folder / "config.json").is_file() else None
+    evaluator.store.update(timeout=60.0)
+    evaluator.score()
+    (record,) = read_journal(tmp_path / "metrics.jsonl")
+    assert (record["event"], record["epoch"]) == ("minimal_pairs", 7) and PAIR_SCORES.items() <= record.items()
+    line = "epoch 7 on minimal pairs: 62.5% of 380 right (95 % interval 50.0% to 75.0%; chance 50 %)"
+    assert evaluator.progress.stream.getvalue() == f"{line}\n"
+
+    def fail(folder):
+        raise OSError("no space left")
+
+    evaluator.evaluate = fail
+    evaluator.score()
+    evaluator.evaluate, evaluator.judge_pairs = lambda folder: SCORES, fail
+    evaluator.score()
+    events = [record["event"] for record in read_journal(tmp_path / "metrics.jsonl")]
+    assert events == ["minimal_pairs", "minimal_pairs", "held_out"]
+    said = evaluator.progress.stream.getvalue()
+    assert "no held-out scores for epoch 7: no space" in said and "no scores on minimal pairs for epoch 7: no s" in said
+
+
 def score(evaluator, *, epoch: int, loss: float) -> str:
     """Stores and scores the state of an epoch; returns what was said about it, beside the scores."""
     evaluator.store.optimizer.state_averager.epoch_of_peers = epoch

@@ -228,6 +228,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_path):
     aux = [{"event": "swarm_epoch", "epoch": e, "mlm_loss": 7.0 - e / 100} for e in (1, 2, 300)]
     aux += [{"event": "held_out", "epoch": e, "loss": 5.0 - e, "accuracy": 0.25, "order_accuracy": 0.5} for e in (1, 2)]
+    pairs = {"event": "minimal_pairs", "low": 0.55, "high": 0.65, "syntax": 0.7, "semantics": None, "num_pairs": 450}
+    aux += [{**pairs, "epoch": 1, "accuracy": 0.5}, {**pairs, "epoch": 2, "accuracy": 0.6}, {**pairs, "epoch": 3}]
     arguments = ["--metrics", str(metrics), str(write_lines(tmp_path / "aux.jsonl", aux)), "--ledger", str(ledger)]
     arguments += ["--data", "Prose of the 19th century.", "--license", "apache-2.0", "--name", "org/lean"]
     assert main([str(checkpoint), str(tmp_path / "lean"), *arguments]) == 0
@@ -240,6 +242,8 @@ def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_pat
     assert "| `--target_batch_size` | 4096 |" in card and "min_learning_rate" not in card
     assert "| 1 | 6.990 |\n| 2 | 6.980 |\n| 300 | 4.000 |" in card, "the swarm's curve comes before one trainer's"
     assert "After epoch 2:" in card and "| loss of masked tokens, nats | 3.000 |" in card
+    assert "After epoch 2, on 450 pairs of RuBLiMP" in card and "without fine-tuning" not in card
+    assert "| all | 0.600 (0.550 to 0.650) |\n| syntax | 0.700 |\n" in card, "and no level without a score"
     assert "| RCB | f1 0.500 ± 0.354 | 2 |" in card, "the newest settings, mean and deviation over seeds"
     assert "| TERRa | accuracy 0.625 | 1 |" in card, "not the score of another model"
     picture = xml.etree.ElementTree.parse(tmp_path / "lean" / "learning_curve.svg").getroot()
@@ -250,11 +254,14 @@ def test_model_card_says_what_the_files_say(checkpoint, metrics, ledger, tmp_pat
 
 
 @pytest.mark.parametrize("odd", ["1e308", "NaN", "1" * 400, '"x"', "[]", "null", "0"])
-@pytest.mark.parametrize("field", ["epoch", "mlm_loss", "loss", "arguments", "dataset_sources"])
+@pytest.mark.parametrize(
+    "field", ["epoch", "mlm_loss", "loss", "arguments", "dataset_sources", "accuracy", "num_pairs"]
+)
 def test_model_card_leaves_out_what_no_run_can_have(checkpoint, tmp_path, odd, field):
     records = [{"event": "start", "arguments": {"dataset_sources": ["a.txt"], "seed": 1}}]
     records += [{"event": "epoch", "epoch": epoch, "mlm_loss": 4.0} for epoch in (1, 2)]
     records += [{"event": "held_out", "epoch": 2, "loss": 4.0}]
+    records += [{"event": "minimal_pairs", "epoch": 2, "accuracy": 0.6, "low": 0.5, "high": 0.7, "num_pairs": 9}]
     for record in (records[0], records[0]["arguments"], *records[2:]):
         record.update({field: "ODD"} if field in record else {})
     write_lines(tmp_path / "m.jsonl", records)

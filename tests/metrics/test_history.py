@@ -81,11 +81,12 @@ def test_history_forgets_epochs_that_are_done_again():
 @pytest.mark.parametrize(
     "record",
     [None, 7, [], {}, {"event": "swarm_epoch"}, {"event": "shares", "time": 1.0}, {"event": ["x"], "time": 1.0},
-     {"event": "peer", "time": float("nan")}, {"event": "held_out", "time": 1.0, "epoch": 1, "loss": None}],
+     {"event": "peer", "time": float("nan")}, {"event": "held_out", "time": 1.0, "epoch": 1, "loss": None},
+     {"event": "minimal_pairs", "time": 1.0, "epoch": 1, "accuracy": 0.5, "low": None}],
 )  # fmt: skip
 def test_history_leaves_out_what_is_not_a_record(record):
     history = RunHistory([record])
-    assert (history.epochs, history.peers, history.held_out) == ({}, {}, [])
+    assert (history.epochs, history.peers, history.held_out, history.pairs) == ({}, {}, [], [])
 
 
 def test_history_takes_records_whose_figures_are_nonsense():
@@ -119,6 +120,8 @@ EVERY_KIND = [
      "error": "", "reasons": ["timeout"]},
     {"event": "held_out", "time": 1e9 + 63, "epoch": 4, "loss": 4.0, "accuracy": 0.2, "order_accuracy": 0.5},
     {"event": "checkpoint", "time": 1e9 + 64, "epoch": 4},
+    {"event": "minimal_pairs", "time": 1e9 + 65, "epoch": 4, "accuracy": 0.6, "low": 0.5, "high": 0.7, "syntax": 0.6,
+     "num_pairs": 450, "num_paradigms": 45},
 ]  # fmt: skip
 
 

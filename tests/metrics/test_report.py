@@ -39,6 +39,8 @@ def records(*, epochs: int = 60, name: str = "3fa9c1d2", reason: str = "no group
             made.append({"event": "checkpoint", "time": time, "epoch": epoch})
             made.append({"event": "held_out", "time": time, "epoch": epoch, "loss": 8.2 - epoch / 20,
                          "accuracy": epoch / 300, "order_accuracy": 0.625})  # fmt: skip
+            made.append({"event": "minimal_pairs", "time": time, "epoch": epoch, "accuracy": 0.5 + epoch / 600,
+                         "low": 0.45, "high": 0.65, "num_pairs": 450})  # fmt: skip
     return made
 
 
@@ -64,7 +66,8 @@ def text_of(page: str) -> str:
 def test_report_shows_the_figures_of_the_run():
     text = text_of(make_report(RunHistory(records())))
     for figure in ("Run demo", "60 epochs of 120", "5.000 masked-token loss", "5.200 on held-out text, epoch 60",
-                   "20% of held-out tokens predicted", "2 trainers", "3.2 samples per second",
+                   "20% of held-out tokens predicted", "60% of 450 minimal pairs right, epoch 60",
+                   "2 trainers", "3.2 samples per second",
                    "20 min left at this pace", "newest checkpoint of epoch 60"):  # fmt: skip
         assert figure in text, figure
     assert "3fa9c1d2 75% 2880 2.4 60 now 0 1 0badcafe 25% 960 0.8 60 now 0 1" in text
@@ -76,11 +79,12 @@ def test_report_shows_the_figures_of_the_run():
 def test_report_draws_what_there_is_and_nothing_else():
     page = make_report(RunHistory(records()))
     titles = re.findall(r"<figcaption>([^<]+)", page)
-    assert titles == ["Masked-token loss, nats", "Held-out text: accuracy", "Sentence-order loss, nats",
+    assert titles == ["Masked-token loss, nats", "Held-out text: accuracy",
+                      "Minimal pairs: share right, with its 95 % interval", "Sentence-order loss, nats",
                       "Seconds per epoch", "Throughput, samples per second", "Trainers"]  # fmt: skip
     trainer = [{"event": "epoch", "time": 10.0, "epoch": 1, "mlm_loss": 4.0, "samples": 8, "num_peers": 1}]
     page = make_report(RunHistory(trainer))
-    assert "Held-out" not in page
+    assert "Held-out" not in page and "Minimal pairs" not in page
     assert "None." in text_of(page)
     assert "this peer 100% 8 0 1 now 0" in text_of(page)
     assert "Run a run" in make_report(RunHistory([]))

@@ -41,6 +41,7 @@ def test_terminal_shows_the_figures_of_the_run():
     for figure in ("run demo: 60 of 120 epochs, 2 trainers, 3.2 samples/s", "epoch 61 ━", "40 of 64 samples, 3 s left",
                    "loss 5.500 (masked-token 5.000, sentence-order 0.500) in epoch 60",
                    "held-out masked-token loss 5.200, accuracy", "20.0%; sentence-order accuracy 62%; epoch 60",
+                   "minimal pairs: 60.0% of 450 right (45% to 65%); epoch 60",
                    "last epoch ended 5 s ago, one takes 20 s, 20 min to the end",
                    "checkpoint of epoch 60", "3fa9c1d2 60 - 2.4 2880 75% 5 s ago 1",
                    "0badcafe 60 - 0.8 960 25% 5 s ago 1", "failed rounds of averaging: 2 reports",

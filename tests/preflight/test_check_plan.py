@@ -44,7 +44,7 @@ def check(tmp_path, monkeypatch):
         kind, module = TrainerPeerArguments, trainer_build
         options = {"task": task, "say": lines.append}
         if auxiliary:
-            kind, module, options["make_scorer"] = AuxiliaryPeerArguments, auxiliary_build, None
+            kind, module, options["make_scorers"] = AuxiliaryPeerArguments, auxiliary_build, None
         what = {name: DEMO_S[name] for name in WHAT_TO_TRAIN if name in kind.__dataclass_fields__}
         known = kind(run_id="a", **{**what, **dict(peer)})
         code = module.check(known, CollaborationArguments(**dict(collaboration)), arguments, **options)

@@ -85,13 +85,21 @@ def ending_all(processes: set):
                 process.kill()
 
 
+PAIRS = """id,source_sentence,target_sentence,level,phenomenon
+1,Завтра кот придёт.,Завтра кот пришёл.,Semantics,Tense
+2,Вчера был дождь.,Вчера будет дождь.,Semantics,Tense
+"""
+
+
 @pytest.mark.timeout(600)
 def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_nothing_behind(tmp_path):
     shared = swarm_arguments(tmp_path, target_batch_size=256, total_steps=EPOCHS)
     auxiliary_flags = (
         "--assist_in_averaging --assist_refresh 0.25 --refresh_period 0.5 --store_checkpoints --eval_batches 1 "
-        f"--eval_sources {REPOSITORY / 'demo' / 'heldout.txt'}"
+        f"--eval_sources {REPOSITORY / 'demo' / 'heldout.txt'} --eval_pairs {tmp_path} --eval_pairs_each 2"
     )
+    (tmp_path / "RuBLiMP").mkdir()
+    (tmp_path / "RuBLiMP" / "single_verb_tense.csv").write_text(PAIRS, encoding="utf-8")
     run = tmp_path / "outputs" / "test"
     with ending_all(set()) as processes, LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
         auxiliary = swarm.start(
@@ -107,6 +115,7 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
         for trainer in trainers:
             assert trainer.process.wait(240) == 0, trainer.output()
         auxiliary.wait_for_line(r"epoch 8 on held-out text: masked-token loss \d", timeout=60)
+        auxiliary.wait_for_line(r"epoch 8 on minimal pairs: \d.*% of 2 right", timeout=30)
         auxiliary.wait_for_line("evaluate it with", timeout=30)
         assert auxiliary.stop() == 0, auxiliary.output()
         assert not still_alive(processes, timeout=10)
@@ -135,6 +144,7 @@ def test_swarm_of_two_trainers_and_an_auxiliary_peer_trains_together_and_leaves_
     by_trainers = [sum(r["samples"] for r in journal if r["event"] == "epoch") for journal in journals]
     by_auxiliary = sorted(peer.samples for peer in history.peers.values())
     assert sum(by_trainers) * 0.6 < sum(by_auxiliary) <= sum(by_trainers), (by_trainers, by_auxiliary)
+    assert history.pairs[-1].num_pairs == 2 and history.pairs[-1].epoch == EPOCHS
     assert 0.0 <= history.held_out[-1].accuracy < history.held_out[-1].loss < 20.0
     report = (run / "aux" / "report.html").read_text(encoding="utf-8")
     assert all(name in report for name in history.peers) and "Held-out" in report
