@@ -68,16 +68,17 @@ def check(
         )
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
-    reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size)
+    score_on = partial(make_scorer, sources=peer.eval_sources, sentence_order=training.sentence_order)
+    reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size, optimizer=training.optimizer)
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
         output_dir=training.output_dir,
         device=torch.device("cpu"),
         workload=workload,
-        build_model=lambda: task.build_model(peer, seed=training.seed),
+        build_model=lambda: task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order),
         make_card=partial(make_run_card, settings=settings, trainer=False),
-        read_data=(lambda tokenizer: make_scorer(tokenizer, peer.eval_sources, num_batches=1)) if reads_text else None,
+        read_data=(lambda tokenizer: score_on(tokenizer, num_batches=1)) if reads_text else None,
         check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         plan=plan,
         fastest=collaboration.target_batch_size,
@@ -100,7 +101,7 @@ def build(
 
     ``entry``: from `src.swarm.join.enter`.
     """
-    model, tokenizer = task.build_model(peer, seed=training.seed)
+    model, tokenizer = task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
     require_shared_memory(model)
@@ -111,7 +112,11 @@ def build(
     node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=False, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
-    evaluate = make_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
+    evaluate = None
+    if peer.eval_sources:
+        evaluate = make_scorer(
+            tokenizer, peer.eval_sources, num_batches=peer.eval_batches, sentence_order=training.sentence_order
+        )
     swarm, journal = start_averaging(
         node,
         model,
@@ -134,6 +139,7 @@ def build(
             swarm.optimizer,
             run_id=peer.run_id,
             every_epochs=peer.save_checkpoint_epoch_interval,
+            keep=peer.keep_checkpoints,
         )
         if store.last_epoch > 0:
             progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")
