@@ -243,7 +243,7 @@ class AuxiliaryPeerArguments(PeerArguments):
     save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.", topic=SERVICE)
     keep_checkpoints: int = option(
         0,
-        "Besides the newest, keep so many of the whole run in LOCAL_PATH-epochs: the more there are, the further apart; "
+        "Besides the newest, keep so many of the whole run in LOCAL_PATH-epochs, spread over it; "
         "uploaded ones are tagged epoch-N on the hub.",
         topic=SERVICE,
     )

@@ -14,6 +14,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     limit_memory()
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading
+    from functools import partial
 
     from arguments import ArgumentParser, AuxiliaryPeerArguments, CollaborationArguments, HFTrainerArguments
     from src.console import quiet_libraries
@@ -42,8 +43,9 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
         with settings_for_check(peer, given, reads_text=False, say=progress.say) as entry:
             code = 2
             if entry is not None:
-                parsed = parser.parse_run([*entry.words, *words])
-                code = check(*parsed, task=task, make_scorer=checkpoint_scorer, say=progress.say)
+                *others, training = parser.parse_run([*entry.words, *words])
+                make_scorer = partial(checkpoint_scorer, sentence_order=training.sentence_order)
+                code = check(*others, training, task=task, make_scorer=make_scorer, say=progress.say)
         leave_at_once(code)
     may_restart = may_start_again(peer.restart)
     try:
@@ -57,7 +59,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
                 training,
                 entry=entry,
                 task=task,
-                make_scorer=checkpoint_scorer,
+                make_scorer=partial(checkpoint_scorer, sentence_order=training.sentence_order),
                 progress=progress,
                 stop=stop,
             )

@@ -68,7 +68,6 @@ def check(
         )
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
-    score_on = partial(make_scorer, sources=peer.eval_sources, sentence_order=training.sentence_order)
     reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size, optimizer=training.optimizer)
     settings = run_settings(peer, collaboration, training)
     return run_checks(
@@ -78,7 +77,7 @@ def check(
         workload=workload,
         build_model=lambda: task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order),
         make_card=partial(make_run_card, settings=settings, trainer=False),
-        read_data=(lambda tokenizer: score_on(tokenizer, num_batches=1)) if reads_text else None,
+        read_data=(lambda tokenizer: make_scorer(tokenizer, peer.eval_sources, num_batches=1)) if reads_text else None,
         check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         plan=plan,
         fastest=collaboration.target_batch_size,
@@ -112,11 +111,7 @@ def build(
     node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=False, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
-    evaluate = None
-    if peer.eval_sources:
-        evaluate = make_scorer(
-            tokenizer, peer.eval_sources, num_batches=peer.eval_batches, sentence_order=training.sentence_order
-        )
+    evaluate = make_scorer(tokenizer, peer.eval_sources, num_batches=peer.eval_batches) if peer.eval_sources else None
     swarm, journal = start_averaging(
         node,
         model,

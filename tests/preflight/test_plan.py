@@ -12,7 +12,7 @@ import torch
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.preflight.__main__ import main
 from src.preflight.machine import Workload, needed_memory
-from src.preflight.plan import Circumstances, Pace, Text, make_plan
+from src.preflight.plan import Circumstances, Pace, Text, make_plan, muon_operations, sample_operations
 from src.swarm.compression import gradient_compression, parameter_compression
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,6 +60,19 @@ def test_hours_follow_from_the_pace_of_all_trainers():
         assert hours[what] == pytest.approx((epoch, epoch * seconds / 3600, 20 * epoch * seconds / 3600)), what
     assert plan.epoch_seconds == pytest.approx(seconds)
     assert plan.swarm_samples_per_second == pytest.approx(800.0)
+
+
+def test_plan_tells_what_the_products_of_muon_cost_in_samples():
+    lamb, muon = planned(), planned({"optimizer": "muon"})
+    assert not [line for line in lamb.lines() if line.startswith("muon")]
+    (line,) = [line for line in muon.lines() if line.startswith("muon")]
+    with torch.device("meta"):
+        model = LeanAlbertForPreTraining(CONFIG)
+    # two blocks: queries, keys, values and output 256 x 256 each, two of 256 x 512; five steps of 4 m^2 n + 2 m^3
+    operations = 2 * 5 * 256**3 * (4 * 6 + 2 * (4 * 2 + 2))
+    assert muon.step_operations == muon_operations(model) == operations
+    assert sample_operations(CONFIG, 512) == 6 * 512 * 2 * (4 * 256**2 + 2 * 256 * 512)
+    assert f"as much as {operations / sample_operations(CONFIG, 512):.2g} of its samples" in line
 
 
 def test_epochs_of_short_sequences_take_less_time():
