@@ -546,8 +546,8 @@ def check_handed_over(flags: dict) -> None:
             raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
         if not _has_type(value, TYPES[name]):
             raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
-        choices = FLAGS[name].metadata.get("choices")
-        if choices is not None and value not in choices:
+        choices = FLAGS[name].metadata.get("choices", ())
+        if type(value) is str and value not in choices:
             raise ValueError(f"--{name} {str(value)[:50]!r} is none of {', '.join(choices)}")
     named = argparse.Namespace(**{"min_vector_size": 1, "max_sequence_length": 1, "pad_to_multiple_of": 1, **flags})
     check_positive(named, "min_vector_size")
@@ -569,7 +569,7 @@ def _has_type(value: object, kind: object) -> bool:
     if type(value) is str:
         return str in kinds
     if type(value) is int:
-        return abs(value) < 2**63 and kinds != (str,)
+        return abs(value) < 2**63 and not {int, float}.isdisjoint(kinds)
     return float in kinds and type(value) is float and math.isfinite(value)
 
 

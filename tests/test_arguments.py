@@ -60,6 +60,7 @@ DEFAULTS = {
         "upload_interval": None,
         "repo_url": None,
         "eval_sources": [],
+        "keep_checkpoints": 0,
         "eval_batches": 16,
         "eval_margin": 0.1,
         "report_interval": 120.0,

@@ -10,6 +10,16 @@ def _check(condition: bool, option: str, value: object, expected: str) -> None:
         raise ValueError(f"{option} must be {expected}, got {value!r}")
 
 
+DEFAULT_DECAY_SHARE = 0.2  # of all epochs, of the schedule WSD
+
+
+def decay_epochs(decay_steps: int | None, *, warmup_steps: int, total_steps: int) -> int:
+    """Epochs in which the learning rate falls at the end of a run with the schedule WSD, given or usual ones."""
+    if decay_steps is not None:
+        return decay_steps
+    return min(round(DEFAULT_DECAY_SHARE * total_steps), total_steps - warmup_steps)
+
+
 def learning_rate_factor(
     epoch: int,
     *,

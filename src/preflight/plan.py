@@ -14,7 +14,7 @@ from src.console import counted, format_bytes, format_seconds, rate
 from src.models.albert import LeanAlbertForPreTraining
 from src.models.shared_linear import dense_matrices
 from src.optim.muon import newton_schulz_operations
-from src.optim.schedules import sequence_length
+from src.optim.schedules import decay_epochs, sequence_length
 from src.preflight.check import WARNING, Check
 from src.swarm.allreduce import USUAL_BANDWIDTH
 from src.swarm.compression import EIGHT_BIT_THRESHOLD
@@ -193,7 +193,8 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
     first, full = clock.length(0), settings["max_sequence_length"]
     length = clock.length(now.epoch) if now.pace is None else now.pace.length
     text = "not looked at" if now.text is None else now.text.describe()
-    sample = ("several texts in a row" if settings.get("pack_sequences") else "two stretches of one text") + (
+    instance = "two stretches of one text" if settings.get("sentence_order", True) else "one stretch of a text"
+    sample = ("several texts in a row" if settings.get("pack_sequences") else instance) + (
         f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"
     )
     warnings = [*warn_of_epochs(clock), *warn_of_steps(clock), *warn_of_zero_rate(clock), *warn_of_text(now)]
@@ -296,6 +297,9 @@ class Clock:
             "learning rate zero until": zero,
             "learning rate at its peak from": max(settings["warmup_steps"], zero),
         }
+        if settings.get("schedule") == "wsd":
+            falling = decay_epochs(settings["decay_steps"], warmup_steps=settings["warmup_steps"], total_steps=total)
+            epochs["learning rate falls from"] = total - falling
         if self.length(0) < self.full:
             epochs["sequences of full length from"] = settings["sequence_length_warmup_steps"]
         known = sorted((epoch, what) for what, epoch in epochs.items() if 0 < epoch <= total)

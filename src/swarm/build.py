@@ -17,7 +17,7 @@ from src.models.shared_linear import dense_matrices
 from src.optim.lamb import CPULAMB8Bit
 from src.optim.muon import CPUMuon8Bit
 from src.optim.parameter_groups import parameter_groups
-from src.optim.schedules import learning_rate_factor
+from src.optim.schedules import decay_epochs, learning_rate_factor
 from src.swarm import hivemind_fixes
 from src.swarm.averagers import LeanGradientAverager
 from src.swarm.compression import gradient_compression, parameter_compression
@@ -42,7 +42,6 @@ SENDER_SHARE = 0.75
 REFRESH_SHARE, REFRESH_SECONDS = 0.5, (1.0, 10.0)  # of --matchmaking_time, within these: between looks at the progress
 FIRST_REFRESH_SECONDS, USUAL_REFRESH_SECONDS = 0.5, 3.0
 DEFAULT_LR_FLOOR = 0.02  # of the peak learning rate
-DEFAULT_DECAY_SHARE = 0.2  # of all epochs, under --schedule wsd
 
 
 def patience_seconds(*, matchmaking_time: float, next_chunk_timeout: float) -> float:
@@ -100,23 +99,19 @@ def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, *, in_ba
     return optimizer
 
 
-def decay_steps(args: HFTrainerArguments) -> int | None:
-    """Epochs in which the learning rate falls at the end of the run; None: from the end of the warm-up on."""
-    if args.schedule == "linear" or args.decay_steps is not None:
-        return args.decay_steps
-    return min(round(DEFAULT_DECAY_SHARE * args.total_steps), args.total_steps - args.warmup_steps)
-
-
 def make_learning_rate(args: HFTrainerArguments):
     """The share of the peak learning rate as a function of the epoch. Raises ValueError for options that contradict."""
     min_lr_ratio = DEFAULT_LR_FLOOR if args.min_learning_rate is None else args.min_learning_rate / args.learning_rate
+    decay_steps = None  # from the end of the warm-up on
+    if args.schedule == "wsd":
+        decay_steps = decay_epochs(args.decay_steps, warmup_steps=args.warmup_steps, total_steps=args.total_steps)
     factor = partial(
         learning_rate_factor,
         total_steps=args.total_steps,
         warmup_steps=args.warmup_steps,
         num_zero_steps=args.num_zero_lr_steps,
         min_lr_ratio=min_lr_ratio,
-        decay_steps=decay_steps(args),
+        decay_steps=decay_steps,
     )
     factor(0)  # checks the options
     return factor

@@ -193,7 +193,7 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
             averager.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise ValueError(
-                f"--state_path: {path}: {error}. Was it written with another --optimizer? Go on with that one, or begin "
+                f"--state_path: {path}: {error}. Was it written with another --optimizer? Go on with that, or begin "
                 "another --run_id with --init_checkpoint"
             ) from error
         _keep_options(averager.optimizer, averager.scheduler, own, state["scheduler"], path)

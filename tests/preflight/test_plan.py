@@ -62,6 +62,14 @@ def test_hours_follow_from_the_pace_of_all_trainers():
     assert plan.swarm_samples_per_second == pytest.approx(800.0)
 
 
+def test_plan_of_a_modern_recipe_says_when_the_rate_falls_and_what_a_sample_is():
+    plan = planned({"schedule": "wsd", "decay_steps": None, "sentence_order": False}, pace=pace(40.0))
+    epochs = {one.what: one.epoch for one in plan.schedule}
+    assert epochs["learning rate falls from"] == 12_000 and "one stretch of a text" in plan.sample
+    given = planned({"schedule": "wsd", "decay_steps": 1_000}).schedule
+    assert {one.what: one.epoch for one in given}["learning rate falls from"] == 14_000
+
+
 def test_plan_tells_what_the_products_of_muon_cost_in_samples():
     lamb, muon = planned(), planned({"optimizer": "muon"})
     assert not [line for line in lamb.lines() if line.startswith("muon")]
