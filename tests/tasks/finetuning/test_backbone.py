@@ -65,7 +65,7 @@ def test_pooler_that_was_never_trained_starts_anew_and_that_is_said(tmp_path, ti
     assert not torch.equal(first.pooler.weight, second.pooler.weight), "as a head, from each run's own seed"
     assert torch.equal(first.embeddings.word_embeddings.weight, model.albert.embeddings.word_embeddings.weight)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.endswith("its pooler was not trained (--sentence_order False); fine-tuning starts it anew")
+    assert line.endswith("its pooler was never trained (as with --sentence_order False); fine-tuning starts it anew")
 
 
 def test_state_file_uses_the_config_and_tokenizer_beside_it(tmp_path, tiny_checkpoint, model):
