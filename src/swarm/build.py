@@ -60,10 +60,12 @@ def make_groups(model: torch.nn.Module, args: HFTrainerArguments) -> list[dict]:
     return parameter_groups(model, args.weight_decay, matrices=matrices)
 
 
-def make_optimizer(params, args: HFTrainerArguments, *, in_background: bool = False) -> CPULAMB8Bit:
+def make_optimizer(
+    params, args: HFTrainerArguments, *, device: torch.device | str = "cpu", in_background: bool = False
+) -> CPULAMB8Bit:
     """The run's --optimizer with its hyperparameters; it may use up the gradients, which nobody reads after the step.
 
-    ``params``: from `make_groups`. ``in_background``: while batches are computed on the CPU.
+    ``params``: from `make_groups`. ``device``, ``in_background``: see `CPUMuon8Bit`.
     """
     options = {
         "lr": args.learning_rate,
@@ -77,11 +79,11 @@ def make_optimizer(params, args: HFTrainerArguments, *, in_background: bool = Fa
         "kernel": "auto",
     }
     if args.optimizer == "muon":
-        return CPUMuon8Bit(params, device=args.device, in_background=in_background, **options)
+        return CPUMuon8Bit(params, device=device, in_background=in_background, **options)
     return CPULAMB8Bit(params, **options)
 
 
-def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, *, in_background: bool = False) -> CPULAMB8Bit:
+def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, **options) -> CPULAMB8Bit:
     """As `make_optimizer`, with statistics in shared memory, over parameters without gradients.
 
     Both spare copies in the processes that are forked soon: of the statistics as they are now, and of the gradients
@@ -91,7 +93,7 @@ def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, *, in_ba
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = None
-    optimizer = make_optimizer(groups, args, in_background=in_background)
+    optimizer = make_optimizer(groups, args, **options)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
@@ -141,12 +143,13 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
+    device = "cpu" if auxiliary else training.device
     optimizer = LeanOptimizer(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
         params=make_groups(model, training),
-        optimizer=lambda params: make_shared_optimizer(params, training, in_background=delay_step),
+        optimizer=lambda params: make_shared_optimizer(params, training, device=device, in_background=delay_step),
         scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
         matchmaking_time=collaboration.matchmaking_time,
         next_chunk_timeout=collaboration.next_chunk_timeout,

@@ -240,7 +240,9 @@ def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
 
 @functools.cache
 def say_pooler_is_new(path: str) -> None:
-    logger.warning("%s: its pooler was never trained (as with --sentence_order False); fine-tuning starts it anew", path)
+    logger.warning(
+        "%s: its pooler was never trained (as with --sentence_order False); fine-tuning starts it anew", path
+    )
 
 
 def load_hub_encoder(path: str, config) -> nn.Module:
