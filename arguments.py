@@ -241,6 +241,12 @@ class AuxiliaryPeerArguments(PeerArguments):
         False, "Download the state from trainers and store it as checkpoint directories.", topic=SERVICE
     )
     save_checkpoint_epoch_interval: int = option(5, "Epochs between two checkpoints.", topic=SERVICE)
+    keep_checkpoints: int = option(
+        0,
+        "Besides the newest, keep so many of the whole run in LOCAL_PATH-epochs, spread over it; "
+        "uploaded ones are tagged epoch-N on the hub.",
+        topic=SERVICE,
+    )
     local_path: str | None = option(
         None, "The checkpoint's directory; by default OUTPUT_DIR/RUN_ID/checkpoint.", topic=SERVICE
     )
@@ -281,10 +287,11 @@ class AuxiliaryPeerArguments(PeerArguments):
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
         check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
                        "eval_pairs_each", "report_interval")  # fmt: skip
-        check_range(self, 0, math.inf, "eval_margin")
-        for flag, given in (("eval_sources", self.eval_sources), ("eval_pairs", self.eval_pairs)):
-            if given and not self.store_checkpoints:
-                raise ValueError(f"--{flag} needs --store_checkpoints: stored checkpoints are what is scored")
+        check_range(self, 0, math.inf, "eval_margin", "keep_checkpoints")
+        stored = {"keep_checkpoints": "kept", "eval_sources": "scored", "eval_pairs": "scored"}
+        for flag, what in stored.items():
+            if getattr(self, flag) and not self.store_checkpoints:
+                raise ValueError(f"--{flag} needs --store_checkpoints: stored checkpoints are what is {what}")
         if self.upload_interval is not None:
             check_positive(self, "upload_interval")
         given = self.upload_interval is not None, self.repo_url is not None
@@ -373,7 +380,17 @@ class HFTrainerArguments(TrainingArguments):
     )
     fp16: bool = option(False, "Mixed precision with float16 (older GPUs).", topic=MACHINE, scope=MINE)
     bf16: bool = option(False, "Mixed precision with bfloat16 (newer GPUs and CPUs).", topic=MACHINE, scope=MINE)
-    learning_rate: float = option(2.5e-3, "Peak learning rate.", topic=OPTIMIZER, scope=PEERS)
+    optimizer: str = option(
+        "lamb",
+        'What steps with the averaged gradients: "lamb", or "muon" for the large matrices and LAMB for the rest '
+        "(docs/recipes.md).",
+        topic=OPTIMIZER,
+        scope=PEERS,
+        choices=["lamb", "muon"],
+    )
+    learning_rate: float = option(
+        2.5e-3, "Peak learning rate, of LAMB and of Muon alike.", topic=OPTIMIZER, scope=PEERS
+    )
     min_learning_rate: float | None = option(
         None, "Floor of the learning rate; by default 2 %% of its peak.", topic=OPTIMIZER, scope=PEERS
     )
@@ -384,6 +401,20 @@ class HFTrainerArguments(TrainingArguments):
         15_625, "Stop at this epoch; the learning rate falls linearly until then.", topic=OPTIMIZER, scope=PEERS
     )
     warmup_steps: int = option(3_125, "Epochs in which the learning rate rises.", topic=OPTIMIZER, scope=PEERS)
+    schedule: str = option(
+        "linear",
+        'After the warm-up: "linear", the rate falls from there on, or "wsd", it stays at its peak until the last '
+        "decay_steps epochs.",
+        topic=OPTIMIZER,
+        scope=PEERS,
+        choices=["linear", "wsd"],
+    )
+    decay_steps: int | None = option(
+        None,
+        "Epochs in which the rate falls under --schedule wsd; by default a fifth of total_steps.",
+        topic=OPTIMIZER,
+        scope=PEERS,
+    )
     adam_beta1: float = option(0.9, "Decay of LAMB's first moment.", topic=OPTIMIZER, scope=PEERS)
     adam_beta2: float = option(0.95, "Decay of LAMB's second moment.", topic=OPTIMIZER, scope=PEERS)
     adam_epsilon: float = option(1e-6, "Added to the root of the second moment.", topic=OPTIMIZER, scope=PEERS)
@@ -404,6 +435,22 @@ class HFTrainerArguments(TrainingArguments):
     )
     pad_to_multiple_of: int = option(
         128, "Sequence lengths are rounded up to a multiple of this.", topic=TEXT, scope=TRAINERS
+    )
+    mlm_probability: float = option(
+        0.15,
+        "Share of the tokens that are to be predicted (held-out text: always 0.15).",
+        topic=TEXT,
+        scope=TRAINERS,
+    )
+    final_mlm_probability: float | None = option(
+        None, "That share at the last epoch, on a line from the first; by default the same.", topic=TEXT, scope=TRAINERS
+    )
+    sentence_order: bool = option(
+        True,
+        "Train on two stretches of a text and whether they are in order, besides. False: on one stretch, and on masked "
+        "words alone; pooler and order head stay as they are.",
+        topic=TEXT,
+        scope=PEERS,
     )
     seed: int = option(
         0,
@@ -450,12 +497,29 @@ class HFTrainerArguments(TrainingArguments):
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} must lie between 0 and --total_steps {self.total_steps}"
             )
+        self._check_decay()
+        for name in ("mlm_probability", "final_mlm_probability"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"--{name} {value} must lie between 0 and 1: 0.15 hides every seventh token")
         if self.initial_sequence_length is not None and not (
             0 < self.initial_sequence_length <= self.max_sequence_length
         ):
             raise ValueError(
                 f"--initial_sequence_length {self.initial_sequence_length} must lie between 1 and "
                 f"--max_sequence_length {self.max_sequence_length}"
+            )
+
+    def _check_decay(self) -> None:
+        if self.decay_steps is None:
+            return
+        if self.schedule != "wsd":
+            raise ValueError(f"--decay_steps {self.decay_steps} needs --schedule wsd: linear falls after the warm-up")
+        after_warmup = self.total_steps - self.warmup_steps
+        if not 0 < self.decay_steps <= after_warmup:
+            raise ValueError(
+                f"--decay_steps {self.decay_steps} must lie between 1 and the {after_warmup} epochs that --total_steps "
+                "leaves after --warmup_steps"
             )
 
 
@@ -492,6 +556,9 @@ def check_handed_over(flags: dict) -> None:
             raise ValueError(f"--{name} is for each peer to choose, and not taken from outside")
         if not _has_type(value, TYPES[name]):
             raise ValueError(f"--{name} {str(value)[:50]!r} is of the wrong type")
+        choices = FLAGS[name].metadata.get("choices", ())
+        if type(value) is str and value not in choices:
+            raise ValueError(f"--{name} {str(value)[:50]!r} is none of {', '.join(choices)}")
     named = argparse.Namespace(**{"min_vector_size": 1, "max_sequence_length": 1, "pad_to_multiple_of": 1, **flags})
     check_positive(named, "min_vector_size")
     check_range(named, 1, 2**24, "max_sequence_length", "pad_to_multiple_of")
@@ -503,14 +570,16 @@ def check_handed_over(flags: dict) -> None:
 
 
 def _has_type(value: object, kind: object) -> bool:
-    """``kind``: of a field that is a number or a switch, or may be None."""
+    """``kind``: of a field that is a number, a word or a switch, or may be None."""
     kinds = typing.get_args(kind) or (kind,)
     if value is None:
         return type(None) in kinds
     if bool in kinds:
         return type(value) is bool
+    if type(value) is str:
+        return str in kinds
     if type(value) is int:
-        return abs(value) < 2**63
+        return abs(value) < 2**63 and not {int, float}.isdisjoint(kinds)
     return float in kinds and type(value) is float and math.isfinite(value)
 
 

@@ -37,7 +37,7 @@ from benchmarks.fault_report import (
 from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
 from src.console import quiet_libraries
 from src.optim.parameter_groups import parameter_groups
-from src.swarm.build import make_lamb, make_learning_rate
+from src.swarm.build import make_learning_rate, make_optimizer
 from src.trainer.backup import read_backup
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.evaluate import evaluate, held_out_batches
@@ -686,7 +686,7 @@ def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int
         min_8bit_size=65536,
         use_cpu=True,
     )
-    optimizer = make_lamb(parameter_groups(model, training.weight_decay), training)
+    optimizer = make_optimizer(parameter_groups(model, training.weight_decay), training)
     factor, batches = make_learning_rate(training), training_batches(tokenizer, size=UNDISTURBED_BATCH)
     for epoch, samples in enumerate(samples_by_epoch):
         for group in optimizer.param_groups:

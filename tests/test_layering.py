@@ -26,6 +26,7 @@ ARGUMENTS_READERS = {
     "src/swarm/take_up.py",
     "src/trainer/build.py",
     "src/trainer/callback.py",
+    "src/trainer/data_schedule.py",
     "src/trainer/hf_trainer.py",
 }
 # room of src -> rooms that its files may import from; what stands beside the rooms, in COMMON, imports no other

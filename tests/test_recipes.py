@@ -33,10 +33,11 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-def parse(recipe: str, role: str):
+def parse(recipe: str, role: str, *words: str):
     """The three dataclass instances with which a peer that starts a run of this recipe works."""
     parser = ArgumentParser(KINDS[role], CollaborationArguments, HFTrainerArguments, prog="script.py")
-    peer, *others = parser.parse([f"@recipes/{recipe}/{role}.args", "--run_id", "mine", *TEXT[: 2 * (role != "aux")]])
+    own = ["--run_id", "mine", *TEXT[: 2 * (role != "aux")]]
+    peer, *others = parser.parse([f"@recipes/{recipe}/{role}.args", *words, *own])
     parser.require_own_run(peer)
     return peer, *others
 
@@ -77,9 +78,26 @@ def test_all_peers_of_a_recipe_share_what_they_must(recipe):
 def test_recipe_says_itself_what_its_peers_share(recipe):
     """Whoever reads it sees the schedule, and a later default does not change the run."""
     words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
-    left_to_defaults = {"clamp_value", "min_8bit_size", "min_learning_rate"}
+    left_to_defaults = {
+        "clamp_value", "min_8bit_size", "min_learning_rate", "decay_steps", "final_mlm_probability",
+    }  # fmt: skip
     own = {word.removeprefix("--") for word in words if word.startswith("--")}
     assert own >= {"model_config_path", "tokenizer_path", *shared_flags(trainer=True)} - left_to_defaults
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("role", KINDS)
+def test_modern_recipe_changes_what_it_names_and_nothing_else(recipe, role):
+    faithful, modern = (
+        {name: getattr(group, name) for name in FLAGS for group in groups if hasattr(group, name)}
+        for groups in (parse(recipe, role), parse(recipe, role, f"@recipes/{recipe}/modern.args"))
+    )
+    changed = {name: modern[name] for name in modern if modern[name] != faithful[name]}
+    rate = {"learning_rate": 1e-2} if recipe == "small" else {}
+    assert changed == rate | {
+        "optimizer": "muon", "mlm_probability": 0.3, "final_mlm_probability": 0.15, "sentence_order": False,
+        "schedule": "wsd",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

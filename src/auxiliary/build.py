@@ -40,11 +40,15 @@ class MakeScorers:
     held_out: Callable
     pairs: Callable
 
-    def of(self, peer: AuxiliaryPeerArguments, tokenizer, *, num_batches: int) -> tuple[Callable | None, ...]:
+    def of(
+        self, peer: AuxiliaryPeerArguments, tokenizer, *, num_batches: int, sentence_order: bool
+    ) -> tuple[Callable | None, ...]:
         """The two scorers, as far as the peer's flags ask for them."""
         held_out = pairs = None
         if peer.eval_sources:
-            held_out = self.held_out(tokenizer, peer.eval_sources, num_batches=num_batches)
+            held_out = self.held_out(
+                tokenizer, peer.eval_sources, num_batches=num_batches, sentence_order=sentence_order
+            )
         if peer.eval_pairs:
             pairs = self.pairs(tokenizer, peer.eval_pairs, pairs_each=peer.eval_pairs_each)
         return held_out, pairs
@@ -85,16 +89,19 @@ def check(
         )
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
-    reads_data, workload = bool(peer.eval_sources or peer.eval_pairs), Workload(training.min_8bit_size)
+    reads_data = bool(peer.eval_sources or peer.eval_pairs)
+    workload = Workload(training.min_8bit_size, optimizer=training.optimizer)
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
         output_dir=training.output_dir,
         device=torch.device("cpu"),
         workload=workload,
-        build_model=lambda: task.build_model(peer, seed=training.seed),
+        build_model=lambda: task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order),
         make_card=partial(make_run_card, settings=settings, trainer=False),
-        read_data=partial(make_scorers.of, peer, num_batches=1) if reads_data else None,
+        read_data=partial(make_scorers.of, peer, num_batches=1, sentence_order=training.sentence_order)
+        if reads_data
+        else None,
         check_uploads=partial(check_uploads, HfApi(), peer.repo_url) if peer.repo_url else None,
         plan=plan,
         fastest=collaboration.target_batch_size,
@@ -117,7 +124,7 @@ def build(
 
     ``entry``: from `src.swarm.join.enter`.
     """
-    model, tokenizer = task.build_model(peer, seed=training.seed)
+    model, tokenizer = task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
     require_shared_memory(model)
@@ -128,7 +135,9 @@ def build(
     node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=False, say=progress.say)
     if peer.restart:
         keep_ports(peer, node.dht)
-    evaluate, judge_pairs = make_scorers.of(peer, tokenizer, num_batches=peer.eval_batches)
+    evaluate, judge_pairs = make_scorers.of(
+        peer, tokenizer, num_batches=peer.eval_batches, sentence_order=training.sentence_order
+    )
     swarm, journal = start_averaging(
         node,
         model,
@@ -151,6 +160,7 @@ def build(
             swarm.optimizer,
             run_id=peer.run_id,
             every_epochs=peer.save_checkpoint_epoch_interval,
+            keep=peer.keep_checkpoints,
         )
         if store.last_epoch > 0:
             progress.say(f"{store.path} holds the state of epoch {store.last_epoch}")

@@ -3,9 +3,11 @@
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -60,18 +62,41 @@ def stored_epoch(path: Path, run_id: str) -> int:
     return epoch
 
 
+def epoch_name(epoch: int) -> str:
+    """Of a checkpoint that is kept: its directory, and its tag on the hub."""
+    return f"epoch-{epoch}"
+
+
+def thinned(epochs: Iterable[int], keep: int) -> list[int]:
+    """The ``keep`` epochs that stay: the newest, then the first, and others as evenly between them as may be.
+
+    Called after each new one. What goes is the one whose neighbours are nearest to each other, the oldest of several.
+    """
+    left = sorted(epochs)
+    while len(left) > keep:
+        inner = range(1, len(left) - 1) if keep > 1 else [0]
+        left.pop(min(inner, key=lambda place: left[place + 1] - left[place - 1]))
+    return left
+
+
 class CheckpointStore:
     """Keeps the newest state of the swarm as a directory that ``from_pretrained`` opens.
 
     The directory says which epoch it holds, so that a peer that is started again goes on from there.
-    ``self.lock`` is held while the directory changes.
+    ``self.lock`` is held while the directory changes. ``keep``: so many states of the whole run stay in a directory
+    beside it, see `thinned`.
     """
 
-    def __init__(self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, run_id: str, every_epochs: int):
+    def __init__(
+        self, path: Path, model, tokenizer, optimizer: LeanOptimizer, *, run_id: str, every_epochs: int, keep: int = 0
+    ):
         settle(path)  # killed while it was replaced
         refuse_foreign_directory(path)  # it will be replaced as a whole
         self.path, self.model, self.tokenizer, self.optimizer, self.run_id = path, model, tokenizer, optimizer, run_id
         self.every_epochs, self.last_epoch = every_epochs, stored_epoch(path, run_id)
+        self.keep, self.kept_path = keep, path.with_name(f"{path.name}-epochs")
+        if keep:
+            self._kept()  # says now if something else lies there
         self.lock = threading.Lock()
 
     def is_due(self, epoch: int) -> bool:
@@ -110,6 +135,30 @@ class CheckpointStore:
             except SafetensorError as error:  # no OSError, although it means a full disk
                 raise OSError(f"cannot write {self.path}: {error}") from error
             self.last_epoch = epoch
+        if self.keep:
+            try:
+                self._keep(epoch)
+            except OSError as error:  # such as a full disk; shutil's holds a list of them
+                logger.warning("epoch %d is stored, but cannot be kept in %s: %s", epoch, self.kept_path, error)
+
+    def _keep(self, epoch: int) -> None:
+        """Its files have two names from now on, until the newest checkpoint is another one: that takes no space."""
+        with replaced_directory(self.kept_path / epoch_name(epoch)) as folder:
+            shutil.copytree(self.path, folder, copy_function=os.link, dirs_exist_ok=True)
+        kept = self._kept()
+        for old in kept.keys() - set(thinned(kept, self.keep)):
+            shutil.rmtree(kept[old])
+
+    def _kept(self) -> dict[int, Path]:
+        """{epoch: its directory}. Raises ValueError if something else is there, which is nobody's to remove."""
+        kept = {}
+        for path in self.kept_path.glob("[!.]*"):
+            match = re.fullmatch(r"epoch-(\d{1,15})", path.name)
+            if match is None:
+                raise ValueError(f"--keep_checkpoints: {self.kept_path} holds {path.name}; move it away")
+            if stored_epoch(path, self.run_id) == int(match[1]):
+                kept[int(match[1])] = path
+        return kept
 
     def _write(self, folder: Path, epoch: int) -> None:
         self.model.config.sparse_prediction = False  # a training option; users want logits everywhere

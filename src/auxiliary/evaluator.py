@@ -78,9 +78,11 @@ class Evaluator(threading.Thread):
 
     def _take_held_out(self, folder: Path, epoch: int, scores: dict[str, float]) -> None:
         self.journal.record(HeldOut(epoch=epoch, **scores))
+        of_order = scores["order_accuracy"]
+        order = "" if of_order is None else f"; sentence-order accuracy {of_order:.1%}"
         self.progress.say(
             f"epoch {epoch} on held-out text: masked-token loss {scores['loss']:.3f}, accuracy "
-            f"{scores['accuracy']:.1%}; sentence-order accuracy {scores['order_accuracy']:.1%}"
+            f"{scores['accuracy']:.1%}{order}"
         )
         self._compare(folder, epoch, scores["loss"])
 

@@ -7,7 +7,7 @@ from statistics import median_high, median_low
 
 from src.auxiliary.checkpoints import CheckpointStore
 from src.console import counted, rate
-from src.metrics.console import Progress
+from src.metrics.console import Progress, describe_loss
 from src.metrics.journal import Journal, report_refusals
 from src.metrics.records import Checkpoint, PeerReport, SwarmEpoch, printable
 from src.swarm.dht import TrainerMetrics, fetch_metrics, fetch_progress, short_peer_name
@@ -67,7 +67,7 @@ class MetricsMonitor:
             epoch=epoch,
             loss=sum(record.loss for record in reports) / mini_steps,
             mlm_loss=sum(record.mlm_loss for record in reports) / mini_steps,
-            sop_loss=sum(record.sop_loss for record in reports) / mini_steps,
+            sop_loss=sum(record.sop_loss for record in reports) / mini_steps or None,
             samples=sum(record.samples for record in reports),
             samples_per_second=sum(record.samples_per_second for record in reports),
             alive_peers=len(reports),
@@ -232,7 +232,7 @@ def describe(summary: SwarmEpoch) -> str:
     """One line on an epoch of the whole swarm."""
     failed = f", {counted(summary.failed_rounds, 'round')} of averaging not complete" if summary.failed_rounds else ""
     return (
-        f"epoch {summary.epoch}  loss {summary.loss:.3f} (words {summary.mlm_loss:.3f}, order {summary.sop_loss:.3f})  "
+        f"epoch {summary.epoch}  {describe_loss(summary)}  "
         f"{counted(summary.alive_peers, 'trainer')}, {summary.samples} samples, "
         f"{rate(summary.samples_per_second)}{failed}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import close_session
 
-from src.auxiliary.checkpoints import CheckpointStore
+from src.auxiliary.checkpoints import CheckpointStore, epoch_name
 from src.console import format_seconds
 from src.export.export import complete, what_stays
 from src.export.model_card import CURVE_FILE, draw_curve, held_out_curve, learning_curve, model_card
@@ -132,7 +132,17 @@ class Uploader(threading.Thread):
             if stays := what_stays(self.api, self.repo_id, sorted(folder.iterdir())):
                 self.progress.say(stays)
             self.has_looked = True
-        self.api.upload_folder(repo_id=self.repo_id, folder_path=str(folder), commit_message=f"Epoch {epoch}")
+        commit = self.api.upload_folder(repo_id=self.repo_id, folder_path=str(folder), commit_message=f"Epoch {epoch}")
+        if self.store.keep:
+            self._tag(epoch, commit.oid)
+
+    def _tag(self, epoch: int, revision: str) -> None:
+        """Give a revision a name under which `from_pretrained` finds it; without one it is there all the same."""
+        try:
+            self.api.create_tag(self.repo_id, tag=epoch_name(epoch), revision=revision, exist_ok=True)
+        except Exception as error:  # as in `upload`
+            reason, _ = explain_hub_error(error)
+            self.progress.say(f"epoch {epoch} is uploaded as revision {revision}, but could not be tagged: {reason}")
 
     def say_what_is_missing(self) -> None:
         """To be called when the peer leaves: an upload that was begun may have got no further."""

@@ -8,7 +8,7 @@ from collections import deque
 from hivemind.utils import get_dht_time
 
 from src.console import counted, format_moment, format_seconds, rate
-from src.metrics.records import Round, TrainerEpoch
+from src.metrics.records import Round, SwarmEpoch, TrainerEpoch
 
 LINE_SECONDS = 55.0  # between two lines within an epoch, where nothing can be overwritten
 PULSE_SECONDS = 0.5
@@ -114,11 +114,18 @@ class Progress:
         self._restart()
         remaining = (total_epochs - record.epoch) * (self.pace.seconds or record.seconds)
         self.say(
-            f"epoch {record.epoch}/{total_epochs}  loss {record.loss:.3f} (words {record.mlm_loss:.3f}, "
-            f"order {record.sop_loss:.3f})  {record.samples} samples here, {rate(record.samples_per_second)}  "
+            f"epoch {record.epoch}/{total_epochs}  {describe_loss(record)}  {record.samples} samples here, "
+            f"{rate(record.samples_per_second)}  "
             f"{counted(max(1, record.num_peers), 'peer')}, {averaged}  {record.seconds:.1f} s, "
             f"{format_seconds(remaining)} left, until {format_moment(time.time() + remaining)}"
         )
+
+
+def describe_loss(record: TrainerEpoch | SwarmEpoch) -> str:
+    """An epoch's loss and, where sentence order is trained besides, its two parts."""
+    if record.sop_loss is None:
+        return f"loss {record.loss:.3f}"
+    return f"loss {record.loss:.3f} (words {record.mlm_loss:.3f}, order {record.sop_loss:.3f})"
 
 
 class Pulse(threading.Thread):

@@ -56,7 +56,7 @@ class Scores:
     time: float
     loss: float
     accuracy: float
-    order_accuracy: float
+    order_accuracy: float | None
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,8 @@ class RunHistory:
             self.peers[THIS_PEER].failure = reason
 
     def _add_held_out(self, time: float, record: records.HeldOut) -> None:
-        scores = (record.loss, record.accuracy, record.order_accuracy)
-        if None not in scores:
-            self.held_out.append(Scores(record.epoch, time, *scores))
+        if None not in (record.loss, record.accuracy):
+            self.held_out.append(Scores(record.epoch, time, record.loss, record.accuracy, record.order_accuracy))
 
     def _add_minimal_pairs(self, time: float, record: records.MinimalPairs) -> None:
         shares = (record.accuracy, record.low, record.high)

@@ -49,7 +49,7 @@ class TrainerEpoch(Record):
     epoch: int = 0
     loss: float | None = None
     mlm_loss: float | None = None  # of masked tokens
-    sop_loss: float | None = None  # of sentence order
+    sop_loss: float | None = None  # of sentence order; None where that is not trained (--sentence_order False)
     samples: int = 0  # that count towards the target
     dropped_samples: int = 0  # computed in vain: not finite, or given up for another peer's state
     samples_per_second: float = 0.0
@@ -164,7 +164,7 @@ class HeldOut(Record):
     epoch: int = 0
     loss: float | None = None
     accuracy: float | None = None  # share of masked tokens predicted
-    order_accuracy: float | None = None  # share of sentence orders predicted
+    order_accuracy: float | None = None  # share of sentence orders predicted; None where none are trained
     unigram_entropy: float | None = None  # nats; the plateau of a model that ignores the context
     num_masked: int = 0  # tokens
 

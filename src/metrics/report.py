@@ -114,13 +114,14 @@ def charts(history: RunHistory) -> str:
     unit, divisor = time_unit(history.last_time - history.first_time)
     hours = [(e.time - history.first_time) / divisor for e in epochs]
     durations = history.epoch_durations()
+    orders = [(score.epoch, score.order_accuracy) for score in held_out if score.order_accuracy is not None]
     drawn = [
         line_chart("Masked-token loss, nats", learning, x_label="epoch", marks=marks),
         line_chart(
             "Held-out text: accuracy",
             [
                 Series("masked tokens", [(score.epoch, score.accuracy) for score in held_out], dots=True),
-                Series("sentence order", [(score.epoch, score.order_accuracy) for score in held_out], dots=True),
+                *([Series("sentence order", orders, dots=True)] if orders else []),
             ],
             x_label="epoch",
             from_zero=True,

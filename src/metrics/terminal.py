@@ -89,12 +89,17 @@ class TerminalView(Progress):
             lines.append(Text("no epoch has ended yet", style="dim"))
         else:
             parts = {"loss": last.loss, "masked-token": last.mlm_loss, "sentence-order": last.sop_loss}
-            losses = [f"{name} {'not finite' if value is None else f'{value:.3f}'}" for name, value in parts.items()]
-            lines.append(Text(f"{losses[0]}  ({losses[1]}, {losses[2]}) in epoch {last.epoch}", style="bold"))
+            if last.sop_loss is None and last.loss is not None:
+                del parts["sentence-order"]  # not trained
+            first, *rest = [
+                f"{name} {'not finite' if value is None else f'{value:.3f}'}" for name, value in parts.items()
+            ]
+            lines.append(Text(f"{first}  ({', '.join(rest)}) in epoch {last.epoch}", style="bold"))
         if history.held_out:
             score = history.held_out[-1]
-            lines.append(Text(f"held-out masked-token loss {score.loss:.3f}, accuracy {score.accuracy:.1%}; "
-                              f"sentence-order accuracy {score.order_accuracy:.0%}; epoch {score.epoch}"))  # fmt: skip
+            order = "" if score.order_accuracy is None else f"; sentence-order accuracy {score.order_accuracy:.0%}"
+            lines.append(Text(f"held-out masked-token loss {score.loss:.3f}, accuracy {score.accuracy:.1%}{order}; "
+                              f"epoch {score.epoch}"))  # fmt: skip
         if history.pairs:
             score = history.pairs[-1]
             lines.append(Text(f"minimal pairs: {score.accuracy:.1%} of {score.num_pairs} right "

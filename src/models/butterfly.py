@@ -20,7 +20,7 @@ class ButterflyMatrix(SharedMatrix):
     """
 
     def __init__(self, in_features, out_features, *, block_size, lowrank_dim=0):
-        super().__init__(in_features, out_features, lowrank_dim=lowrank_dim)
+        super().__init__(in_features, out_features, lowrank_dim=lowrank_dim, num_parts=0)
         self.block_size = block_size
         forward_indices, backward_indices = self.make_indices()
         self.weight = nn.Parameter(torch.empty(in_features, backward_indices.shape[1], block_size))

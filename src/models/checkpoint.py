@@ -125,6 +125,12 @@ def encoder_weights(state_dict):
     }
 
 
+def has_untrained_pooler(state_dict):
+    """Whether a checkpoint holds a pooler as it was initialised: with a bias of zeros, which no training leaves."""
+    bias = encoder_weights(state_dict).get(f"{POOLER}bias")
+    return bias is not None and not bias.any()
+
+
 def has_pooler(state_dict):
     return any(key.startswith(POOLER) for key in encoder_weights(state_dict))
 

@@ -14,8 +14,11 @@ from .albert import LeanAlbertForPreTraining
 from .config import LeanAlbertConfig
 from .linear_cross_entropy import ROWS_AT_ONCE
 from .recompute import LEVELS
+from .shared_linear import dense_matrices
 
+MUON_8BIT, MUON_32BIT = 1 + 4 / 4096, 4  # the same of the matrices that Muon has, which keeps one moment
 LAMB_8BIT, LAMB_32BIT = 2 + 8 / 4096, 8  # bytes per parameter: two codes and a scale for each 4096 of them; two floats
+MUON_COLUMNS = 1024  # of a matrix that are multiplied at once
 MIN_8BIT_SIZE = 2**20  # smaller parameters keep 32-bit statistics (the trainer's --min_8bit_size)
 # What all processes of a peer share out besides: Python, torch, hivemind, the tokenizer (`benchmarks.published_size`).
 TRAINER_LIBRARIES, AUXILIARY_LIBRARIES = 0.9e9, 0.7e9
@@ -31,6 +34,8 @@ class Memory:
     activations: int  # kept for backward by all layers
     workspace: int  # what one layer's backward needs on top of what is kept
     logits: int
+    step: int = 0  # that a step of the optimizer holds besides, where its state is
+    products: int = 0  # and where it multiplies matrices: on the GPU, if there is one
 
     @property
     def device(self) -> int:
@@ -104,28 +109,46 @@ def logits_bytes(config, num_tokens, *, masked_share=0.15):
     return 4 * config.vocab_size * (2 * rows + config.embedding_size)
 
 
-def predict_memory(config, *, batch_size, length, bf16=False, min_8bit_size=MIN_8BIT_SIZE):
+def optimizer_bytes(model, *, min_8bit_size, optimizer):
+    """Bytes of an optimizer's state, of what a step holds besides, and of Muon's products at their peak.
+
+    A step of Muon holds the momentum that follows, and a part of a matrix with two square ones of its shorter side.
+    """
+    parts = dense_matrices(model) if optimizer == "muon" else {}
+    state = step = products = 0
+    for parameter in model.parameters():
+        size = parameter.numel()
+        if parameter not in parts:
+            state += size * (LAMB_8BIT if size >= min_8bit_size else LAMB_32BIT)
+            continue
+        momentum = size * (MUON_8BIT if size >= min_8bit_size else MUON_32BIT)
+        state, step = state + momentum, step + momentum
+        side = min(parameter.shape[0] // parts[parameter], parameter.shape[1])
+        products = max(products, 4 * (size // parts[parameter] + 2 * side**2 + MUON_COLUMNS * side))
+    return int(state), int(step), products
+
+
+def predict_memory(config, *, batch_size, length, bf16=False, min_8bit_size=MIN_8BIT_SIZE, optimizer="lamb"):
     """A `Memory` of pretraining with the given batch; parameters and gradients are fp32, as in the trainer.
 
     Attention dropout without "lean" or "checkpoint" keeps all probabilities on CPU, which is not counted.
     """
     with torch.device("meta"):
-        parameters = list(LeanAlbertForPreTraining(config).parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    optimizer = sum(
-        parameter.numel() * (LAMB_8BIT if parameter.numel() >= min_8bit_size else LAMB_32BIT)
-        for parameter in parameters
-    )
+        model = LeanAlbertForPreTraining(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    state, step, products = optimizer_bytes(model, min_8bit_size=min_8bit_size, optimizer=optimizer)
     num_tokens = batch_size * length
     num_blocks = config.num_hidden_layers * config.num_inner_groups
     embeddings = 4 * 2 * config.embedding_size  # their sum, and that normalised
     return Memory(
         parameters=4 * count,
         gradients=4 * count,
-        optimizer=int(optimizer),
+        optimizer=state,
         activations=num_tokens * (num_blocks * block_bytes(config, bf16=bf16) + embeddings),
         workspace=num_tokens * workspace_bytes(config, bf16=bf16),
         logits=logits_bytes(config, num_tokens),
+        step=step,
+        products=products,
     )
 
 
@@ -138,7 +161,7 @@ def peer_memory(memory, *, trains=True):
     if not trains:  # a state comes in place; before that, hivemind makes gradients that are not needed
         return PeerMemory(at_rest=int(at_rest + AUXILIARY_LIBRARIES), batch=0, taken=memory.parameters)
     return PeerMemory(
-        at_rest=int(at_rest + memory.gradients + TRAINER_LIBRARIES),
+        at_rest=int(at_rest + memory.gradients + memory.step + memory.products + TRAINER_LIBRARIES),
         batch=memory.device - memory.parameters - memory.gradients,
         taken=memory.parameters + memory.optimizer,
     )

@@ -90,11 +90,15 @@ def prepared_linear(prepare, inputs, weight, bias, *parameters, result_is_unused
 
 
 class SharedMatrix(nn.Module):
-    """A [out_features, in_features] matrix with an optional low-rank term, held by every layer that uses it."""
+    """A [out_features, in_features] matrix with an optional low-rank term, held by every layer that uses it.
 
-    def __init__(self, in_features, out_features, *, lowrank_dim=0):
+    num_parts: of its rows, equal ones with a meaning of their own, as queries, keys and values have; 0 where the weight
+    is not stored as one dense matrix. For optimizers that treat a matrix as a whole.
+    """
+
+    def __init__(self, in_features, out_features, *, lowrank_dim=0, num_parts=1):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.num_parts = in_features, out_features, num_parts
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.lowrank_first = self.lowrank_second = None
         if lowrank_dim:
@@ -104,6 +108,12 @@ class SharedMatrix(nn.Module):
     def multiply(self, inputs, bias, *, prepare=None, parameters=(), result_is_unused=False):
         """Product with the matrix without its low-rank term: [..., in_features] -> [..., out_features]."""
         return prepared_linear(prepare, inputs, self.weight, bias, *parameters, result_is_unused=result_is_unused)
+
+
+def dense_matrices(model):
+    """{weight: its number of parts} of the shared matrices of a model, which are most of its parameters."""
+    return {module.weight: module.num_parts for module in model.modules()
+            if isinstance(module, SharedMatrix) and module.num_parts}  # fmt: skip
 
 
 class SharedLinear(nn.Module):

@@ -67,7 +67,7 @@ class MatrixPool:
         self.config = config
         self.matrices = {}
 
-    def linear(self, kind, block, in_features, out_features, *, bias):
+    def linear(self, kind, block, in_features, out_features, *, bias, num_parts=1):
         config = self.config
         index = shared_matrix_index(
             block,
@@ -76,20 +76,20 @@ class MatrixPool:
             num_inner_matrices=config.num_inner_matrices,
         )
         if (kind, index) not in self.matrices:
-            self.matrices[kind, index] = self._make(in_features, out_features)
+            self.matrices[kind, index] = self._make(in_features, out_features, num_parts)
         return SharedLinear(self.matrices[kind, index], bias=bias, adapter_dim=config.adapter_dim)
 
-    def _make(self, in_features, out_features):
+    def _make(self, in_features, out_features, num_parts):
         block_size, lowrank_dim = self.config.block_size, self.config.lowrank_dim
         if block_size:
             return ButterflyMatrix(in_features, out_features, block_size=block_size, lowrank_dim=lowrank_dim)
-        return SharedMatrix(in_features, out_features, lowrank_dim=lowrank_dim)
+        return SharedMatrix(in_features, out_features, lowrank_dim=lowrank_dim, num_parts=num_parts)
 
 
 def make_block(config, matrices, block):
     """Block number `block`, counted through all groups, with its matrices taken from the pool."""
     hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-    first_size = intermediate_size * (2 if config.hidden_act_gated else 1)
+    num_halves = 2 if config.hidden_act_gated else 1
     common = {
         "hidden_size": hidden_size,
         "layer_norm_eps": config.layer_norm_eps,
@@ -97,14 +97,14 @@ def make_block(config, matrices, block):
         "hidden_dropout_prob": config.hidden_dropout_prob,
     }
     attention = LeanSelfAttention(
-        matrices.linear("qkv", block, hidden_size, 3 * hidden_size, bias=config.attn_qkv_bias),
+        matrices.linear("qkv", block, hidden_size, 3 * hidden_size, bias=config.attn_qkv_bias, num_parts=3),
         matrices.linear("out", block, hidden_size, hidden_size, bias=config.out_proj_bias),
         num_attention_heads=config.num_attention_heads,
         attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         **common,
     )
     ffn = LeanFFN(
-        matrices.linear("i2h", block, hidden_size, first_size, bias=True),
+        matrices.linear("i2h", block, hidden_size, num_halves * intermediate_size, bias=True, num_parts=num_halves),
         matrices.linear("h2o", block, intermediate_size, hidden_size, bias=config.out_proj_bias),
         get_activation(config.hidden_act),
         gated=config.hidden_act_gated,

@@ -143,24 +143,25 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         super().add_param_group(param_group)
         _check_options(self.param_groups[-1])
         for param in self.param_groups[-1]["params"]:
-            self.state[param] = self._initial_state(param)
+            self.state[param] = self._initial_state(param, self.param_groups[-1])
         if self.kernel == "numba" and any("absmax1" in state for state in self.state.values()):
             from src.optim.lamb_kernel import compile_kernel  # here, not above: numba takes seconds to import
 
             compile_kernel()  # now, because a background thread would hold up the others while it compiles
 
-    def _initial_state(self, param: torch.Tensor) -> dict[str, Any]:
+    def _initial_state(self, param: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = {"step": 0, "weight_norm": 0.0, "step_norm": 0.0, "trust_ratio": 1.0}
+        return state | self._zero_moment(param, 1) | self._zero_moment(param, 2)
+
+    def _zero_moment(self, param: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
+        """The first or second moment of a tensor before its first step: codes and scales, or float32 if it is small."""
         if param.numel() < max(self.min_8bit_size, BLOCK_SIZE):
-            state["state1"] = torch.zeros(param.shape, dtype=torch.float32)
-            state["state2"] = torch.zeros(param.shape, dtype=torch.float32)
-            return state
-        num_blocks = -(-param.numel() // BLOCK_SIZE)
-        for index, code_book in enumerate(_code_books(), start=1):
-            zero = int(code_book.abs().argmin())  # the code of 0.0 is not 0 in the signed code book
-            state[f"state{index}"] = torch.full(param.shape, zero, dtype=torch.uint8)
-            state[f"absmax{index}"] = torch.zeros(num_blocks, dtype=torch.float32)
-        return state
+            return {f"state{index}": torch.zeros(param.shape, dtype=torch.float32)}
+        zero = int(_code_books()[index - 1].abs().argmin())  # the code of 0.0 is not 0 in the signed code book
+        return {
+            f"state{index}": torch.full(param.shape, zero, dtype=torch.uint8),
+            f"absmax{index}": torch.zeros(-(-param.numel() // BLOCK_SIZE), dtype=torch.float32),
+        }
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
@@ -169,17 +170,24 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_norm = _total_norm(p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        grad_norm = self._gradient_norm()
         if not math.isfinite(grad_norm):
             self.num_skipped_steps += 1
             logger.warning("Skipped an optimizer step: the gradient norm is %s", grad_norm)
             return loss
-        grad_scale = 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
+        grad_scale = self._grad_scale(grad_norm)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
                     self._update_parameter(param, group, grad_scale)
         return loss
+
+    def _gradient_norm(self) -> float:
+        return _total_norm(p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+
+    def _grad_scale(self, grad_norm: float) -> float:
+        """What gradients of this norm are multiplied by."""
+        return 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
 
     def _update_parameter(self, param: torch.Tensor, group: dict[str, Any], grad_scale: float) -> None:
         state = self.state[param]

@@ -48,6 +48,7 @@ class Workload:
     batch_size: int = 0
     length: int = 0
     half_precision: bool = False
+    optimizer: str = "lamb"
 
     @classmethod
     def of(cls, training) -> "Workload":
@@ -57,6 +58,7 @@ class Workload:
             batch_size=training.per_device_train_batch_size,
             length=training.max_sequence_length,
             half_precision=training.fp16 or training.bf16,
+            optimizer=training.optimizer,
         )
 
     def predict(self, config) -> Memory:
@@ -67,18 +69,26 @@ class Workload:
         return largest_batch(config, budget=budget, **self._options())
 
     def _options(self) -> dict:
-        return {"length": self.length, "bf16": self.half_precision, "min_8bit_size": self.min_8bit_size}
+        return {
+            "length": self.length,
+            "bf16": self.half_precision,
+            "min_8bit_size": self.min_8bit_size,
+            "optimizer": self.optimizer,
+        }
 
 
-def check_disk(directory: Path, memory: Memory) -> Check:
-    """Space for two backups (the new one is written beside the old one), and the right to write there."""
+def check_disk(directory: Path, memory: Memory, *, num_kept: int = 0) -> Check:
+    """Space for two backups (the new one is written beside the old one) and ``num_kept`` checkpoints, and the right to
+    write there."""
     existing = directory.expanduser().absolute()
     while not existing.exists():
         existing = existing.parent
     if not os.access(existing, os.W_OK) or not existing.is_dir():
         return Check("disk", FAILED, f"nothing can be written to {existing}", "choose another --output_dir")
     needed, free = 2 * (memory.parameters + memory.optimizer) + 1e8, shutil.disk_usage(existing).free
-    found = f"{free / 1e9:.1f} GB free in {existing}, {needed / 1e9:.1f} GB needed for backups"
+    needed += num_kept * memory.parameters
+    what = f"backups and {num_kept} checkpoints that are kept" if num_kept else "backups"
+    found = f"{free / 1e9:.1f} GB free in {existing}, {needed / 1e9:.1f} GB needed for {what}"
     if free < needed:
         return Check("disk", FAILED, found, "free some space, or choose another --output_dir")
     return Check("disk", OK, found)
@@ -139,10 +149,16 @@ def needed_memory(config, workload: Workload, *, on_gpu: bool) -> dict[str, dict
     computing = {"model and gradients" if trains else "model": memory.parameters + trains * memory.gradients}
     batch = {f"a batch of {workload.batch_size} x {workload.length} tokens": peer.batch} if trains else {}
     libraries = TRAINER_LIBRARIES if trains else AUXILIARY_LIBRARIES
-    machine = {"optimizer": memory.optimizer, "copies for averaging": 2 * memory.parameters, "libraries": libraries}
+    step = trains * (memory.step + (0 if on_gpu else memory.products))
+    machine = {
+        "optimizer": memory.optimizer + step,
+        "copies for averaging": 2 * memory.parameters,
+        "libraries": libraries,
+    }
     taken = {"a state that is taken" if trains else "the start, or a checkpoint that is scored": peer.taken}
     if on_gpu:
-        return {"memory": machine | taken, "GPU memory": {**computing, **batch, "libraries": GPU_LIBRARY_BYTES}}
+        on_device = {**computing, **batch, **({"Muon's products": memory.products} if memory.products else {})}
+        return {"memory": machine | taken, "GPU memory": {**on_device, "libraries": GPU_LIBRARY_BYTES}}
     return {"memory": {**computing, **(batch if trains and peer.batch > peer.taken else taken), **machine}}
 
 

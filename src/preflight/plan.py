@@ -12,7 +12,9 @@ import torch
 
 from src.console import counted, format_bytes, format_seconds, rate
 from src.models.albert import LeanAlbertForPreTraining
-from src.optim.schedules import sequence_length
+from src.models.shared_linear import dense_matrices
+from src.optim.muon import newton_schulz_operations
+from src.optim.schedules import decay_epochs, sequence_length
 from src.preflight.check import WARNING, Check
 from src.swarm.allreduce import USUAL_BANDWIDTH
 from src.swarm.compression import EIGHT_BIT_THRESHOLD
@@ -105,6 +107,8 @@ class Plan:
     bandwidth: float  # Mbit/s
     is_bandwidth_known: bool
     round_seconds: float  # that an epoch's rounds take on this link at least
+    step_operations: int  # floating-point ones of Muon's products in an epoch; 0 with LAMB
+    step_samples: float  # samples of full length that cost a trainer as much
     memory: dict[str, dict[str, float]]  # bytes, by where and by what they are for
     warnings: tuple[Check, ...]
     why_no_pace: str = ""
@@ -116,9 +120,16 @@ class Plan:
             *([] if self.sample is None else [f"sample    {self.sample}"]),
             f"target    {self.target_batch_size} samples of all trainers together make an epoch",
             *self.pace_lines(),
+            *([self._step()] if self.step_operations and self.is_trainer else []),
             f"traffic   {self._traffic()}",
             f"memory    {self._memory()}",
         ]
+
+    def _step(self) -> str:
+        return (
+            f"muon      {self.step_operations / 1e12:.3g} TFLOP of products an epoch on each trainer, as much as "
+            f"{self.step_samples:.2g} of its samples cost: on the GPU if there is one, else on CPU threads"
+        )
 
     def pace_lines(self) -> list[str]:
         """Those that change with the pace."""
@@ -175,12 +186,15 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
     if not now.is_trainer:
         settings = {**settings, "initial_sequence_length": None, "max_sequence_length": settings["pad_to_multiple_of"]}
     with torch.device("meta"):
-        sizes = [parameter.numel() for parameter in LeanAlbertForPreTraining(config).parameters()]
+        model = LeanAlbertForPreTraining(config)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    operations = muon_operations(model) if settings.get("optimizer") == "muon" else 0
     clock = Clock(settings, now, sizes)
     first, full = clock.length(0), settings["max_sequence_length"]
     length = clock.length(now.epoch) if now.pace is None else now.pace.length
     text = "not looked at" if now.text is None else now.text.describe()
-    sample = ("several texts in a row" if settings.get("pack_sequences") else "two stretches of one text") + (
+    instance = "two stretches of one text" if settings.get("sentence_order", True) else "one stretch of a text"
+    sample = ("several texts in a row" if settings.get("pack_sequences") else instance) + (
         f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"
     )
     warnings = [*warn_of_epochs(clock), *warn_of_steps(clock), *warn_of_zero_rate(clock), *warn_of_text(now)]
@@ -204,10 +218,27 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
         bandwidth=clock.bandwidth,
         is_bandwidth_known=now.bandwidth is not None,
         round_seconds=clock.round_seconds,
+        step_operations=operations,
+        step_samples=operations / sample_operations(config, full),
         memory=memory,
         warnings=tuple(warnings),
         why_no_pace="" if now.pace is not None else now.why_no_pace,
     )
+
+
+def muon_operations(model: torch.nn.Module) -> int:
+    """Floating-point operations of a step of Muon on the model's large matrices."""
+    return sum(
+        parts * newton_schulz_operations(weight.shape[0] // parts, weight.shape[1])
+        for weight, parts in dense_matrices(model).items()
+    )
+
+
+def sample_operations(config, length: int) -> int:
+    """About those of a sample's forward and backward pass: its tokens in all matrices of all layers."""
+    first_layers = 2 if config.hidden_act_gated else 1
+    block = 4 * config.hidden_size**2 + (first_layers + 1) * config.hidden_size * config.intermediate_size
+    return 6 * config.num_hidden_layers * config.num_inner_groups * block * length
 
 
 class Clock:
@@ -266,6 +297,9 @@ class Clock:
             "learning rate zero until": zero,
             "learning rate at its peak from": max(settings["warmup_steps"], zero),
         }
+        if settings.get("schedule") == "wsd":
+            falling = decay_epochs(settings["decay_steps"], warmup_steps=settings["warmup_steps"], total_steps=total)
+            epochs["learning rate falls from"] = total - falling
         if self.length(0) < self.full:
             epochs["sequences of full length from"] = settings["sequence_length_warmup_steps"]
         known = sorted((epoch, what) for what, epoch in epochs.items() if 0 < epoch <= total)

@@ -134,6 +134,20 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
 
     final_epoch = math.inf  # of the run
 
+    def _do(self, wait_for_trigger, optimizer_step: bool, *args, **kwargs):
+        """As hivemind's, but what an optimizer can compute before it changes anything is done before it has the locks:
+        meanwhile others can have this peer's state, and a backup can be written."""
+        prepare = getattr(self.optimizer, "prepare", None)
+        if prepare is None or not optimizer_step:
+            return super()._do(wait_for_trigger, optimizer_step, *args, **kwargs)
+
+        def wait_and_prepare() -> None:
+            if wait_for_trigger is not None:
+                wait_for_trigger()
+            prepare()
+
+        return super()._do(wait_and_prepare, optimizer_step, *args, **kwargs)
+
     def get_current_state(self):
         """As hivemind's, but the last epoch is named only when its step is done: that state is kept as the result."""
         updates = tuple(self.pending_updates)

@@ -1,4 +1,4 @@
-"""Put the swarm's optimizer together: LAMB with its schedule, hivemind around it, and the options of both."""
+"""Put the swarm's optimizer together: LAMB or Muon with its schedule, hivemind around it, and the options of both."""
 
 import logging
 import math
@@ -13,9 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.membership import Identity
+from src.models.shared_linear import dense_matrices
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.muon import CPUMuon8Bit
 from src.optim.parameter_groups import parameter_groups
-from src.optim.schedules import learning_rate_factor
+from src.optim.schedules import decay_epochs, learning_rate_factor
 from src.swarm import hivemind_fixes
 from src.swarm.averagers import LeanGradientAverager
 from src.swarm.compression import gradient_compression, parameter_compression
@@ -50,24 +52,39 @@ def patience_seconds(*, matchmaking_time: float, next_chunk_timeout: float) -> f
     )
 
 
-def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
-    """8-bit LAMB with the run's hyperparameters; it may use up the gradients, which nobody reads after the step."""
-    return CPULAMB8Bit(
-        params,
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        clamp_value=args.clamp_value,
-        min_8bit_size=args.min_8bit_size,
-        max_grad_norm=args.max_grad_norm or None,
-        reuse_grad_buffers=True,
-        kernel="auto",
-    )
+def make_groups(model: torch.nn.Module, args: HFTrainerArguments) -> list[dict]:
+    """The model's parameters in the groups of the run's optimizer. Raises ValueError if there is nothing for Muon."""
+    matrices = dense_matrices(model) if args.optimizer == "muon" else {}
+    if args.optimizer == "muon" and not matrices:
+        raise ValueError("--optimizer muon: this model has no dense matrices (block_size); train it with lamb")
+    return parameter_groups(model, args.weight_decay, matrices=matrices)
 
 
-def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bit:
-    """LAMB whose statistics lie in shared memory, over parameters without gradients.
+def make_optimizer(
+    params, args: HFTrainerArguments, *, device: torch.device | str = "cpu", in_background: bool = False
+) -> CPULAMB8Bit:
+    """The run's --optimizer with its hyperparameters; it may use up the gradients, which nobody reads after the step.
+
+    ``params``: from `make_groups`. ``device``, ``in_background``: see `CPUMuon8Bit`.
+    """
+    options = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        "clamp_value": args.clamp_value,
+        "min_8bit_size": args.min_8bit_size,
+        "max_grad_norm": args.max_grad_norm or None,
+        "reuse_grad_buffers": True,
+        "kernel": "auto",
+    }
+    if args.optimizer == "muon":
+        return CPUMuon8Bit(params, device=device, in_background=in_background, **options)
+    return CPULAMB8Bit(params, **options)
+
+
+def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, **options) -> CPULAMB8Bit:
+    """As `make_optimizer`, with statistics in shared memory, over parameters without gradients.
 
     Both spare copies in the processes that are forked soon: of the statistics as they are now, and of the gradients
     that hivemind (state_averager.py, `_init_components`) gives to offloaded parameters until they get averaged ones.
@@ -76,7 +93,7 @@ def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bi
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = None
-    optimizer = make_lamb(groups, args)
+    optimizer = make_optimizer(groups, args, **options)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
@@ -87,12 +104,16 @@ def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bi
 def make_learning_rate(args: HFTrainerArguments):
     """The share of the peak learning rate as a function of the epoch. Raises ValueError for options that contradict."""
     min_lr_ratio = DEFAULT_LR_FLOOR if args.min_learning_rate is None else args.min_learning_rate / args.learning_rate
+    decay_steps = None  # from the end of the warm-up on
+    if args.schedule == "wsd":
+        decay_steps = decay_epochs(args.decay_steps, warmup_steps=args.warmup_steps, total_steps=args.total_steps)
     factor = partial(
         learning_rate_factor,
         total_steps=args.total_steps,
         warmup_steps=args.warmup_steps,
         num_zero_steps=args.num_zero_lr_steps,
         min_lr_ratio=min_lr_ratio,
+        decay_steps=decay_steps,
     )
     factor(0)  # checks the options
     return factor
@@ -122,12 +143,13 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
+    device = "cpu" if auxiliary else training.device
     optimizer = LeanOptimizer(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
-        params=parameter_groups(model, training.weight_decay),
-        optimizer=lambda params: make_shared_lamb(params, training),
+        params=make_groups(model, training),
+        optimizer=lambda params: make_shared_optimizer(params, training, device=device, in_background=delay_step),
         scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
         matchmaking_time=collaboration.matchmaking_time,
         next_chunk_timeout=collaboration.next_chunk_timeout,

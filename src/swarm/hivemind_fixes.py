@@ -160,7 +160,7 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "_load_state_from_peers",
     ),
     TensorPartContainer: ("register_processed_part", "register_failed_reducer", "iterate_output_tensors"),
-    TrainingStateAverager: ("_load_local_tensors_into_averager_",),
+    TrainingStateAverager: ("_load_local_tensors_into_averager_", "_do"),
     ProgressTracker: ("report_local_progress", "global_epoch"),
     GroupKeyManager: ("get_averagers",),
 }

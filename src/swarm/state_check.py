@@ -37,7 +37,7 @@ def check_state(metadata, tensors: list[torch.Tensor], *, parameters, optimizer:
     own_state = optimizer.state_dict()
     state = nested_pack(values, structure=own_state)
     for group, own_group in zip(state["param_groups"], own_state["param_groups"], strict=True):
-        if group["params"] != own_group["params"]:
+        if any(group.get(name) != own_group.get(name) for name in ("params", "num_parts")):
             raise ValueError("its optimizer state has other parameters")
     for statistics in state["state"].values():
         _check_statistics(statistics)

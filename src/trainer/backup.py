@@ -189,7 +189,13 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
                 offloaded.copy_(main_parameter)
         own = [{name: value for name, value in group.items() if name != "params"}
                for group in averager.optimizer.param_groups]  # fmt: skip
-        averager.optimizer.load_state_dict(state["optimizer"])
+        try:
+            averager.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"--state_path: {path}: {error}. Was it written with another --optimizer? Go on with that, or begin "
+                "another --run_id with --init_checkpoint"
+            ) from error
         _keep_options(averager.optimizer, averager.scheduler, own, state["scheduler"], path)
         averager.local_epoch = state["epoch"]
     if not averager.reuse_tensors:

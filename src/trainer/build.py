@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
@@ -34,7 +33,8 @@ from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_st
 from src.swarm.run_card import make_run_card
 from src.swarm.take_up import words_of
 from src.trainer.backup import Backups, load_initial_weights
-from src.trainer.callback import CollaborativeCallback, sequence_length_at
+from src.trainer.callback import CollaborativeCallback
+from src.trainer.data_schedule import DataSchedule
 from src.trainer.epoch_report import EpochReport
 from src.trainer.gradient_buffers import GradientBuffers
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, StoppedWaiting
@@ -62,7 +62,7 @@ def check(
     """Test this machine's set-up without joining in training; returns the exit code."""
 
     def make_model():
-        model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+        model, tokenizer = build_model(peer, training, task)
         task.check_sequence_length(model, training.max_sequence_length)
         if peer.init_checkpoint is not None:
             settings["init_checkpoint"] = load_initial_weights(model, Path(peer.init_checkpoint).expanduser())
@@ -73,8 +73,8 @@ def check(
         pace, why = None, "not measured, since it does not fit into memory"
         text = None if data is None else task.look_at_text(tokenizer, data[0], num_readers=num_readers(training))
         if data is not None and fits:
-            dataset, collator, current_length = data
-            current_length.value = training.max_sequence_length
+            dataset, collator, schedule = data
+            schedule.length.value = training.max_sequence_length
             model.to(training.device)
             batches = iter(DataLoader(dataset, training.per_device_train_batch_size, collate_fn=collator))
             pace, why = measure_pace(model, batches, training=training, length=training.max_sequence_length)
@@ -105,6 +105,16 @@ def check(
     )
 
 
+def build_model(peer: TrainerPeerArguments, training: HFTrainerArguments, task) -> tuple:
+    """The model that this trainer begins with, and its tokenizer."""
+    return task.build_model(
+        peer,
+        seed=training.seed,
+        activation_memory=training.activation_memory,
+        sentence_order=training.sentence_order,
+    )
+
+
 def num_readers(training: HFTrainerArguments) -> int:
     """Processes of this peer that read text."""
     return max(1, training.dataloader_num_workers) * training.world_size
@@ -130,7 +140,7 @@ def build(
 
     ``entry``: from `src.swarm.join.enter`.
     """
-    model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+    model, tokenizer = build_model(peer, training, task)
     task.check_sequence_length(model, training.max_sequence_length)
     require_shared_memory(model)
     for found in check_memory(model.config, Workload.of(training), training.device):
@@ -154,7 +164,7 @@ def build(
     # A peer that is started again under the same identity goes on with other data than it began with last time.
     start = num_starts(directory / "metrics.jsonl").to_bytes(8, "big")
     peer_seed = workers.share_bytes(node.dht.peer_id.to_bytes() + start)
-    dataset, collator, current_length = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    dataset, collator, schedule = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
     if workers.size > 1:
         # Local gradients are means over all ranks, which the optimizer must not find reset on one of them only.
         collaboration.reuse_grad_buffers = False
@@ -170,7 +180,7 @@ def build(
         training=training,
         meter=meter,
         scaler=scaler,
-        current_length=current_length,
+        schedule=schedule,
         state_path=state_path,
         progress=progress,
         stop=stop,
@@ -188,7 +198,7 @@ def build(
             num_readers=num_readers(training),
         ),
         tracker=swarm.optimizer.tracker,
-        length=lambda: current_length.value,
+        length=lambda: schedule.length.value,
         say=progress.say,
     )
     callback.after_step = outlook.after_step
@@ -204,7 +214,7 @@ def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)
     training: HFTrainerArguments,
     meter: LossMeter,
     scaler: LossScaler | None,
-    current_length: Synchronized,
+    schedule: DataSchedule,
     state_path: Path,
     progress: Progress,
     stop: threading.Event,
@@ -229,7 +239,7 @@ def make_callback(  # noqa: PLR0913 (where all parts of a trainer come together)
         backups,
         peer=peer,
         training=training,
-        current_length=current_length,
+        schedule=schedule,
         stop=stop,
         workers=workers,
     )
@@ -270,17 +280,16 @@ def follow_settings(peer: TrainerPeerArguments, given: dict) -> list[str]:
 def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:
     """A process that computes gradients for rank 0 of the same peer, when torchrun has started several."""
     workers = LocalWorkers(rank=training.process_index, size=training.world_size, device=training.device)
-    model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
+    model, tokenizer = build_model(peer, training, task)
     model.to(training.device)
     peer_seed = workers.share_bytes() + bytes([workers.rank])  # each rank reads data of its own
-    dataset, collator, current_length = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
+    dataset, collator, schedule = task.build_data(tokenizer, peer, training, peer_seed=peer_seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     callback = FollowerCallback(
         workers,
         GradientBuffers(parameters, scaler=LossScaler() if training.fp16 else None),
         meter=LossMeter(),
-        current_length=current_length,
-        length_at=partial(sequence_length_at, training=training),
+        schedule=schedule,
         stop=stop,
     )
     return make_trainer(model, dataset, collator, callback, training=training, optimizer=None)

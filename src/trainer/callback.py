@@ -3,16 +3,15 @@
 import logging
 import threading
 import time
-from multiprocessing.sharedctypes import Synchronized
 
 import torch
 from transformers import TrainerCallback
 
 from arguments import HFTrainerArguments, TrainerPeerArguments
 from src.metrics.records import WorkerChecksums
-from src.optim.schedules import sequence_length
 from src.swarm.join import Swarm
 from src.trainer.backup import Backups
+from src.trainer.data_schedule import DataSchedule
 from src.trainer.epoch_report import EpochReport
 from src.trainer.gradient_buffers import GradientBuffers, all_finite
 from src.trainer.hand_over import hand_over, hand_over_seconds
@@ -30,7 +29,7 @@ class CollaborativeCallback(TrainerCallback):
     """Steps hivemind's optimizer where Trainer would step its own.
 
     Gradients that are not finite are never given to the averager. Parameters that are not finite are replaced by the
-    last backup or, without one, by another peer's state. ``current_length``: of sequences, which the data follow.
+    last backup or, without one, by another peer's state. ``schedule``: which the data follow.
     """
 
     def __init__(  # noqa: PLR0913 (the trainer's parts)
@@ -42,7 +41,7 @@ class CollaborativeCallback(TrainerCallback):
         *,
         peer: TrainerPeerArguments,
         training: HFTrainerArguments,
-        current_length: Synchronized,
+        schedule: DataSchedule,
         stop: threading.Event,
         workers: LocalWorkers | None = None,
     ):
@@ -50,7 +49,7 @@ class CollaborativeCallback(TrainerCallback):
         self.buffers, self.parameters = buffers, buffers.parameters
         self.report, self.meter, self.say = report, report.meter, report.progress.say
         self.backups, self.peer, self.training = backups, peer, training
-        self.current_length, self.stop = current_length, stop
+        self.schedule, self.stop = schedule, stop
         self.after_step = lambda samples, waited: None  # after a local step, with seconds inside the swarm's optimizer
         self.last_epoch = -1
         self.optimizer.state_averager.final_epoch = training.total_steps
@@ -183,13 +182,13 @@ class CollaborativeCallback(TrainerCallback):
         return self._lead_workers(control)
 
     def _finish_epoch(self) -> None:
-        self.report.finish(sequence_length=self.current_length.value)
+        self.report.finish(sequence_length=self.schedule.length.value)
         self.last_epoch = self.optimizer.local_epoch
         self._follow_epoch()
         self._check_parameters()
 
     def _follow_epoch(self) -> None:
-        self.current_length.value = sequence_length_at(self.optimizer.local_epoch, self.training)
+        self.schedule.follow(self.optimizer.local_epoch)
 
     @torch.no_grad()
     def _check_parameters(self) -> None:
@@ -247,14 +246,3 @@ class CollaborativeCallback(TrainerCallback):
             self.say("no backup: training had not begun")
             return
         self.backups.save_last(alone)
-
-
-def sequence_length_at(epoch: int, training: HFTrainerArguments) -> int:
-    """The longest training sequence in an epoch, by the run's schedule."""
-    return sequence_length(
-        epoch,
-        max_sequence_length=training.max_sequence_length,
-        initial_sequence_length=training.initial_sequence_length,
-        sequence_length_warmup_steps=training.sequence_length_warmup_steps,
-        pad_to_multiple_of=training.pad_to_multiple_of,
-    )

@@ -124,7 +124,7 @@ class EpochReport:
             epoch=self.optimizer.local_epoch,
             loss=meter.loss / mini_steps,
             mlm_loss=meter.mlm_loss / mini_steps,
-            sop_loss=meter.sop_loss / mini_steps,
+            sop_loss=meter.sop_loss / mini_steps or None,
             samples=meter.samples,
             dropped_samples=meter.dropped,
             samples_per_second=float(f"{self._samples_per_second():.4g}"),

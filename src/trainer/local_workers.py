@@ -8,13 +8,13 @@ whether to stop, and when rank 0's parameters have changed the others get them b
 import os
 import threading
 from datetime import timedelta
-from multiprocessing.sharedctypes import Synchronized
 
 import torch
 import torch.distributed
 from torch.distributed.rendezvous import rendezvous
 from transformers import TrainerCallback, TrainingArguments
 
+from src.trainer.data_schedule import DataSchedule
 from src.trainer.gradient_buffers import GradientBuffers
 from src.trainer.hf_trainer import LossMeter
 
@@ -120,12 +120,11 @@ class FollowerCallback(TrainerCallback):
         buffers: GradientBuffers,
         *,
         meter: LossMeter,
-        current_length: Synchronized,
-        length_at,
+        schedule: DataSchedule,
         stop: threading.Event,
     ):
         self.workers, self.buffers, self.meter, self.stop = workers, buffers, meter, stop
-        self.current_length, self.length_at = current_length, length_at
+        self.schedule = schedule
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
         return self._follow(control)
@@ -142,6 +141,6 @@ class FollowerCallback(TrainerCallback):
 
     def _follow(self, control):
         epoch, stop, _ = self.workers.agree(self.buffers.parameters, epoch=0, stop=self.stop.is_set())
-        self.current_length.value = self.length_at(epoch)
+        self.schedule.follow(epoch)
         control.should_training_stop = control.should_training_stop or stop
         return control

@@ -71,9 +71,11 @@ def draw_learning_curve(metrics: Path, picture: Path) -> Path:
     axes.plot([r["epoch"] for r in epochs], [r["mlm_loss"] for r in epochs], color="tab:blue")
     axes.set_xlabel("epoch (global step)")
     axes.set_ylabel("masked-token loss, nats", color="tab:blue")
-    order = axes.twinx()
-    order.plot([r["epoch"] for r in epochs], [r["sop_loss"] for r in epochs], color="tab:orange", alpha=0.6)
-    order.set_ylabel("sentence-order loss, nats", color="tab:orange")
+    orders = [(r["epoch"], r["sop_loss"]) for r in epochs if r["sop_loss"] is not None]
+    if orders:
+        order = axes.twinx()
+        order.plot(*zip(*orders, strict=True), color="tab:orange", alpha=0.6)
+        order.set_ylabel("sentence-order loss, nats", color="tab:orange")
     for epoch in incomplete:
         axes.axvline(epoch, color="tab:red", linewidth=0.8, linestyle=":")
     axes.set_title("Learning curve" + (" (dotted: rounds of averaging not complete)" if incomplete else ""))

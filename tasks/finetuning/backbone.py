@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 
 from src.models import LeanAlbertConfig, LeanAlbertForMaskedLM, LeanAlbertModel, load_tokenizer
 from src.models.checkpoint import (
+    POOLER,
     check_size,
     encoder_weights,
     has_pooler,
+    has_untrained_pooler,
     is_finite,
     load_strictly,
     read_state_dict,
@@ -25,6 +28,8 @@ from src.models.checkpoint import (
 from src.models.companions import AUXILIARY_CHECKPOINT, configs_in, places_of, read_config, tokenizers_in
 from src.models.config import refuse_absurd_numbers
 from src.models.hub import STATE_FILE, download_model, explain_hub_error, first_line
+
+logger = logging.getLogger(__name__)
 
 ALIASES = {"ruroberta-large": "ai-forever/ruRoberta-large"}
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -224,12 +229,19 @@ def _own_model_of_hub(source: str, hub_id: str, name: str, config, tokenizer, mo
 
 
 def load_own_encoder(path: str, config: LeanAlbertConfig) -> nn.Module:
-    """The encoder of a LeanALBERT with any head; without a pooler if the checkpoint has none, as a masked model."""
+    """The encoder of a LeanALBERT with any head; without a pooler if the checkpoint has none, as a masked model.
+
+    One that pretraining has not touched is drawn anew for each run, as a head is.
+    """
     state_dict = read_state_dict(path)
     build = functools.partial(LeanAlbertModel, config, add_pooling_layer=has_pooler(state_dict))
     check_size(build, state_dict, source=path)
     backbone = build()
-    load_strictly(backbone, encoder_weights(state_dict), source=path)
+    weights = encoder_weights(state_dict)
+    if has_untrained_pooler(state_dict):
+        say_pooler_is_new(path)
+        weights |= {name: value for name, value in backbone.state_dict().items() if name.startswith(POOLER)}
+    load_strictly(backbone, weights, source=path)
     return backbone
 
 
@@ -242,6 +254,13 @@ def load_own_masked_model(path: str, config: LeanAlbertConfig) -> nn.Module:
     kept = {name: tensor for name, tensor in state_dict.items() if not name.startswith(SENTENCE_ORDER)}
     load_strictly(model, kept, source=path)
     return model
+
+
+@functools.cache
+def say_pooler_is_new(path: str) -> None:
+    logger.warning(
+        "%s: its pooler was never trained (as with --sentence_order False); fine-tuning starts it anew", path
+    )
 
 
 def load_hub_encoder(path: str, config) -> nn.Module:

@@ -104,10 +104,13 @@ def padding_share(instances: Sequence[Instance]) -> float:
     return 1 - sum(lengths) / (len(lengths) * max(lengths))
 
 
-def make_instance(chunk: Sentences, max_tokens: int, generator: random.Random) -> Instance:
-    """Cut a chunk at a random sentence, swap the halves with probability 1/2. A single sentence gets no order label."""
-    if len(chunk) == 1:
-        return Instance(chunk[0], array("i"), NO_ORDER)
+def make_instance(
+    chunk: Sentences, max_tokens: int, generator: random.Random, *, sentence_order: bool = True
+) -> Instance:
+    """Cut a chunk at a random sentence, swap the halves with probability 1/2. A single sentence gets no order label;
+    without ``sentence_order`` a chunk stays in one piece, and none gets one."""
+    if len(chunk) == 1 or not sentence_order:
+        return Instance(join(chunk)[:max_tokens], array("i"), NO_ORDER)
     cut = generator.randrange(1, len(chunk))
     first, second = join(chunk[:cut]), join(chunk[cut:])
     order = SWAPPED if generator.random() < 0.5 else ORDERED
@@ -232,7 +235,7 @@ class InstanceStream:
             self.cumulative_weights = np.cumsum(weights).tolist()
         max_tokens = self.settings.current_length() - NUM_SPECIAL_TOKENS
         chunk = source.take_chunk(max_tokens, self.settings.starts_word, self.generator)
-        instance = make_instance(chunk, max_tokens, self.generator)
+        instance = make_instance(chunk, max_tokens, self.generator, sentence_order=self.settings.sentence_order)
         num_tokens = sum(map(len, chunk))
         self.num_tokens += num_tokens
         self.num_discarded_tokens += num_tokens - len(instance)
@@ -326,11 +329,13 @@ class TrainingDataset(IterableDataset):
         max_sequence_length=512,
         batch_size: int | None = None,
         pack_sequences: bool = False,
+        sentence_order: bool = True,
     ):
         super().__init__()
         self.sources, self.weights, self.shuffle_seed = sources, weights, shuffle_seed
         self.shuffle_buffer_size, self.preprocessing_batch_size = shuffle_buffer_size, preprocessing_batch_size
         self.max_sequence_length, self.batch_size, self.pack_sequences = max_sequence_length, batch_size, pack_sequences
+        self.sentence_order = sentence_order
         self.tokenizer = raw_tokenizer(tokenizer)
         self.starts_word = [
             token.startswith("▁") for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -468,6 +473,7 @@ def make_training_dataset(  # noqa: PLR0913 (options of the data)
     max_sequence_length=512,
     batch_size: int | None = None,
     pack_sequences: bool = False,
+    sentence_order: bool = True,
 ) -> TrainingDataset:
     """Endless dataset of instances [CLS] A [SEP] B [SEP] for `DataCollatorForWholeWordMask`.
 
@@ -486,6 +492,7 @@ def make_training_dataset(  # noqa: PLR0913 (options of the data)
     pack_sequences: an item is a row of several instances end to end that fill the maximum length, with their
         instance_lengths and a sentence_order_label for each; the collator turns rows into input that keeps the
         instances apart. batch_size then changes nothing.
+    sentence_order: False makes instances [CLS] A [SEP] only, of as many sentences; none has an order to predict.
 
     An item holds input_ids, token_type_ids, special_tokens_mask (each an array.array of ints, which works like a list)
     and sentence_order_label: 0 in order, 1 swapped, -100 for a single sentence. Raises ValueError for missing, empty or
@@ -517,4 +524,5 @@ def make_training_dataset(  # noqa: PLR0913 (options of the data)
         max_sequence_length=max_sequence_length,
         batch_size=batch_size,
         pack_sequences=pack_sequences,
+        sentence_order=sentence_order,
     )

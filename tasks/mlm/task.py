@@ -6,10 +6,8 @@ import difflib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -19,6 +17,7 @@ from arguments import HFTrainerArguments, PeerArguments, TrainerPeerArguments
 from src.models import LeanAlbertConfig, LeanAlbertForPreTraining, load_tokenizer
 from src.models.config import LEGACY_OPTIONS
 from src.preflight.plan import Text
+from src.trainer.data_schedule import DataSchedule
 from tasks.mlm.data import TrainingDataset, make_training_dataset
 from tasks.mlm.text_errors import LeftOut, TextError
 from tasks.mlm.text_files import LocalFiles
@@ -52,10 +51,11 @@ def use_cache_dir(directory: str) -> None:
         config.EXTRACTED_DATASETS_PATH = config.DOWNLOADED_DATASETS_PATH / config.EXTRACTED_DATASETS_DIR
 
 
-def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None = None):
+def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None = None, sentence_order: bool = True):
     """The tokenizer, and a model with initial parameters drawn from ``seed`` (equal on all peers).
 
-    ``activation_memory``, if given, replaces that option of the configuration; peers of a run may differ in it.
+    ``activation_memory``, if given, replaces that option of the configuration; peers of a run may differ in it. Without
+    ``sentence_order`` the pooler and the head above it get no gradient: nobody averages them or sends them around.
 
     Raises ValueError if a file is missing or broken, or if the tokenizer has more tokens than the model.
     """
@@ -81,12 +81,16 @@ def build_model(peer: PeerArguments, *, seed: int, activation_memory: str | None
         config.activation_memory = activation_memory
     torch.manual_seed(seed)
     try:
-        return LeanAlbertForPreTraining(config), tokenizer
+        model = LeanAlbertForPreTraining(config)
     except (RuntimeError, MemoryError) as error:  # torch's allocator raises RuntimeError
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--model_config_path: {path}: there is not enough memory for this model ({reason})"
         ) from error
+    if not sentence_order:
+        model.albert.pooler.requires_grad_(False)
+        model.sop_classifier.requires_grad_(False)
+    return model, tokenizer
 
 
 def _load_tokenizer(peer: PeerArguments, *, vocab_size: int):
@@ -128,27 +132,33 @@ def check_sequence_length(model: LeanAlbertForPreTraining, max_sequence_length: 
 
 def build_data(
     tokenizer, peer: TrainerPeerArguments, training: HFTrainerArguments, *, peer_seed: bytes
-) -> tuple[TrainingDataset, DataCollatorForWholeWordMask, Synchronized]:
-    """Endless training instances, their collator, and the shared sequence length that the data follow while it grows.
+) -> tuple[TrainingDataset, DataCollatorForWholeWordMask, DataSchedule]:
+    """Endless training instances, their collator, and the schedule that both follow from epoch to epoch.
 
     ``peer_seed`` (the peer's id, and which start of it this is) decides the order of documents and the masks, so that
     trainers see different data, and none sees the same again and again when it is restarted often.
     The first instance is read here, so that a wrong source is an error before the peer joins the swarm.
     """
     seed = int.from_bytes(hashlib.sha256(peer_seed).digest()[:4], "big")
-    current_length = multiprocessing.Value("i", training.initial_sequence_length or training.max_sequence_length)
+    schedule = DataSchedule(training)
     dataset = make_training_dataset(
         tokenizer,
         sources=peer.dataset_sources,
         weights=peer.dataset_weights,
         shuffle_seed=seed,
-        max_sequence_length=current_length,
+        max_sequence_length=schedule.length,
         batch_size=training.per_device_train_batch_size,
         pack_sequences=peer.pack_sequences,
+        sentence_order=training.sentence_order,
     )
     dataset.check()
-    collator = DataCollatorForWholeWordMask(tokenizer, pad_to_multiple_of=training.pad_to_multiple_of, seed=seed)
-    return dataset, collator, current_length
+    collator = DataCollatorForWholeWordMask(
+        tokenizer,
+        mlm_probability=schedule.mlm_probability,
+        pad_to_multiple_of=training.pad_to_multiple_of,
+        seed=seed,
+    )
+    return dataset, collator, schedule
 
 
 def look_at_text(tokenizer, dataset: TrainingDataset, *, num_readers: int) -> Text:

@@ -22,6 +22,11 @@ def lay_out(rows: Iterable[Sequence[int]]) -> np.ndarray:
     return np.frombuffer(bytearray().join(arrays), dtype=np.int32)
 
 
+def read_value(number) -> float:
+    """A number, or what a multiprocessing.Value holds now."""
+    return getattr(number, "value", number)
+
+
 def check_word_marks(tokenizer, tokens: Sequence[str], starts_word: Sequence[bool]) -> None:
     """Raises ValueError unless the tokenizer begins words with "▁".
 
@@ -53,21 +58,22 @@ class DataCollatorForWholeWordMask:
     row in which no word fits gets its shortest one, so that every row has something to predict. Words that hold an
     unknown piece are never masked. Of the chosen tokens 80 % become [MASK], 10 % a random ordinary token, 10 % stay.
 
-    seed: None takes fresh entropy. Each DataLoader worker has a generator of its own.
+    mlm_probability: a number, or a multiprocessing.Value read at each batch, so that it may change. seed: None takes
+    fresh entropy. Each DataLoader worker has a generator of its own.
     """
 
     def __init__(
         self,
         tokenizer,
-        mlm_probability: float = 0.15,
+        mlm_probability=0.15,
         pad_to_multiple_of: int | None = None,
         seed: int | None = None,
     ):
         if tokenizer.mask_token is None or tokenizer.pad_token is None:
             missing = "mask_token" if tokenizer.mask_token is None else "pad_token"
             raise ValueError(f"the tokenizer has no {missing}; name it in its special_tokens_map.json")
-        if not 0 < mlm_probability < 1:
-            raise ValueError(f"mlm_probability is {mlm_probability}, should lie between 0 and 1")
+        if not 0 < read_value(mlm_probability) < 1:
+            raise ValueError(f"mlm_probability is {read_value(mlm_probability)}, should lie between 0 and 1")
         if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of is {pad_to_multiple_of}, should be at least 1")
         self.mlm_probability = mlm_probability
@@ -128,7 +134,7 @@ class DataCollatorForWholeWordMask:
             raise ValueError(f"{found} for a vocabulary of {len(self.kinds)}: made by another tokenizer?")
         state = self.generator().integers(2**64, size=1, dtype=np.uint64)
         labels = np.full_like(ids, IGNORED_LABEL)
-        mask_kernel.choose_tokens(ids, ends, self.kinds, self.mlm_probability, state, labels)
+        mask_kernel.choose_tokens(ids, ends, self.kinds, read_value(self.mlm_probability), state, labels)
         mask_kernel.hide(ids, labels, self.mask_token_id, self.ordinary_ids, state)
         return ids, labels
 

@@ -1,20 +1,23 @@
 """The auxiliary peer keeps one complete checkpoint, scores and uploads it, and survives a broken network."""
 
 import io
+import itertools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 
 from src import LeanAlbertForMaskedLM, LeanAlbertForPreTraining, files, load_tokenizer
 from src.auxiliary import uploader as uploader_module
 from src.auxiliary.assistant import AveragingAssistant
-from src.auxiliary.checkpoints import CheckpointNotice, CheckpointStore
+from src.auxiliary.checkpoints import CheckpointNotice, CheckpointStore, thinned
 from src.auxiliary.evaluator import Evaluator
 from src.auxiliary.uploader import Uploader, make_public
 from src.metrics.console import Progress
@@ -39,7 +42,7 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text("{}")
 
 
-def make_store(folder, *, every_epochs=5):
+def make_store(folder, *, every_epochs=5, **options):
     """A store whose peers are at epoch 7; their parameters are all 0.25."""
     model = tiny_model()
     model.config.sparse_prediction = True
@@ -57,7 +60,7 @@ def make_store(folder, *, every_epochs=5):
 
     averager.load_state_from_peers = download
     return CheckpointStore(folder / "run" / "checkpoint", model, Tokenizer(), optimizer, run_id="run",
-                           every_epochs=every_epochs)  # fmt: skip
+                           every_epochs=every_epochs, **options)  # fmt: skip
 
 
 def entries(folder) -> set[str]:
@@ -303,8 +306,8 @@ class FakeHub:
         self.done.set()
 
 
-def make_uploader(folder, hub, *, interval=0.01):
-    store = make_store(folder)
+def make_uploader(folder, hub, *, interval=0.01, **options):
+    store = make_store(folder, **options)
     stop, progress = threading.Event(), Progress(io.StringIO())
     return Uploader(store, "org/name", hub, prepare=lambda folder, epoch: None, interval=interval, progress=progress,
                     stop=stop)  # fmt: skip
@@ -494,6 +497,71 @@ def test_uploader_does_not_hold_up_checkpoints_or_the_end_of_the_program(tmp_pat
         uploader.join(10.0)
 
 
+# -- checkpoints that are kept -----------------------------------------------------------------------------------------
+
+
+def store_epochs(store, epochs):
+    for epoch in epochs:
+        store.optimizer.state_averager.epoch_of_peers = epoch
+        store.update(timeout=60.0)
+
+
+def test_kept_checkpoints_are_spread_over_the_run_and_open_as_the_newest_does(tmp_path):
+    store = make_store(tmp_path, keep=3)
+    store_epochs(store, [2, 4, 6, 8, 10])
+    kept = store.path.with_name("checkpoint-epochs")
+    assert entries(store.path.parent) == {"checkpoint", "checkpoint-epochs"}
+    assert entries(kept) == {"epoch-2", "epoch-6", "epoch-10"}
+    newest, weights = kept / "epoch-10", "model.safetensors"
+    assert (newest / weights).samefile(store.path / weights), "the newest takes no space of its own"
+    LeanAlbertForPreTraining.from_pretrained(kept / "epoch-2")
+    again = make_store(tmp_path, keep=2)  # a peer that is started again, which is to keep fewer
+    store_epochs(again, [12])
+    assert entries(kept) == {"epoch-2", "epoch-12"}
+
+
+@pytest.mark.parametrize(("keep", "num_epochs"), [(1, 9), (2, 9), (5, 60), (10, 100)])
+def test_thinning_out_keeps_the_first_and_the_newest_and_leaves_no_large_gap(keep, num_epochs):
+    kept = []
+    for epoch in range(1, num_epochs + 1):
+        kept = thinned([*kept, epoch], keep)
+    assert len(kept) == keep and kept[-1] == num_epochs
+    if keep > 1:
+        gaps = [after - before for before, after in itertools.pairwise(kept)]
+        assert kept[0] == 1 and max(gaps) <= 3 * (num_epochs - 1) / (keep - 1)
+
+
+def test_nothing_of_others_is_taken_for_a_kept_checkpoint(tmp_path):
+    (tmp_path / "run" / "checkpoint-epochs" / "thesis").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-epochs holds thesis"):
+        make_store(tmp_path, keep=2)
+    make_store(tmp_path)
+
+
+def test_checkpoint_that_cannot_be_kept_is_stored_all_the_same(tmp_path, monkeypatch, caplog):
+    store = make_store(tmp_path, keep=2)
+    monkeypatch.setattr(os, "link", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("no space left")))
+    store_epochs(store, [7])
+    assert store.last_epoch == 7 and "epoch 7 is stored, but cannot be kept" in caplog.text
+
+
+def test_uploads_of_kept_checkpoints_are_tagged_and_a_tag_that_fails_is_said(tmp_path):
+    api = create_autospec(HfApi, instance=True)
+    api.upload_folder.return_value.oid, api.list_repo_files.return_value = "abc123", []
+    uploader = make_uploader(tmp_path, api, keep=2)
+    store_epochs(uploader.store, [7])
+    assert uploader.upload()
+    api.create_tag.assert_called_once_with("org/name", tag="epoch-7", revision="abc123", exist_ok=True)
+    assert uploader.progress.stream.getvalue().splitlines() == ["uploaded epoch 7 to org/name"]
+    api.create_tag.side_effect = ConnectionError("the hub is away")
+    store_epochs(uploader.store, [8])
+    assert uploader.upload() and not uploader.is_behind
+    assert "epoch 8 is uploaded as revision abc123, but could not be tagged" in uploader.progress.stream.getvalue()
+    untagged = make_uploader(tmp_path / "other", api)
+    store_epochs(untagged.store, [7])
+    assert untagged.upload() and api.create_tag.call_count == 2
+
+
 # -- held-out scores --------------------------------------------------------------------------------------------------
 
 SCORES = {"loss": 4.5, "accuracy": 0.25, "order_accuracy": 0.5}
@@ -532,6 +600,14 @@ def test_evaluator_scores_each_checkpoint_once_beside_the_next_one(tmp_path):
     line = "epoch 7 on held-out text: masked-token loss 4.500, accuracy 25.0%; sentence-order accuracy 50.0%"
     assert evaluator.progress.stream.getvalue().splitlines()[0] == line
     assert entries(evaluator.store.path.parent) == {"checkpoint", "checkpoint-best"}
+
+
+def test_evaluator_says_nothing_of_an_order_that_is_not_trained(tmp_path):
+    evaluator = make_evaluator(tmp_path, lambda folder: {**SCORES, "order_accuracy": None})
+    evaluator.store.update(timeout=60.0)
+    evaluator.score()
+    line = "epoch 7 on held-out text: masked-token loss 4.500, accuracy 25.0%\n"
+    assert evaluator.progress.stream.getvalue() == line
 
 
 def test_evaluator_goes_on_after_an_error(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.models import memory as subject
 from src.models.memory import largest_batch, predict_memory
+from src.models.shared_linear import dense_matrices
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 6}
@@ -87,6 +88,21 @@ def test_parameters_and_optimizer_state_are_counted_once_for_shared_matrices(tin
     assert memory.optimizer == 8 * count
     all_8bit = predict_memory(config, batch_size=1, length=8, min_8bit_size=1).optimizer
     assert all_8bit == pytest.approx(2.002 * count, rel=1e-3)
+
+
+def test_muon_keeps_one_moment_of_its_matrices_and_holds_the_next_one_in_a_step(tiny_config):
+    config = tiny_config(share_large_matrices=True)
+    model = LeanAlbertForPreTraining(config)
+    matrices = dense_matrices(model)
+    size = sum(weight.numel() for weight in matrices)
+    lamb, muon = (predict_memory(config, batch_size=1, length=8, optimizer=name) for name in ("lamb", "muon"))
+    assert (lamb.step, lamb.products) == (0, 0)
+    assert lamb.optimizer - muon.optimizer == muon.step == 4 * size
+    largest = max(4 * (w.numel() // parts + 2 * min(w.shape[0] // parts, w.shape[1]) ** 2 +
+                       1024 * min(w.shape[0] // parts, w.shape[1])) for w, parts in matrices.items())  # fmt: skip
+    assert muon.products == largest
+    held = subject.peer_memory(muon).at_rest - subject.peer_memory(lamb).at_rest
+    assert held == pytest.approx(muon.products, abs=2)
 
 
 @pytest.mark.parametrize(("level", "units"), [("default", 10), ("lean", 2), ("checkpoint", 1)])

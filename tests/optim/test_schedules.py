@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from src.optim.schedules import learning_rate, learning_rate_factor, sequence_length
+from src.optim.schedules import learning_rate, learning_rate_factor, masked_share, sequence_length
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,25 @@ def test_learning_rate_without_zero_steps_or_floor_is_a_triangle():
     options = {"warmup_steps": 10, "total_steps": 20, "num_zero_steps": 0, "min_lr_ratio": 0.0}
     factors = [learning_rate_factor(epoch, **options) for epoch in (0, 5, 10, 15, 20, 25)]
     assert factors == [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+
+
+def test_wsd_is_one_until_the_last_epochs_fall_linearly():
+    options = {"warmup_steps": 10, "total_steps": 100, "num_zero_steps": 0, "min_lr_ratio": 0.1}
+    for decay_steps in (1, 20, 90):
+        for epoch in range(120):
+            expected = epoch / 10 if epoch < 10 else min(1.0, max(0.1, (100 - epoch) / decay_steps))
+            assert learning_rate_factor(epoch, decay_steps=decay_steps, **options) == pytest.approx(expected), epoch
+    whole = [learning_rate_factor(epoch, decay_steps=90, **options) for epoch in range(120)]
+    assert whole == [learning_rate_factor(epoch, **options) for epoch in range(120)], "linear falls all the way"
+    with pytest.raises(ValueError, match=r"^decay_steps must be between 0 and total_steps - warmup_steps \(90\)"):
+        learning_rate_factor(5, decay_steps=91, **options)
+
+
+def test_masked_share_lies_on_a_line_between_its_ends():
+    shares = [masked_share(epoch, mlm_probability=0.4, final_mlm_probability=0.15, total_steps=10)
+              for epoch in (0, 4, 10, 99)]  # fmt: skip
+    assert shares == pytest.approx([0.4, 0.3, 0.15, 0.15])
+    assert masked_share(7, mlm_probability=0.4, final_mlm_probability=None, total_steps=10) == 0.4
 
 
 def test_learning_rate_honours_min_learning_rate_over_the_ratio():

@@ -12,7 +12,7 @@ import torch
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.preflight.__main__ import main
 from src.preflight.machine import Workload, needed_memory
-from src.preflight.plan import Circumstances, Pace, Text, make_plan
+from src.preflight.plan import Circumstances, Pace, Text, make_plan, muon_operations, sample_operations
 from src.swarm.compression import gradient_compression, parameter_compression
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,6 +60,27 @@ def test_hours_follow_from_the_pace_of_all_trainers():
         assert hours[what] == pytest.approx((epoch, epoch * seconds / 3600, 20 * epoch * seconds / 3600)), what
     assert plan.epoch_seconds == pytest.approx(seconds)
     assert plan.swarm_samples_per_second == pytest.approx(800.0)
+
+
+def test_plan_of_a_modern_recipe_says_when_the_rate_falls_and_what_a_sample_is():
+    plan = planned({"schedule": "wsd", "decay_steps": None, "sentence_order": False}, pace=pace(40.0))
+    epochs = {one.what: one.epoch for one in plan.schedule}
+    assert epochs["learning rate falls from"] == 12_000 and "one stretch of a text" in plan.sample
+    given = planned({"schedule": "wsd", "decay_steps": 1_000}).schedule
+    assert {one.what: one.epoch for one in given}["learning rate falls from"] == 14_000
+
+
+def test_plan_tells_what_the_products_of_muon_cost_in_samples():
+    lamb, muon = planned(), planned({"optimizer": "muon"})
+    assert not [line for line in lamb.lines() if line.startswith("muon")]
+    (line,) = [line for line in muon.lines() if line.startswith("muon")]
+    with torch.device("meta"):
+        model = LeanAlbertForPreTraining(CONFIG)
+    # two blocks: queries, keys, values and output 256 x 256 each, two of 256 x 512; five steps of 4 m^2 n + 2 m^3
+    operations = 2 * 5 * 256**3 * (4 * 6 + 2 * (4 * 2 + 2))
+    assert muon.step_operations == muon_operations(model) == operations
+    assert sample_operations(CONFIG, 512) == 6 * 512 * 2 * (4 * 256**2 + 2 * 256 * 512)
+    assert f"as much as {operations / sample_operations(CONFIG, 512):.2g} of its samples" in line
 
 
 def test_epochs_of_short_sequences_take_less_time():

@@ -17,6 +17,7 @@ from src.metrics.records import Round, StateDownload
 from src.optim.lamb import CPULAMB8Bit
 from src.swarm.join import Swarm
 from src.trainer.build import make_callback
+from src.trainer.data_schedule import DataSchedule
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter
 from src.trainer.local_workers import LocalWorkers
 
@@ -205,7 +206,7 @@ def make_trainer(folder, optimizer: FakeOptimizer, *, items=None, scaler=None, d
         training=arguments,
         meter=meter,
         scaler=scaler,
-        current_length=multiprocessing.Value("i", 16),
+        schedule=DataSchedule(arguments),
         state_path=folder / "backup.pth",
         progress=Progress(io.StringIO()),
         stop=stop,

@@ -9,6 +9,7 @@ import hivemind
 import pytest
 import torch
 from hivemind.compression import BlockwiseQuantization, CompressionInfo, Float16Compression
+from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.utils.crypto import RSAPrivateKey
 from transformers import Trainer
 
@@ -16,7 +17,13 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.optim.parameter_groups import parameter_groups
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.build import make_collaborative_optimizer, make_learning_rate, make_shared_lamb, patience_seconds
+from src.swarm.build import (
+    make_collaborative_optimizer,
+    make_groups,
+    make_learning_rate,
+    make_shared_optimizer,
+    patience_seconds,
+)
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.patience import Patience
 from src.swarm.rounds import SHORTEST_ROUND
@@ -54,7 +61,7 @@ def test_optimizer_has_nothing_of_which_forked_processes_would_keep_a_copy(tmp_p
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in (3, 2**20)]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer = make_shared_lamb([{"params": parameters}], training_arguments(tmp_path))
+    optimizer = make_shared_optimizer([{"params": parameters}], training_arguments(tmp_path))
     statistics = [
         value for one in optimizer.state.values() for value in one.values() if isinstance(value, torch.Tensor)
     ]
@@ -109,6 +116,53 @@ def test_learning_rate_of_an_epoch(tmp_path, options, table):
 def test_learning_rate_options_that_contradict_are_an_error_at_the_start(tmp_path, options):
     with pytest.raises(ValueError, match=r"^--(warmup_steps|min_learning_rate) .* must lie between 0 and --"):
         make_learning_rate(training_arguments(tmp_path, **options))
+
+
+def test_wsd_stays_at_the_peak_and_falls_in_its_last_epochs(tmp_path):
+    options = {"learning_rate": 1e-2, "num_zero_lr_steps": 0, "warmup_steps": 10, "total_steps": 100}
+    given = make_learning_rate(training_arguments(tmp_path, schedule="wsd", decay_steps=30, **options))
+    usual = make_learning_rate(training_arguments(tmp_path, schedule="wsd", **options))
+    assert [given(epoch) for epoch in (5, 10, 70, 85, 100)] == pytest.approx([0.5, 1, 1, 0.5, 0.02])
+    assert [usual(epoch) for epoch in (5, 10, 80, 90, 100)] == pytest.approx([0.5, 1, 1, 0.5, 0.02])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay_steps": 5}, "--decay_steps 5 needs --schedule wsd"),
+        ({"schedule": "wsd", "decay_steps": 91}, "--decay_steps 91 must lie between 1 and the 90 epochs"),
+        ({"mlm_probability": 1.0}, "--mlm_probability 1.0 must lie between 0 and 1"),
+        ({"final_mlm_probability": 0.0}, "--final_mlm_probability 0.0 must lie between 0 and 1"),
+    ],
+)
+def test_options_of_a_recipe_that_make_no_sense_are_errors(tmp_path, options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        training_arguments(tmp_path, warmup_steps=10, total_steps=100, **options)
+
+
+def test_muon_needs_a_model_with_dense_matrices(tmp_path):
+    training = training_arguments(tmp_path, optimizer="muon")
+    assert [group.get("num_parts") for group in make_groups(tiny_model(), training)] == [None, None, 1, 3]
+    with pytest.raises(ValueError, match=r"^--optimizer muon: .* train it with lamb"):
+        make_groups(tiny_model(block_size=4), training)
+
+
+def test_state_averager_prepares_a_step_before_it_takes_the_locks(monkeypatch):
+    """Muon's products take minutes at the published size: others must have the state, and backups, meanwhile."""
+    order = []
+    optimizer = SimpleNamespace(prepare=lambda: order.append("prepare"))
+    averager = object.__new__(LeanStateAverager)  # without its process
+    averager.optimizer = optimizer
+
+    def do(self, wait_for_trigger, optimizer_step, *args, **kwargs):
+        if wait_for_trigger is not None:
+            wait_for_trigger()
+        order.append("locked")
+
+    monkeypatch.setattr(TrainingStateAverager, "_do", do)
+    averager._do(lambda: order.append("gradients"), True)
+    averager._do(None, False)
+    assert order == ["gradients", "prepare", "locked", "locked"]
 
 
 @pytest.fixture(scope="module")

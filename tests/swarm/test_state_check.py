@@ -17,15 +17,19 @@ from hivemind.utils.crypto import RSAPrivateKey
 from src.access.keys import public_key_of
 from src.access.ownership import peer_id_of
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.muon import CPUMuon8Bit
 from src.swarm.averagers import LeanStateAverager
 from src.swarm.state_check import check_state, far_apart, sample_parameters
 
 
-def trained(seed: int = 0) -> tuple[list[torch.nn.Parameter], CPULAMB8Bit]:
+def trained(seed: int = 0, *, muon: bool = False) -> tuple[list[torch.nn.Parameter], CPULAMB8Bit]:
     """Two parameters, one with 8-bit statistics, after a step."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((90, 100), (7,))]
     optimizer = CPULAMB8Bit(parameters, lr=0.01, min_8bit_size=8000)
+    if muon:
+        groups = [{"params": parameters[:1], "num_parts": 3}, {"params": parameters[1:]}]
+        optimizer = CPUMuon8Bit(groups, lr=0.01, min_8bit_size=8000)
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
     optimizer.step()
@@ -37,11 +41,18 @@ def state_of(parameters, optimizer) -> tuple[dict, list[torch.Tensor]]:
     return {"epoch": 3, "optimizer_metadata": layout}, [*(p.detach() for p in parameters), *tensors]
 
 
-def test_state_of_an_equal_peer_is_taken():
-    own, other = trained(0), trained(1)
+@pytest.mark.parametrize("muon", [False, True])
+def test_state_of_an_equal_peer_is_taken(muon):
+    own, other = trained(0, muon=muon), trained(1, muon=muon)
     metadata, tensors = state_of(*other)
     check_state(metadata, tensors, parameters=own[0], optimizer=own[1])
     load_optimizer_state(own[1], metadata["optimizer_metadata"], tensors[2:])
+
+
+def test_state_of_another_optimizer_is_refused():
+    own, (metadata, tensors) = trained(muon=True), state_of(*trained())
+    with pytest.raises(ValueError, match="tensors instead of"):
+        check_state(metadata, tensors, parameters=own[0], optimizer=own[1])
 
 
 def first_value(metadata, usual_type):
@@ -95,9 +106,10 @@ BAD = ("NaN parameter", "infinite moment", "negative statistics", "another shape
        "NaN for a number", "negative steps", "other parameters", "tensors swapped")  # fmt: skip
 
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_state_is_refused_before_anything_changes(kind):
-    own, (metadata, tensors) = trained(0), state_of(*trained(1))
+def test_bad_state_is_refused_before_anything_changes(kind, muon):
+    own, (metadata, tensors) = trained(0, muon=muon), state_of(*trained(1, muon=muon))
     before = [tensor.clone() for tensor in state_of(*own)[1]]
     change(kind, metadata, tensors)
     with pytest.raises(ValueError, match=r"tensor|epoch|structure|order|optimizer state"):

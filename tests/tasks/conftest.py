@@ -280,7 +280,7 @@ def demo_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tiny_tokenizer, tmp_path_factory) -> Path:
-    """A directory that from_pretrained opens: an untrained LeanALBERT of two layers, and its tokenizer."""
+    """A directory that from_pretrained opens: a random LeanALBERT of two layers, and its tokenizer."""
     return save_tiny_model(tmp_path_factory.mktemp("pretrained") / "tiny", tiny_tokenizer)
 
 
@@ -301,6 +301,8 @@ def save_tiny_model(directory: Path, tokenizer: PreTrainedTokenizerFast) -> Path
         vocab_size=len(tokenizer),
         share_large_matrices=1,
     )
-    LeanAlbertForPreTraining(config).save_pretrained(directory)
+    model = LeanAlbertForPreTraining(config)
+    torch.nn.init.normal_(model.albert.pooler.bias, std=0.02)  # zeros say that it was not trained
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory

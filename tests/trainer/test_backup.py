@@ -33,18 +33,18 @@ from tests.reference.node import start_node
 EPOCH = 7
 
 
-@pytest.fixture(scope="module", params=["offloaded", "on the model's device"])
+@pytest.fixture(scope="module", params=["offloaded", "on the model's device", "muon"])
 def lone_peer(request, tmp_path_factory):
     """A model and the real optimizer of a swarm of one, as run_trainer.py makes them."""
     dht, identity = start_node("backup")
-    offload = request.param == "offloaded"
+    offload = request.param != "on the model's device"
     collaboration = CollaborationArguments(
         target_batch_size=8, matchmaking_time=1.0, next_chunk_timeout=2.0, averaging_timeout=10.0,
         offload_optimizer=offload, delay_optimizer_step=offload, delay_grad_averaging=offload,
     )  # fmt: skip
     training = HFTrainerArguments(
         output_dir=str(tmp_path_factory.mktemp("outputs")), use_cpu=True, min_8bit_size=4096,
-        warmup_steps=10, num_zero_lr_steps=0, total_steps=100,
+        warmup_steps=10, num_zero_lr_steps=0, total_steps=100, optimizer="muon" if request.param == "muon" else "lamb",
     )  # fmt: skip
     model, interrupt_handler = tiny_model(), signal.getsignal(signal.SIGINT)
     optimizer = make_collaborative_optimizer(

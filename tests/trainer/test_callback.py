@@ -740,16 +740,16 @@ def test_callback_does_not_wait_longer_than_needed(tmp_path, reason):
 
 def test_callback_lets_the_sequence_length_grow_with_the_epoch(tmp_path):
     callback = make_callback(tmp_path)  # from 16 to 64 in 3 epochs, in multiples of 8
-    lengths = [callback.current_length.value]
+    lengths = [callback.schedule.length.value]
     for _ in range(8):
         local_step(callback)
-        lengths.append(callback.current_length.value)
+        lengths.append(callback.schedule.length.value)
     assert lengths == [16, 16, 32, 32, 48, 48, 64, 64, 64]
     assert [record["sequence_length"] for record in journal_of(tmp_path, "epoch")] == [16, 32, 48, 64]
 
 
 def test_callback_starts_with_the_sequence_length_of_the_epoch_it_resumes_at(tmp_path):
-    assert make_callback(tmp_path, FakeOptimizer(tiny_model(), epoch=2)).current_length.value == 48
+    assert make_callback(tmp_path, FakeOptimizer(tiny_model(), epoch=2)).schedule.length.value == 48
 
 
 # -- rounds of averaging ----------------------------------------------------------------------------------------------

@@ -54,6 +54,20 @@ def test_directory_gives_weights_and_tokenizer(tiny_checkpoint, tiny_tokenizer, 
     assert find_pretrained(str(tiny_checkpoint), None).fingerprint == pretrained.fingerprint
 
 
+def test_pooler_that_was_never_trained_starts_anew_and_that_is_said(tmp_path, tiny_checkpoint, model, caplog):
+    torch.nn.init.zeros_(model.albert.pooler.bias)  # as a run without --sentence_order leaves it
+    model.save_pretrained(tmp_path / "run")
+    for name in ("tokenizer.json", "config.json", "special_tokens_map.json"):
+        if (tiny_checkpoint / name).exists():
+            shutil.copy(tiny_checkpoint / name, tmp_path / "run")
+    pretrained = find_pretrained(None, str(tmp_path / "run"))
+    first, second = pretrained.load(), pretrained.load()
+    assert not torch.equal(first.pooler.weight, second.pooler.weight), "as a head, from each run's own seed"
+    assert torch.equal(first.embeddings.word_embeddings.weight, model.albert.embeddings.word_embeddings.weight)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith("its pooler was never trained (as with --sentence_order False); fine-tuning starts it anew")
+
+
 def test_state_file_uses_the_config_and_tokenizer_beside_it(tmp_path, tiny_checkpoint, model):
     torch.save({"model": model.state_dict()}, tmp_path / "state.pth")
     shutil.copy(tiny_checkpoint / "config.json", tmp_path)

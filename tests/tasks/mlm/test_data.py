@@ -99,6 +99,22 @@ def test_order_label_tells_whether_the_halves_are_swapped(tokenizer, corpus):
     assert 0.45 < labels[1] / (labels[0] + labels[1]) < 0.55
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_without_sentence_order_an_instance_is_one_stretch_of_a_text(tokenizer, corpus, pack):
+    options = {"sources": [corpus], "shuffle_seed": 0, "max_sequence_length": 64, "sentence_order": False}
+    items = take(make_training_dataset(tokenizer, pack_sequences=pack, **options), 200)
+    for item in items:
+        ids, labels = list(item["input_ids"]), item["sentence_order_label"]
+        assert set(item["token_type_ids"]) == {0} and len(ids) <= 64
+        assert set(labels if pack else [labels]) == {-100}
+        for text in tokenizer.decode(ids).split("[CLS]")[1:]:
+            assert text.count("[SEP]") == 1
+            sheets = list(map(int, re.findall(r"лист (\d+)", text)))
+            assert sheets == list(range(sheets[0], sheets[0] + len(sheets))) if sheets else True, "in the text's order"
+    if not pack:
+        assert statistics.mean(len(item["input_ids"]) for item in items) > 50
+
+
 def test_document_of_one_sentence_is_kept_without_order(tokenizer, tmp_path):
     source = write_corpus(tmp_path / "a.txt", num_sentences=1)
     instances = take(make_training_dataset(tokenizer, sources=[source], shuffle_seed=0), 300)

@@ -65,3 +65,21 @@ def test_held_out_batches_are_the_same_at_each_call(tmp_path):
     for one, other in zip(first, second, strict=True):
         for name in one:
             torch.testing.assert_close(one[name], other[name])
+
+
+def test_held_out_text_is_laid_out_as_it_was_trained_and_masked_at_15_percent(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Это документ номер {i}. В нём две фразы." for i in range(80)), encoding="utf-8")
+    tokenizer = load_tokenizer(Path(__file__).resolve().parents[3] / "demo" / "tokenizer")
+    options = {"num_instances": 64, "max_sequence_length": 64}
+    two, one = (held_out_batches(tokenizer, [str(text)], **options, sentence_order=order) for order in (True, False))
+    assert any(batch["token_type_ids"].any() for batch in two)
+    assert not any(batch["token_type_ids"].any() for batch in one)
+    num_masked = sum(int((batch["labels"] != -100).sum()) for batch in one)
+    num_words = sum(int(batch["attention_mask"].sum()) - 2 * len(batch["labels"]) for batch in one)
+    assert num_masked / num_words == pytest.approx(0.15, abs=0.02)
+    assert {int(label) for batch in one for label in batch["sentence_order_label"]} == {-100}
+
+
+def test_order_that_nobody_predicts_has_no_score():
+    assert evaluate(ScriptedModel(), [batch([[5, 6]], [-100])]).order_accuracy is None

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from arguments import DEMO, HFTrainerArguments, PeerArguments, TrainerPeerArguments
+from arguments import DEMO, DEMO_CORPUS, HFTrainerArguments, PeerArguments, TrainerPeerArguments
 from src.models import load_tokenizer
 from tasks.mlm.data import make_training_dataset
 from tasks.mlm.task import build_data, build_model, look_at_text
@@ -32,6 +32,27 @@ def test_configuration_and_tokenizer_may_begin_with_a_byte_order_mark(tmp_path):
         (tokenizer / file.name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8-sig")
     peer = PeerArguments(run_id="a", model_config_path=str(config), tokenizer_path=str(tokenizer))
     assert len(build_model(peer, seed=0)[1]) == 4000
+
+
+def test_without_sentence_order_pooler_and_order_head_stay_untouched_and_are_sent_to_nobody():
+    demo = {"model_config_path": str(DEMO / "config.json"), "tokenizer_path": str(DEMO / "tokenizer")}
+    peer = TrainerPeerArguments(run_id="a", dataset_sources=[DEMO_CORPUS], **demo)
+    training = HFTrainerArguments(max_sequence_length=32, initial_sequence_length=32, warmup_steps=0, total_steps=100,
+                                  sentence_order=False, mlm_probability=0.4, final_mlm_probability=0.2)  # fmt: skip
+    model, tokenizer = build_model(peer, seed=0, sentence_order=False)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {f"{part}.{kind}" for part in ("albert.pooler", "sop_classifier.classifier")
+                      for kind in ("weight", "bias")}  # fmt: skip
+    dataset, collator, schedule = build_data(tokenizer, peer, training, peer_seed=b"1")
+    outputs = model(**collator(list(itertools.islice(dataset, 4))))
+    outputs.loss.backward()
+    assert float(outputs.sop_loss) == 0.0 and outputs.loss == outputs.mlm_loss
+    assert all((parameter.grad is None) == (name in frozen) for name, parameter in model.named_parameters())
+    shares = []
+    for epoch in (0, 50, 100, 200):
+        schedule.follow(epoch)
+        shares.append(schedule.mlm_probability.value)
+    assert shares == pytest.approx([0.4, 0.3, 0.2, 0.2]) and collator.mlm_probability is schedule.mlm_probability
 
 
 def test_what_is_left_out_is_said_once_although_the_text_is_tried_first(tmp_path, caplog):

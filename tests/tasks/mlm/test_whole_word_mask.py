@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import multiprocessing
 import random
 import re
 from pathlib import Path
@@ -151,6 +152,19 @@ def test_budget_is_kept_in_every_row_and_nearly_used_up(tokenizer, instances):
         assert (chosen.sum(1) > budgets).float().mean() < 0.2
         num_chosen, num_real = num_chosen + int(chosen.sum()), num_real + int(real.sum())
     assert 0.147 < num_chosen / num_real < 0.153
+
+
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3, 0.4, 0.8])
+def test_share_of_masked_tokens_is_the_one_asked_for_and_so_are_their_replacements(tokenizer, instances, share):
+    probability = multiprocessing.Value("d", 0.5)
+    collator = DataCollatorForWholeWordMask(tokenizer, mlm_probability=probability, seed=0)
+    probability.value = share  # it may change while batches are made
+    batches = [collator(instances[start : start + 40]) for start in range(0, 400, 40)]
+    num_chosen = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    num_hidden = sum(int((batch["input_ids"] == MASK).sum()) for batch in batches)
+    num_real = sum(int((restore(batch)[0] > MASK).sum()) for batch in batches)
+    assert num_chosen / num_real == pytest.approx(share, rel=0.05)
+    assert num_hidden / num_chosen == pytest.approx(0.8, abs=4 * (0.8 * 0.2 / num_chosen) ** 0.5)
 
 
 def test_every_row_predicts_something(tokenizer):
