@@ -184,7 +184,8 @@ def plot_paradigms(scored: Sequence[ScoredPair], form: str, path: Path, *, model
         xlabel=f"share of pairs in which the grammatical sentence is the likelier one; {INTERVAL}",
         xlim=(0, 1),
     )
-    axes.legend(fontsize="small", loc="lower left")
+    axes.margins(y=0.01)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=1 + len(labelled))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
