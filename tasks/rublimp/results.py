@@ -178,7 +178,7 @@ def plot_paradigms(scored: Sequence[ScoredPair], form: str, path: Path, *, model
     axes.invert_yaxis()
     axes.axvline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     overall = accuracy(scored, form)
-    lacking = f", {len(missing)} of the {len(PARADIGMS)} paradigms are not there" if missing else ""
+    lacking = f"\n{len(missing)} of the {len(PARADIGMS)} paradigms are not there" if missing else ""
     axes.set(
         title=f"RuBLiMP, {model}, {form} form: {overall.accuracy:.3f} of {overall.pairs} pairs{lacking}",
         xlabel=f"share of pairs in which the grammatical sentence is the likelier one; {INTERVAL}",
