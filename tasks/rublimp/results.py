@@ -178,13 +178,14 @@ def plot_paradigms(scored: Sequence[ScoredPair], form: str, path: Path, *, model
     axes.invert_yaxis()
     axes.axvline(CHANCE, color="grey", linestyle="--", linewidth=1, label="chance")
     overall = accuracy(scored, form)
-    lacking = f", {len(missing)} of the {len(PARADIGMS)} paradigms are not there" if missing else ""
+    lacking = f"\n{len(missing)} of the {len(PARADIGMS)} paradigms are not there" if missing else ""
     axes.set(
         title=f"RuBLiMP, {model}, {form} form: {overall.accuracy:.3f} of {overall.pairs} pairs{lacking}",
         xlabel=f"share of pairs in which the grammatical sentence is the likelier one; {INTERVAL}",
         xlim=(0, 1),
     )
-    axes.legend(fontsize="small", loc="lower left")
+    axes.margins(y=0.01)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=1 + len(labelled))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path
