@@ -14,12 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.membership import Identity
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.local_steps import AnchoredLAMB
 from src.optim.parameter_groups import parameter_groups
 from src.optim.schedules import learning_rate_factor
 from src.swarm import hivemind_fixes
 from src.swarm.averagers import LeanGradientAverager
 from src.swarm.compression import gradient_compression, parameter_compression
 from src.swarm.dht import LEAVE_SECONDS
+from src.swarm.local_steps import DifferenceAverager, LocalStepsOptimizer
 from src.swarm.matchmaking import Attendance
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.patience import Patience
@@ -50,9 +52,9 @@ def patience_seconds(*, matchmaking_time: float, next_chunk_timeout: float) -> f
     )
 
 
-def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
+def make_lamb(params, args: HFTrainerArguments, kind=CPULAMB8Bit) -> CPULAMB8Bit:
     """8-bit LAMB with the run's hyperparameters; it may use up the gradients, which nobody reads after the step."""
-    return CPULAMB8Bit(
+    return kind(
         params,
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -66,7 +68,7 @@ def make_lamb(params, args: HFTrainerArguments) -> CPULAMB8Bit:
     )
 
 
-def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bit:
+def make_shared_lamb(groups: list[dict], args: HFTrainerArguments, kind=CPULAMB8Bit) -> CPULAMB8Bit:
     """LAMB whose statistics lie in shared memory, over parameters without gradients.
 
     Both spare copies in the processes that are forked soon: of the statistics as they are now, and of the gradients
@@ -76,12 +78,23 @@ def make_shared_lamb(groups: list[dict], args: HFTrainerArguments) -> CPULAMB8Bi
     for group in groups:
         for parameter in group["params"]:
             parameter.grad = None
-    optimizer = make_lamb(groups, args)
+    optimizer = make_lamb(groups, args, kind)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
     return optimizer
+
+
+def make_anchored_lamb(
+    groups: list[dict], args: HFTrainerArguments, collaboration: CollaborationArguments
+) -> AnchoredLAMB:
+    """As `make_shared_lamb`, for peers that make local steps."""
+    outer = {
+        "outer_learning_rate": collaboration.outer_learning_rate,
+        "outer_momentum": collaboration.outer_momentum,
+    }
+    return make_shared_lamb(groups, args, partial(AnchoredLAMB, **outer))
 
 
 def make_learning_rate(args: HFTrainerArguments):
@@ -122,12 +135,21 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging = averager_options(peer, collaboration, identity, vain_search, auxiliary=auxiliary)
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
-    optimizer = LeanOptimizer(
+    kind, grad_averager, make_optimizer = LeanOptimizer, LeanGradientAverager, make_shared_lamb
+    if collaboration.local_batch_size:
+        kind = partial(
+            LocalStepsOptimizer,
+            local_batch_size=collaboration.local_batch_size,
+            local_steps_after=collaboration.local_steps_after,
+        )
+        grad_averager = DifferenceAverager
+        make_optimizer = partial(make_anchored_lamb, collaboration=collaboration)
+    optimizer = kind(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
         params=parameter_groups(model, training.weight_decay),
-        optimizer=lambda params: make_shared_lamb(params, training),
+        optimizer=lambda params: make_optimizer(params, training),
         scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
         matchmaking_time=collaboration.matchmaking_time,
         next_chunk_timeout=collaboration.next_chunk_timeout,
@@ -140,9 +162,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         reuse_grad_buffers=collaboration.reuse_grad_buffers or auxiliary,
         grad_compression=gradient_compression(),
         state_averaging_compression=parameter_compression(),
-        grad_averager_factory=partial(
-            LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averaging
-        ),
+        grad_averager_factory=partial(grad_averager, target_batch_size=collaboration.target_batch_size, **averaging),
         averager_opts={**averaging, "allow_state_sharing": None if shares_state else False},
         tracker_opts=tracker_options(dht, peer, collaboration, identity, vain_search),
         shutdown_timeout=LEAVE_SECONDS,
