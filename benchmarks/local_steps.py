@@ -3,7 +3,7 @@
     python -m benchmarks.local_steps                        # a minute and a half: the demo's model and text, one seed
     python -m benchmarks.local_steps --seeds 3 --epochs 60 --local-steps 8 32
 
-All runs of a seed begin alike, see the same samples, and are scored on the same held-out text. An epoch of a synchronous
+All runs of a seed begin alike, see the same samples, and are scored on the same text. An epoch of a synchronous
 run is one step with the gradients of ``workers x batch`` samples. With local steps, one epoch takes as many samples as
 ``local steps`` synchronous ones. `simulate` is plain torch, and equal to the swarm by a test
 (tests/swarm/test_local_steps.py).

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from concurrent.futures import Future
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from hivemind.compression import NoCompression
 
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from benchmarks.local_steps import simulate
-from src.optim.parameter_groups import parameter_groups
 from src.swarm import build
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.local_steps import LocalStepsOptimizer
