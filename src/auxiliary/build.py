@@ -68,7 +68,10 @@ def check(
         )
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
-    reads_text, workload = bool(peer.eval_sources), Workload(training.min_8bit_size)
+    reads_text, workload = (
+        bool(peer.eval_sources),
+        Workload(training.min_8bit_size, local_steps=bool(collaboration.local_batch_size)),
+    )
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
@@ -103,7 +106,7 @@ def build(
     model, tokenizer = task.build_model(peer, seed=training.seed)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
-    require_shared_memory(model)
+    require_shared_memory(model, local_steps=bool(collaboration.local_batch_size))
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     settings = run_settings(peer, collaboration, training)
     if peer.restart:

@@ -34,7 +34,7 @@ class LeanOptimizer(hivemind.Optimizer):
 
     state_averager_class = LeanStateAverager
     kind = ""  # of averagers, in the names under which they find each other
-    inner_steps = 0  # since the start, where peers make local steps, see `src.swarm.local_steps`
+    makes_local_steps, inner_steps = False, 0  # since the start, see `src.swarm.local_steps`
     _partner_is_ahead = _is_late = _was_left_behind = False
     _partners: frozenset[PeerID] = frozenset()  # in the last round
 

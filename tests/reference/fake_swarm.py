@@ -144,6 +144,7 @@ class FakeOptimizer:
             self.rounds.append(Round("gradients", 0.5, num_peers=2, received=1.0))
             self._reset_accumulated()
 
+    makes_local_steps, inner_steps = False, 0
     discard_gradients = LeanOptimizer.discard_gradients
     forget_local_work = LeanOptimizer.forget_local_work
 
