@@ -28,6 +28,7 @@ import time
 from statistics import median_low
 
 import torch
+from hivemind.averaging.control import StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
 from hivemind.p2p import PeerID
@@ -42,6 +43,7 @@ from src.swarm.optimizer import LeanOptimizer
 logger = logging.getLogger(__name__)
 
 KIND = "_local"
+OTHERS_ARE_APART = "the group's other trainers go on from other parameters"
 # How far apart samples of two anchors may lie: as a share of how far local steps have moved the usual trainer from it,
 # and of the anchor's own size. Without the average of a whole epoch they are as far apart as local steps move, what
 # rounding does to values on their way is far less.
@@ -73,6 +75,7 @@ class DifferenceAverager(LeanGradientAverager):
 
     work: LocalWork | None = None
     averages_differences = keeps_gradients = False
+    _has_nobody = False  # of this peer's anchor in the group that was found last; in the averager's process
 
     def __init__(self, *args, prefix: str, target_batch_size: int, **kwargs):
         self._target_batch_size = target_batch_size
@@ -133,6 +136,13 @@ class DifferenceAverager(LeanGradientAverager):
         self.judge.own_weight = kwargs.get("weight") or 0.0
         return await super()._run_allreduce_inplace_(tensors, group_info, **kwargs)
 
+    def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
+        """As usual, and at once where hivemind would find the same group again and again."""
+        if self._has_nobody:
+            self._has_nobody = False
+            return OTHERS_ARE_APART
+        return super()._why_to_give_up(step, seconds)
+
     def _of_one_anchor(self, group_info: GroupInfo) -> GroupInfo:
         """The trainers of a group that have the same anchor as this peer, and their assistants, who help the most.
 
@@ -147,7 +157,8 @@ class DifferenceAverager(LeanGradientAverager):
         own = next((part for part in parts if self.peer_id in part), parts[0])
         self._is_apart.value = own is not parts[0]
         if len(own) < 2:
-            raise MatchmakingException("the group's other trainers go on from other parameters")
+            self._has_nobody = True
+            raise MatchmakingException(OTHERS_ARE_APART)
         helped = own is parts[0]
         kept = {peer: said for peer, said in members.items() if peer in own or (peer not in trainers and helped)}
         kept.setdefault(self.peer_id, members[self.peer_id])
