@@ -21,6 +21,7 @@ LONGEST_EPOCH, LONGEST_WITHOUT_LEARNING = 86_400.0, 3600.0  # seconds, beyond wh
 MOST_UNKNOWN = 0.01  # of the text's tokens; the same
 COMMON_EPOCH = 600.0  # seconds; what an epoch is suggested to take where it takes too long
 NOT_BEGUN = 1e-9  # samples a second: hivemind gives a trainer 1e-20 until its first local step
+UNDELAYED_RATIO = 9  # of computing to averaging, where trainers wait for it
 NUM_POINTS = 500  # epochs at which a stretch of the schedule is looked at
 EIGHT_BIT, SIXTEEN_BIT = 1 + 4 / 4096, 2.0  # bytes of a value on its way: a code, and a scale for each 4096; float16
 
@@ -108,17 +109,24 @@ class Plan:
     memory: dict[str, dict[str, float]]  # bytes, by where and by what they are for
     warnings: tuple[Check, ...]
     why_no_pace: str = ""
+    local_batch_size: int = 0
 
     def lines(self) -> list[str]:
         return [
             f"model     {self.model}",
             *([] if self.text is None else [f"text      {self.text}"]),
             *([] if self.sample is None else [f"sample    {self.sample}"]),
-            f"target    {self.target_batch_size} samples of all trainers together make an epoch",
+            f"target    {self.target_batch_size} samples of all trainers together make an epoch{self._local_steps()}",
             *self.pace_lines(),
             f"traffic   {self._traffic()}",
             f"memory    {self._memory()}",
         ]
+
+    def _local_steps(self) -> str:
+        if not self.local_batch_size:
+            return ""
+        number = round(self.target_batch_size / self.num_trainers / self.local_batch_size)
+        return f", in which one of {counted(self.num_trainers, 'trainer')} makes {counted(number, 'local step')}"
 
     def pace_lines(self) -> list[str]:
         """Those that change with the pace."""
@@ -207,6 +215,7 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
         memory=memory,
         warnings=tuple(warnings),
         why_no_pace="" if now.pace is not None else now.why_no_pace,
+        local_batch_size=settings.get("local_batch_size", 0),
     )
 
 
@@ -302,7 +311,7 @@ def warn_of_epochs(clock: Clock) -> list[Check]:
         warnings.append(Check("rounds of averaging", WARNING, f"an epoch of {seconds(shortest)} is shorter than its "
                               f"rounds, which take {seconds(rounds)} at {clock.bandwidth:g} Mbit/s: most of the time "
                               "trainers would wait", f"raise --target_batch_size (to {size} or more), for all peers, "
-                              "or give --bandwidth if it is higher"))  # fmt: skip
+                              f"{advise_local_steps(clock, shortest)}or give --bandwidth if it is higher"))  # fmt: skip
     limit = clock.settings["averaging_timeout"]
     longest_round = 8e-6 * max(clock.gradient_bytes, clock.parameter_bytes * clock.settings["average_state_every"])
     if longest_round / clock.bandwidth > limit:
@@ -310,6 +319,23 @@ def warn_of_epochs(clock: Clock) -> list[Check]:
                               f"{clock.bandwidth:g} Mbit/s, but is given up after {limit:g} s", "raise "
                               "--averaging_timeout, for all peers, or give --bandwidth if it is higher"))  # fmt: skip
     return warnings
+
+
+def advise_local_steps(clock: Clock, computing: float) -> str:
+    """The flags with which rounds would keep nobody waiting; nothing if trainers make local steps already.
+
+    A local step has a trainer's share of what was one step of all; where nothing is averaged in the background, an
+    epoch is to take nine times as long as its rounds.
+    """
+    if clock.settings.get("local_batch_size"):
+        return ""
+    target, trainers = clock.settings["target_batch_size"], max(1, clock.now.num_trainers)
+    longest = clock.round_seconds * (1 if clock.settings["delay_grad_averaging"] else UNDELAYED_RATIO)
+    num_steps = math.ceil(longest / computing)
+    return (
+        f"or make {num_steps} local steps between two averagings (--local_batch_size {math.ceil(target / trainers)} "
+        f"--target_batch_size {num_steps * target}, and {num_steps} times fewer epochs: docs/links.md), "
+    )
 
 
 def warn_of_steps(clock: Clock) -> list[Check]:
