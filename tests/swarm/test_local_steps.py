@@ -80,15 +80,21 @@ def start_optimizers(tmp_path, shut_down_at_end, monkeypatch):
     monkeypatch.setattr(build, "gradient_compression", NoCompression)
     monkeypatch.setattr(build, "parameter_compression", NoCompression)
 
-    def start(count: int, **options) -> list[LocalStepsOptimizer]:
-        nodes, optimizers = [], []
+    optimizers: list[LocalStepsOptimizer] = []
+
+    def start(count: int, *, client_mode: bool = False, **options) -> list[LocalStepsOptimizer]:
+        """``count`` more of them; returns all."""
         for _ in range(count):
-            node, identity = start_node("local", *nodes)
-            nodes.append(shut_down_at_end(node))
+            known = [optimizer.dht for optimizer in optimizers]
+            node, identity = start_node("local", *known, client_mode=client_mode)
+            shut_down_at_end(node)
             model = make_model()
-            arguments = settings(tmp_path, **options)
             optimizer = make_collaborative_optimizer(
-                model, node, peer=PeerArguments(run_id="local", min_vector_size=1), identity=identity, **arguments
+                model,
+                node,
+                peer=PeerArguments(run_id="local", min_vector_size=1, client_mode=client_mode),
+                identity=identity,
+                **settings(tmp_path, **options),
             )
             optimizer.model = model
             optimizers.append(shut_down_at_end(optimizer))
@@ -108,7 +114,7 @@ def meet(optimizers) -> None:
 
 
 def train_epoch(optimizers, num_steps, epoch: int) -> None:
-    """As many steps as each has to make, then all end the epoch together."""
+    """As many steps as each has to make, if any, then all of them end the epoch together."""
 
     def train(number: int) -> None:
         optimizer = optimizers[number]
@@ -126,11 +132,10 @@ def train_epoch(optimizers, num_steps, epoch: int) -> None:
     assert [optimizer.local_epoch for optimizer in optimizers] == [epoch + 1] * len(optimizers)
 
 
-def parameters_of(optimizer) -> torch.Tensor:
-    return torch.cat([parameter.detach().view(-1) for parameter in optimizer.model.parameters()])
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([tensor.detach().reshape(-1).clone() for tensor in tensors])
 
 
-@pytest.mark.swarm
 @pytest.mark.parametrize(
     ("num_steps", "options"),
     [
@@ -154,18 +159,61 @@ def test_swarm_in_lockstep_equals_the_simulation(tmp_path, start_optimizers, num
         epochs=epochs,
         outer_momentum=options.get("outer_momentum", 0.5),
         synchronous_epochs=options.get("local_steps_after", 0),
-        after_epoch=lambda epoch: expected.append(
-            torch.cat([p.detach().view(-1).clone() for p in common.parameters()])
-        ),
+        after_epoch=lambda epoch: expected.append(flat(common.parameters())),
     )
     assert float((expected[-1] - expected[0]).abs().max()) > 0.02
     for epoch in range(epochs):
         train_epoch(optimizers, num_steps, epoch)
         for optimizer in optimizers:
             assert all(one.complete for one in optimizer.finished_rounds())
-            torch.testing.assert_close(parameters_of(optimizer), expected[epoch], rtol=0, atol=1e-5)
+            torch.testing.assert_close(flat(optimizer.model.parameters()), expected[epoch], rtol=0, atol=1e-5)
     local_epochs = epochs - options.get("local_steps_after", 0)
     assert [optimizer.inner_steps for optimizer in optimizers] == [steps * local_epochs for steps in num_steps]
+
+
+def assert_in_step(optimizers) -> None:
+    for optimizer in optimizers:
+        anchor = flat(optimizer._anchor())
+        assert torch.equal(flat(optimizer.state_averager.main_parameters), anchor)
+        torch.testing.assert_close(anchor, flat(optimizers[0]._anchor()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_newcomer_gets_both_optimizers_states_and_averages_in_its_first_epoch(start_optimizers):
+    """As a client, which others cannot call."""
+    train_epoch(optimizers := start_optimizers(2), [2, 2], 0)
+    train_epoch(optimizers, [2, 2], 1)
+    newcomer = start_optimizers(1, client_mode=True)[-1]
+    newcomer.load_state_from_peers()
+    assert newcomer.local_epoch == 2
+    assert_in_step(optimizers)
+    own, of_donor = (one.state_averager.optimizer.state_dict()["state"] for one in (newcomer, optimizers[0]))
+    for number, statistics in own.items():
+        torch.testing.assert_close(statistics["momentum"], of_donor[number]["momentum"])
+        assert all(float(statistics[name].norm()) > 0 for name in ("momentum", "state1", "state2"))
+    train_epoch(optimizers, [2, 1, 3], 2)
+    assert_in_step(optimizers)
+    for optimizer in optimizers:
+        assert [one.num_peers for one in optimizer.finished_rounds()][-1] == 3
+
+
+@pytest.mark.slow
+def test_epochs_without_a_round_change_nothing_and_what_was_learned_in_them_is_averaged_in_the_next(start_optimizers):
+    optimizers = start_optimizers(2)
+    train_epoch(optimizers, [2, 2], 0)
+    before = flat(optimizers[0]._anchor())
+    for number in (0, 1):  # one after the other, so that neither finds the other
+        train_epoch([optimizers[number]], [2], 1)
+        optimizers[number].tracker.announce()
+    for optimizer in optimizers:
+        torch.testing.assert_close(flat(optimizer._anchor()), before)
+        learned = flat(optimizer.state_averager.main_parameters) - before
+        assert float(learned.norm()) > 0.01 and optimizer.work.weight == 2 * BATCH
+        assert optimizer.finished_rounds()[-1].error
+    train_epoch(optimizers, [2, 2], 2)
+    assert_in_step(optimizers)
+    assert float((flat(optimizers[0]._anchor()) - before).norm()) > 0.01
+    assert [optimizer.work.weight for optimizer in optimizers] == [0, 0]
 
 
 # -- whom a difference is averaged with -------------------------------------------------------------------------------
