@@ -58,7 +58,8 @@ def simulate(  # noqa: PLR0913 (the settings of a run)
     compute: Callable[[torch.nn.Module, int, int, int], None],
     *,
     training: HFTrainerArguments,
-    num_steps: Sequence[int],
+    num_steps: Callable[[int], Sequence[int]],
+    num_workers: int,
     epochs: int,
     outer_learning_rate: float = 0.7,
     outer_momentum: float = 0.5,
@@ -68,27 +69,27 @@ def simulate(  # noqa: PLR0913 (the settings of a run)
     """Train ``model``, the common parameters, as a swarm would in which nothing is delayed, rounded or lost.
 
     ``compute(model, worker, epoch, step)`` adds the mean gradient of a batch to the parameters' gradients.
-    ``num_steps``: those of each worker in an epoch, by which the average is weighted. In the first
-    ``synchronous_epochs`` gradients are averaged, as many batches for one step as are later taken for all.
+    ``num_steps(epoch)``: those of each worker, by which the average is weighted. In the first ``synchronous_epochs``
+    gradients are averaged, of as many batches for one step as are later taken for all.
     """
     anchor = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    workers, factor = [Worker(model, training) for _ in num_steps], make_learning_rate(training)
+    workers, factor = [Worker(model, training) for _ in range(num_workers)], make_learning_rate(training)
     outer = torch.optim.SGD(anchor, lr=outer_learning_rate, momentum=outer_momentum, nesterov=outer_momentum > 0)
     for epoch in range(epochs):
-        rate = training.learning_rate * factor(epoch)
+        rate, counts = training.learning_rate * factor(epoch), num_steps(epoch)
         is_synchronous = epoch < synchronous_epochs
-        for number, (worker, steps) in enumerate(zip(workers, num_steps, strict=True)):
-            for step in range(steps):
+        for number, (worker, count) in enumerate(zip(workers, counts, strict=True)):
+            for step in range(count):
                 compute(worker.model, number, epoch, step)
                 if not is_synchronous:
                     worker.step(rate)
         if is_synchronous:
-            average_gradients(workers, num_steps)
+            average_gradients(workers, counts)
             for worker in workers:
                 worker.step(rate)
             follow_first(anchor, workers)
         else:
-            step_anchor(outer, anchor, workers, num_steps)
+            step_anchor(outer, anchor, workers, counts)
         for worker in workers:
             follow(worker, anchor)
         after_epoch(epoch + 1)
@@ -163,7 +164,8 @@ def held_out_losses(flags, seed: int, local_steps: int) -> list[tuple[int, float
         model,
         compute,
         training=training,
-        num_steps=[local_steps] * flags.workers,
+        num_steps=lambda epoch: [local_steps] * flags.workers,
+        num_workers=flags.workers,
         epochs=epochs,
         outer_learning_rate=flags.outer_learning_rate,
         outer_momentum=flags.outer_momentum,
