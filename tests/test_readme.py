@@ -52,7 +52,7 @@ PARSED = {
     "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.links": "needs root", "benchmarks.soak": "takes hours",
-    "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py",
+    "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py", "benchmarks.local_steps": "takes minutes",
     "benchmarks.published_size": "takes half an hour and 20 GB",
 }  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.

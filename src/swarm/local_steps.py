@@ -80,8 +80,7 @@ class DifferenceAverager(LeanGradientAverager):
     def __init__(self, *args, prefix: str, target_batch_size: int, **kwargs):
         self._target_batch_size = target_batch_size
         self._is_apart = multiprocessing.Value("b", 0)
-        run_id, _, name = prefix.rpartition("_grad_averager")
-        prefix = f"{run_id}{KIND}_grad_averager{name}"
+        prefix = f"{prefix.removesuffix('_grad_averager')}{KIND}_grad_averager"
         super().__init__(*args, prefix=prefix, target_batch_size=target_batch_size, **kwargs)
 
     @property
