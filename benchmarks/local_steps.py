@@ -3,9 +3,9 @@
     python -m benchmarks.local_steps                        # a minute and a half: the demo's model and text, one seed
     python -m benchmarks.local_steps --seeds 3 --epochs 60 --local-steps 8 32
 
-All runs of a seed begin alike, see the same samples, and are scored on the same text. An epoch of a synchronous
-run is one step with the gradients of ``workers x batch`` samples. With local steps, one epoch takes as many samples as
-``local steps`` synchronous ones. `simulate` is plain torch, and equal to the swarm by a test
+All runs of a seed begin alike, see the same samples at the same learning rates, and are scored on the same held-out
+text. A synchronous epoch is one step with the gradients of ``workers x batch`` samples; one with local steps takes as
+many samples as ``local steps`` of these. `simulate` is plain torch, and equal to the swarm by a test
 (tests/swarm/test_local_steps.py).
 """
 
@@ -64,19 +64,21 @@ def simulate(  # noqa: PLR0913 (the settings of a run)
     outer_learning_rate: float = 0.7,
     outer_momentum: float = 0.5,
     synchronous_epochs: int = 0,
+    learning_rate: Callable[[int], float] | None = None,
     after_epoch: Callable[[int], None] = lambda epoch: None,
 ) -> None:
     """Train ``model``, the common parameters, as a swarm would in which nothing is delayed, rounded or lost.
 
     ``compute(model, worker, epoch, step)`` adds the mean gradient of a batch to the parameters' gradients.
     ``num_steps(epoch)``: those of each worker, by which the average is weighted. In the first ``synchronous_epochs``
-    gradients are averaged, of as many batches for one step as are later taken for all.
+    gradients are averaged, for one step. ``learning_rate(epoch)``: by default that of the schedule.
     """
     anchor = [parameter for parameter in model.parameters() if parameter.requires_grad]
     workers, factor = [Worker(model, training) for _ in range(num_workers)], make_learning_rate(training)
+    rate_of = learning_rate or (lambda epoch: training.learning_rate * factor(epoch))
     outer = torch.optim.SGD(anchor, lr=outer_learning_rate, momentum=outer_momentum, nesterov=outer_momentum > 0)
     for epoch in range(epochs):
-        rate, counts = training.learning_rate * factor(epoch), num_steps(epoch)
+        rate, counts = rate_of(epoch), num_steps(epoch)
         is_synchronous = epoch < synchronous_epochs
         for number, (worker, count) in enumerate(zip(workers, counts, strict=True)):
             for step in range(count):
@@ -141,35 +143,43 @@ def held_out_losses(flags, seed: int, local_steps: int) -> list[tuple[int, float
         parameter.grad = torch.zeros_like(parameter)
     held_out = held_out_batches(tokenizer, ["demo/heldout.txt"], num_instances=256, max_sequence_length=LENGTH)
     streams = [endless_batches(tokenizer, 100 * seed + number, flags.batch) for number in range(flags.workers)]
-    epochs, found = flags.epochs // local_steps, []
+    in_step = flags.epochs if local_steps == 1 else min(flags.synchronous_epochs, flags.epochs)
+    epochs, found = in_step + (flags.epochs - in_step) // local_steps, []
     training = HFTrainerArguments(
         output_dir="outputs/local_steps",
         learning_rate=flags.learning_rate,
-        total_steps=epochs,
-        warmup_steps=epochs // 8,
+        total_steps=flags.epochs,
+        warmup_steps=flags.epochs // 8,
         num_zero_lr_steps=0,
         min_8bit_size=65536,
         use_cpu=True,
     )
 
+    factor = make_learning_rate(training)
+
     def compute(model: torch.nn.Module, worker: int, epoch: int, step: int) -> None:
         model(**next(streams[worker])).loss.backward()
 
+    def position(epoch: int) -> int:
+        """In steps of the synchronous run."""
+        return min(epoch, in_step) + max(0, epoch - in_step) * local_steps
+
     def score(epoch: int) -> None:
-        if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
-            samples = epoch * local_steps * flags.workers * flags.batch
-            found.append((samples, evaluate(model, held_out).loss))
+        every = max(1, flags.epochs // 10)
+        if position(epoch) // every > position(epoch - 1) // every or epoch == epochs:
+            found.append((position(epoch) * flags.workers * flags.batch, evaluate(model, held_out).loss))
 
     simulate(
         model,
         compute,
         training=training,
-        num_steps=lambda epoch: [local_steps] * flags.workers,
+        num_steps=lambda epoch: [1 if epoch < in_step else local_steps] * flags.workers,
         num_workers=flags.workers,
         epochs=epochs,
         outer_learning_rate=flags.outer_learning_rate,
         outer_momentum=flags.outer_momentum,
-        synchronous_epochs=epochs if local_steps == 1 else flags.synchronous_epochs // local_steps,
+        synchronous_epochs=in_step,
+        learning_rate=lambda epoch: training.learning_rate * factor(position(epoch)),
         after_epoch=score,
     )
     return found

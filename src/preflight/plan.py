@@ -311,7 +311,8 @@ def warn_of_epochs(clock: Clock) -> list[Check]:
         goes_on = clock.settings.get("local_batch_size") and clock.settings["delay_grad_averaging"]
         then = "epochs will have more samples than that" if goes_on else "most of the time trainers would wait"
         warnings.append(Check("rounds of averaging", WARNING, f"an epoch of {seconds(shortest)} is shorter than its "
-                              f"rounds, which take {seconds(rounds)} at {clock.bandwidth:g} Mbit/s: {then}", f"raise --target_batch_size (to {size} or more), for all peers, "
+                              f"rounds, which take {seconds(rounds)} at {clock.bandwidth:g} Mbit/s: {then}",
+                              f"raise --target_batch_size (to {size} or more), for all peers, "
                               f"{advise_local_steps(clock, shortest)}or give --bandwidth if it is higher"))  # fmt: skip
     limit = clock.settings["averaging_timeout"]
     longest_round = 8e-6 * max(clock.gradient_bytes, clock.parameter_bytes * clock.settings["average_state_every"])
