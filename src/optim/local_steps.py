@@ -5,12 +5,15 @@ each has come from the last common parameters, the ``anchor``: that difference, 
 gradient by the *outer* optimizer, SGD with Nesterov momentum, which steps the anchor; the parameters follow it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from src.optim.lamb import CPULAMB8Bit, host_float32, is_flat_float32
+
+logger = logging.getLogger(__name__)
 
 # What `AnchoredLAMB.step` finds in the gradients of the anchor: an average of gradients, one of differences, or nothing
 # that it may use.
@@ -85,6 +88,8 @@ class LocalWork:
     handed over last, as that has become part of the anchor. If it has not, `take_back` turns ``base`` to the anchor
     again, so that the next difference holds this one, too, and its samples count.
 
+    (If others have averaged what this peer took back, it counts twice: who is cut off cannot know.)
+
     While differences are on their way only the one who waits for them may call `take_back`, and nobody `hand_over`.
     """
 
@@ -103,6 +108,7 @@ class LocalWork:
     def hand_over(self, differences: Sequence[torch.Tensor]) -> None:
         """Write anchor - parameters into ``differences``, for a round; zeros if the parameters are not finite."""
         if not all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(list(self.parameters))):
+            logger.warning("gave up local steps with %d samples: the parameters are not finite", self.weight)
             self.forget()
         self._sent, self.samples, self._returned = self.weight, 0, 0
         for parameter, anchor, base, difference in zip(

@@ -191,7 +191,13 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
     sample = ("several texts in a row" if settings.get("pack_sequences") else "two stretches of one text") + (
         f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"
     )
-    warnings = [*warn_of_epochs(clock), *warn_of_steps(clock), *warn_of_zero_rate(clock), *warn_of_text(now)]
+    warnings = [
+        *warn_of_epochs(clock),
+        *warn_of_steps(clock),
+        *warn_of_batches(settings),
+        *warn_of_zero_rate(clock),
+        *warn_of_text(now),
+    ]
     return Plan(
         model=f"{sum(sizes) / 1e6:.2f} million parameters, {counted(config.num_hidden_layers, 'layer')}, hidden size "
         f"{config.hidden_size}, {config.vocab_size} words",
@@ -355,6 +361,16 @@ def warn_of_steps(clock: Clock) -> list[Check]:
         fix = f"lower --gradient_accumulation_steps to {max(1, int(batches * limit / longest))}"
     return [Check("local step", WARNING, f"one takes {seconds(longest)} at full length, but at the end of an epoch the "
                   f"others wait for {limit:g} s at most: this peer misses their rounds", fix)]  # fmt: skip
+
+
+def warn_of_batches(settings: Mapping) -> list[Check]:
+    """With local steps: those of this trainer must not be larger than those of others."""
+    own = settings.get("per_device_train_batch_size", 0) * settings.get("gradient_accumulation_steps", 1)
+    if not 0 < settings.get("local_batch_size", 0) < own:
+        return []
+    return [Check("local steps", WARNING, f"each takes {own} samples here, where --local_batch_size says "
+                  f"{settings['local_batch_size']}", "lower --gradient_accumulation_steps or "
+                  "--per_device_train_batch_size")]  # fmt: skip
 
 
 def warn_of_zero_rate(clock: Clock) -> list[Check]:

@@ -202,14 +202,14 @@ def test_local_steps_are_kept_when_another_state_is_taken():
     assert peer.work.weight == 4
 
 
-def test_parameters_that_are_not_finite_are_given_up_and_send_zeros():
+def test_parameters_that_are_not_finite_are_given_up_and_send_zeros(caplog):
     peer = Peer()
     peer.learn(1)
     peer.parameters[0][0, 0] = math.nan
     peer.work.hand_over(peer.differences)
     assert_equal(peer.differences, [torch.zeros(shape) for shape in SHAPES])
     assert_equal(peer.parameters, random_tensors(0))
-    assert peer.work.weight == 0
+    assert peer.work.weight == 0 and "gave up local steps with 4 samples" in caplog.text
 
 
 def test_samples_of_two_anchors_are_of_the_same_places():

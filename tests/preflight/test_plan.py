@@ -279,3 +279,8 @@ def test_plan_recommends_local_steps_where_rounds_take_longer_than_epochs(delaye
     assert f"one of 4 trainers makes {steps} local steps" in "\n".join(done.lines())
     again = planned({**settings, "target_batch_size": 400}, num_trainers=4, pace=pace(1000.0), bandwidth=20.0)
     assert "local steps" not in warned(again)["rounds of averaging"], "it makes them"
+
+
+@pytest.mark.parametrize(("local_batch_size", "warns"), [(0, False), (8, False), (7, True)])
+def test_plan_warns_of_batches_larger_than_a_local_step(local_batch_size, warns):
+    assert ("local steps" in warned(planned({"local_batch_size": local_batch_size}))) is warns
