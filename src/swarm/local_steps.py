@@ -49,7 +49,7 @@ OTHERS_ARE_APART = "the group's other trainers go on from other parameters"
 # rounding does to values on their way is far less.
 MAX_SHARE, HARMLESS_SHARE = 0.5, 2e-3
 MAX_DOWNLOADS = 3  # in a row: the others may end an epoch while their state is on its way
-RESYNC_EPOCHS = 3  # from one to the next, where anchors differ although a state was taken
+PAUSE_EPOCHS = 2  # from one to the next, where anchors differ although a state was taken
 
 
 class AnchorAverager(LeanStateAverager):
@@ -102,7 +102,9 @@ class DifferenceAverager(LeanGradientAverager):
         """As hivemind's; a difference weighs as much as the samples in it."""
         if not self.averages_differences:
             return super().step(weight, reset_accumulators, **kwargs)
-        control = super().step(self.work.weight, reset_accumulators=False, **kwargs)
+        # what has not found a round for long may have more samples than an epoch can have; others do not believe that
+        weight = min(self.work.weight, self._target_batch_size)
+        control = super().step(weight, reset_accumulators=False, **kwargs)
         self._accumulators_used_in_step = False  # or hivemind would warn: gradients of the next local step may be there
         return control
 
@@ -217,7 +219,7 @@ class LocalStepsOptimizer(LeanOptimizer):
     def __init__(self, *args, local_batch_size: int, local_steps_after: int = 0, **kwargs):
         self.local_batch_size, self.local_steps_after = local_batch_size, local_steps_after
         self._samples_of_epoch = 0  # that have led to local steps
-        self._resynced_at = -RESYNC_EPOCHS
+        self._may_load_from = 0  # this epoch on, if the others have another anchor
         super().__init__(*args, **kwargs)
         if not self.auxiliary:
             self.work = LocalWork(self.state_averager.main_parameters, self._anchor())
@@ -292,25 +294,24 @@ class LocalStepsOptimizer(LeanOptimizer):
     def _should_load_state_from_peers(self) -> bool:
         if super()._should_load_state_from_peers():
             return True
-        recently = self.local_epoch < self._resynced_at + RESYNC_EPOCHS
-        if not (self.makes_local_steps and self.grad_averager.is_apart) or recently:
-            return False
-        self._resynced_at = self.local_epoch
-        return True
+        return self.makes_local_steps and self.grad_averager.is_apart and self.local_epoch >= self._may_load_from
 
     def load_state_from_peers(self, **kwargs) -> None:
-        """As usual, and once more if the others have gone on meanwhile: a difference from an old anchor is none."""
+        """As usual, and once more if the others have gone on meanwhile: a difference from an old anchor is none.
+
+        Not if they always will have: then the next round of parameters brings this peer to the others.
+        """
+        averager = self.state_averager
         for _ in range(MAX_DOWNLOADS):
             began = time.monotonic()
             super().load_state_from_peers(**kwargs)
             self._samples_of_epoch = 0
             self.grad_averager.forget_group()
-            averager, speed = self.state_averager, self.tracker.samples_per_second
+            lasts_epochs = (time.monotonic() - began) * self.tracker.samples_per_second > self.target_batch_size
             is_new = averager.state_epoch >= self.tracker.global_epoch
-            if is_new or not averager.has_taken_state or not self.makes_local_steps:
-                return
-            if (time.monotonic() - began) * speed > self.target_batch_size:
-                return  # it will be as old again; the next round of parameters brings this peer to the others
+            if is_new or lasts_epochs or not (averager.has_taken_state and self.makes_local_steps):
+                break
+        self._may_load_from = self.local_epoch + (self._usual_state_every + 1 if lasts_epochs else PAUSE_EPOCHS)
 
     def discard_gradients(self) -> int:
         if not self.makes_local_steps:

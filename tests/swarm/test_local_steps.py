@@ -140,13 +140,13 @@ def flat(tensors) -> torch.Tensor:
     ("num_steps", "options"),
     [
         ([3, 1], {"outer_momentum": 0.9, "local_steps_after": 2}),
-        pytest.param([3, 3], {}, marks=pytest.mark.slow),
+        pytest.param([3, 3], {"average_state_every": 2}, marks=pytest.mark.slow),
         pytest.param([2], {}, marks=pytest.mark.slow),
     ],
     ids=["of unequal speed, after synchronous epochs", "two trainers", "alone"],
 )
 def test_swarm_in_lockstep_equals_the_simulation(tmp_path, start_optimizers, num_steps, options):
-    epochs = 5
+    epochs = 4
     optimizers, common = start_optimizers(len(num_steps), **options), make_model()
     for parameter in common.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -168,6 +168,8 @@ def test_swarm_in_lockstep_equals_the_simulation(tmp_path, start_optimizers, num
         for optimizer in optimizers:
             assert all(one.complete for one in optimizer.finished_rounds())
             torch.testing.assert_close(flat(optimizer.model.parameters()), expected[epoch], rtol=0, atol=1e-5)
+    assert optimizers[0].grad_averager.prefix == "local_local_grad_averager", "whom the other mode does not find"
+    assert optimizers[0].state_averager.prefix == "local_local_state_averager"
     local_epochs = epochs - options.get("local_steps_after", 0)
     assert [optimizer.inner_steps for optimizer in optimizers] == [steps * local_epochs for steps in num_steps]
 
@@ -359,7 +361,8 @@ class OneProcess:
         self.optimizer = optimizer = LocalStepsOptimizer.__new__(LocalStepsOptimizer)
         optimizer._parent_pid, optimizer.auxiliary, optimizer.local_steps_after = None, False, local_steps_after
         optimizer.local_batch_size, optimizer.delay_optimizer_step, optimizer._samples_of_epoch = 8, True, 0
-        optimizer._resynced_at, optimizer._usual_state_every, optimizer.average_state_every = -3, 5, 5
+        optimizer._may_load_from, optimizer._usual_state_every, optimizer.average_state_every = 0, 5, 5
+        optimizer.target_batch_size = 100
         optimizer.offload_optimizer, optimizer.before_epoch_ends = True, lambda: None
         self.reported = []
         optimizer.tracker = SimpleNamespace(
@@ -460,33 +463,37 @@ def test_what_a_round_brought_decides_what_is_stepped(monkeypatch, received):
     assert one.optimizer.work.weight == (8 if received == 0.0 else 0)
 
 
-def test_who_is_apart_takes_a_state_but_not_for_ever():
-    one = OneProcess()
-    one.optimizer._should_check_synchronization_on_update = False
-    assert not one.optimizer._should_load_state_from_peers()
-    one.optimizer.grad_averager._is_apart.value = 1
-    assert one.optimizer._should_load_state_from_peers()
-    assert not one.optimizer._should_load_state_from_peers(), "it has not helped"
-    one.optimizer.state_averager.local_epoch = one.optimizer.tracker.global_epoch = 6
-    assert one.optimizer._should_load_state_from_peers()
-
-
 @pytest.mark.parametrize(
-    ("epochs", "speed", "downloads"), [((4, 5), 1.0, 2), ((5,), 1.0, 1), ((4, 4, 4, 4), 1.0, 3), ((4, 4), 1e12, 1)]
+    ("epochs", "speed", "downloads", "pause"),
+    [
+        ((4, 5), 1.0, 2, 2),
+        ((5,), 1.0, 1, 2),
+        ((4, 4, 4, 4), 1.0, 3, 2),
+        ((4, 4), 1e12, 1, 6),  # it takes more than an epoch: there must be a round of parameters before the next
+    ],
 )
-def test_state_that_is_old_when_it_has_come_is_taken_once_more(monkeypatch, epochs, speed, downloads):
-    one, coming = OneProcess(epoch=3), iter(epochs)
+def test_state_that_is_old_when_it_has_come_is_taken_once_more_but_not_for_ever(
+    monkeypatch, epochs, speed, downloads, pause
+):
+    one, coming, taken = OneProcess(epoch=3), iter(epochs), []
     one.optimizer.tracker.global_epoch, one.optimizer.tracker.samples_per_second = 5, speed
-    one.optimizer.target_batch_size = 100
-    taken = []
+    one.optimizer._should_check_synchronization_on_update = False
 
     def load(optimizer) -> None:
         optimizer.state_averager.state_epoch, optimizer.state_averager.has_taken_state = next(coming), True
         taken.append(optimizer.state_averager.state_epoch)
+        optimizer.state_averager.local_epoch = 5
 
     monkeypatch.setattr(LeanOptimizer, "load_state_from_peers", load)
+    one.optimizer.grad_averager._is_apart.value = 1
     one.optimizer.load_state_from_peers()
-    assert len(taken) == downloads
+    assert len(taken) == downloads and not one.optimizer.grad_averager.is_apart
+    one.optimizer.grad_averager._is_apart.value = 1  # it has not helped
+    loads = []
+    for epoch in range(5, 5 + pause + 2):
+        one.optimizer.state_averager.local_epoch = one.optimizer.tracker.global_epoch = epoch
+        loads.append(one.optimizer._should_load_state_from_peers())
+    assert loads == [False] * pause + [True] * 2
 
 
 def test_bad_gradients_cost_the_local_step_that_they_are_in():
