@@ -323,6 +323,22 @@ class CollaborationArguments:
     average_state_every: int = option(
         5, "Average parameters every so many epochs (gradients: every epoch).", topic=AVERAGING, scope=PEERS
     )
+    local_batch_size: int = option(
+        0,
+        "Samples of a local step: each trainer steps by itself, and an epoch's end averages how far all have come; for "
+        "slow connections, see docs/links.md. 0: gradients are averaged, and an epoch is one step.",
+        topic=AVERAGING,
+        scope=PEERS,
+    )
+    local_steps_after: int = option(
+        0, "With --local_batch_size: first epochs without local steps.", topic=AVERAGING, scope=PEERS
+    )
+    outer_learning_rate: float = option(
+        0.7, "With --local_batch_size: of the step that the average of an epoch makes.", topic=AVERAGING, scope=PEERS
+    )
+    outer_momentum: float = option(
+        0.5, "With --local_batch_size: Nesterov momentum of that step.", topic=AVERAGING, scope=PEERS
+    )
     offload_optimizer: bool = option(True, "Keep the optimizer's state and step on the CPU.", topic=MACHINE, scope=MINE)
     delay_optimizer_step: bool = option(
         True, "Run the optimizer in the background of the next epoch's first batches.", topic=AVERAGING, scope=RUN
@@ -351,6 +367,25 @@ class CollaborationArguments:
             raise ValueError("--delay_grad_averaging needs --delay_optimizer_step")
         if self.delay_optimizer_step and not self.offload_optimizer:
             raise ValueError("--delay_optimizer_step needs --offload_optimizer")
+        self._check_local_steps()
+
+    def _check_local_steps(self) -> None:
+        check_range(self, 0, math.inf, "local_batch_size", "local_steps_after")
+        check_positive(self, "outer_learning_rate")
+        check_range(self, 0, 1, "outer_momentum")
+        if not self.local_batch_size:
+            return
+        if self.local_batch_size > self.target_batch_size:
+            raise ValueError(
+                f"--local_batch_size {self.local_batch_size} must not be more than --target_batch_size "
+                f"{self.target_batch_size}, the samples of all trainers between two averagings"
+            )
+        if not self.offload_optimizer:
+            raise ValueError("--local_batch_size needs --offload_optimizer, which holds the common parameters")
+        if self.delay_optimizer_step and not self.delay_grad_averaging:
+            raise ValueError(
+                "--local_batch_size with --delay_optimizer_step needs --delay_grad_averaging, too: give both or none"
+            )
 
 
 @dataclass
@@ -640,7 +675,13 @@ class ArgumentParser(OneLineErrors, HfArgumentParser):
             self.error(str(error).splitlines()[0])
         if unknown:
             self.refuse_unknown(unknown)
+        self.refuse_combinations({name: value for one in instances for name, value in vars(one).items()})
         return tuple(instances)
+
+    def refuse_combinations(self, values: dict) -> None:
+        """Of flags of different groups, each of which cannot know the other."""
+        if values.get("local_batch_size") and values.get("optimizer") == "muon":
+            self.error("--local_batch_size works with --optimizer lamb only, the inner steps of muon are not built yet")
 
     def parse_run(self, words: list[str]) -> tuple:
         """As `parse`, when all that the run hands over stands among the words."""

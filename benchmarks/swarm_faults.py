@@ -35,6 +35,7 @@ from benchmarks.fault_report import (
     write_report,
 )
 from benchmarks.fault_swarm import HOUR, FaultyPeer, FaultySwarm, NetworkLink, NotSurvived, file_size_limit
+from benchmarks.local_steps import simulate
 from src.console import quiet_libraries
 from src.optim.parameter_groups import parameter_groups
 from src.swarm.build import make_learning_rate, make_optimizer
@@ -496,7 +497,7 @@ def main() -> int:
         *("--min_8bit_size", "65536"),
         *("--total_steps", "100000", "--average_state_every", "2", "--min_vector_size", "1000"),
         *("--matchmaking_time", str(MATCHMAKING_TIME), "--next_chunk_timeout", str(NEXT_CHUNK_TIMEOUT)),
-        *("--averaging_timeout", "30"),
+        *("--averaging_timeout", "30", "--local_batch_size", str(options.local_batch_size)),
     ]
     trainer = [
         *("--dataset_sources", CORPUS, "--per_device_train_batch_size", str(MICRO_BATCH)),
@@ -522,7 +523,7 @@ def main() -> int:
         if link is not None:
             link.__exit__()
     results["settings"].update(target_batch_size=target, learning_rate=options.learning_rate)
-    results["loss"] = compare_with_undisturbed(folder, swarm, results, options.learning_rate)
+    results["loss"] = compare_with_undisturbed(folder, swarm, results, options)
     judge(results)
     write_report(options.results, results, faults, swarm, began)
     return 0 if all(promise["kept"] for promise in results["promises"]) else 1
@@ -534,6 +535,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--min_faults", type=int, help="however long they take (default: 30; with --short: 0)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of faults, their victims and moments")
     parser.add_argument("--trainers", type=int, help="how many (default: 3; with --short: 2)")
+    parser.add_argument("--local_batch_size", type=int, default=0, help="trainers make local steps of so many samples")
     parser.add_argument("--short", action="store_true", help="only: " + ", ".join(SHORT))
     parser.add_argument("--faults", nargs="+", choices=LONG, help="only these, in this order, once")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/swarm_faults"), help="the peers' files")
@@ -647,8 +649,11 @@ def leave_in_step(swarm: FaultySwarm) -> None:
     swarm.leave(swarm.auxiliary)
 
 
-def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, learning_rate: float) -> dict | None:
-    """Held-out loss of the last survivor against one process that nothing happened to, with as many samples."""
+def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, options) -> dict | None:
+    """Held-out loss of the last survivor against one process that nothing happened to, with as many samples.
+
+    With local steps that process simulates as many trainers.
+    """
     survivors = [peer for peer in swarm.trainers if peer.name in results["survivors"]]
     if not survivors:
         return None
@@ -662,7 +667,7 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, le
     batches = held_out_batches(tokenizer, [HELD_OUT], num_instances=512, max_sequence_length=LENGTH)
     untrained = evaluate(model, batches).loss
     print(f"now one process learns from {sum(final.values())} samples undisturbed, for comparison", flush=True)
-    train_undisturbed(folder, model, tokenizer, [final[epoch] for epoch in sorted(final)], learning_rate)
+    train_undisturbed(folder, model, tokenizer, [final[epoch] for epoch in sorted(final)], options)
     undisturbed = evaluate(model, batches)
     model.load_state_dict(read_backup(survivors[0].backup)["model"])
     swarm_loss = evaluate(model, batches).loss
@@ -676,16 +681,19 @@ def compare_with_undisturbed(folder: Path, swarm: FaultySwarm, results: dict, le
     }
 
 
-def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int], learning_rate: float) -> None:
+def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int], options) -> None:
     training = HFTrainerArguments(
         output_dir=str(folder),
-        learning_rate=learning_rate,
+        learning_rate=options.learning_rate,
         warmup_steps=WARMUP,
         num_zero_lr_steps=0,
         total_steps=100_000,
         min_8bit_size=65536,
         use_cpu=True,
     )
+    if options.local_batch_size:
+        simulate_undisturbed(model, tokenizer, samples_by_epoch, training, options)
+        return
     optimizer = make_optimizer(parameter_groups(model, training.weight_decay), training)
     factor, batches = make_learning_rate(training), training_batches(tokenizer, size=UNDISTURBED_BATCH)
     for epoch, samples in enumerate(samples_by_epoch):
@@ -698,6 +706,24 @@ def train_undisturbed(folder: Path, model, tokenizer, samples_by_epoch: list[int
         optimizer.zero_grad()
         if (epoch + 1) % 50 == 0:
             print(f"  {epoch + 1} of {len(samples_by_epoch)} epochs", flush=True)
+
+
+def simulate_undisturbed(model, tokenizer, samples_by_epoch: list[int], training, options) -> None:
+    batches, size = training_batches(tokenizer, size=options.local_batch_size), options.trainers
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def num_steps(epoch: int) -> list[int]:
+        return [max(1, round(samples_by_epoch[epoch] / size / options.local_batch_size))] * size
+
+    simulate(
+        model,
+        lambda model, worker, epoch, step: model(**next(batches)).loss.backward(),
+        training=training,
+        num_steps=num_steps,
+        num_workers=size,
+        epochs=len(samples_by_epoch),
+    )
 
 
 if __name__ == "__main__":

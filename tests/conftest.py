@@ -22,8 +22,8 @@ SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
 torch.set_num_threads(1)
 
 # Fixtures in which two or more peers meet; modules and tests in which they do otherwise are marked where they stand.
-SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running", "start_peers", "start_swarm", "swarm",
-                  "two_nodes"}  # fmt: skip
+SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running", "start_optimizers", "start_peers",
+                  "start_swarm", "swarm", "two_nodes"}  # fmt: skip
 
 
 # Files of a minute each, more or less. They come first, so that no worker is left alone with one of them at the end.

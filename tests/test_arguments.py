@@ -74,6 +74,10 @@ DEFAULTS = {
         "next_chunk_timeout": 60.0,
         "averaging_timeout": 600.0,
         "average_state_every": 5,
+        "local_batch_size": 0,
+        "local_steps_after": 0,
+        "outer_learning_rate": 0.7,
+        "outer_momentum": 0.5,
         "offload_optimizer": True,
         "delay_optimizer_step": True,
         "delay_grad_averaging": True,
@@ -364,6 +368,7 @@ def test_arguments_of_all_demo_peers_agree_on_what_the_swarm_shares():
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
+NOTHING_OFFLOADED = "--no_offload_optimizer --no_delay_optimizer_step --no_delay_grad_averaging"
 CONTRADICTIONS = {
     "--target_batch_size 1": "--run_id is missing",
     "--run_id": "expected one argument",
@@ -372,6 +377,13 @@ CONTRADICTIONS = {
     "--run_id a --matchmaking_time -1": "--matchmaking_time must be positive",
     "--run_id a --next_chunk_timeout 0": "--next_chunk_timeout must be positive",
     "--run_id a --average_state_every 0": "--average_state_every must be positive",
+    "--run_id a --local_batch_size -1": "--local_batch_size -1: must not be negative",
+    "--run_id a --local_batch_size 20000": "--local_batch_size 20000 must not be more than --target_batch_size 16384",
+    f"--run_id a --local_batch_size 8 {NOTHING_OFFLOADED}": "--local_batch_size needs --offload_optimizer",
+    "--run_id a --local_batch_size 8 --no_delay_grad_averaging": "--local_batch_size with --delay_optimizer_step needs",
+    "--run_id a --local_steps_after -1": "--local_steps_after -1: must not be negative",
+    "--run_id a --outer_learning_rate 0": "--outer_learning_rate must be positive",
+    "--run_id a --outer_momentum 1": "--outer_momentum 1.0: must be in [0, 1)",
     "--run_id a --matchmaking_time 200 --averaging_timeout 200": "--averaging_timeout 200.0 must be longer than --matc",
     "--run_id a --averaging_timeout 120": "--averaging_timeout 120.0 must be longer than twice --next_chunk_timeout",
     "--run_id a --no_delay_optimizer_step": "--delay_grad_averaging needs --delay_optimizer_step",

@@ -54,7 +54,7 @@ PARSED = {
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
     "benchmarks.rublimp_speed": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.links": "needs root", "benchmarks.soak": "takes hours",
-    "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py",
+    "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py", "benchmarks.local_steps": "takes minutes",
     "benchmarks.published_size": "takes half an hour and 20 GB", "benchmarks.recipes": "takes hours",
 }  # fmt: skip
 # First words of commands that are neither run nor parsed here, and why.

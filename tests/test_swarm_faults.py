@@ -21,10 +21,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.timeout(700)
-def test_swarm_keeps_its_promises_while_peers_die_and_freeze(tmp_path):
+@pytest.mark.parametrize(
+    "options", [[], pytest.param(["--local_batch_size", "32"], marks=pytest.mark.slow)], ids=["in step", "local steps"]
+)
+def test_swarm_keeps_its_promises_while_peers_die_and_freeze(tmp_path, options):
     results = tmp_path / "faults.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.swarm_faults", "--short",
+        [sys.executable, "-m", "benchmarks.swarm_faults", "--short", *options,
          "--work_dir", str(tmp_path / "work"), "--results", str(results)],
         cwd=REPOSITORY, capture_output=True, text=True, timeout=650,
     )  # fmt: skip

@@ -26,7 +26,7 @@ SPARE_HEAP = 64
 def lists_of_run(run_id: str) -> set[DHTID]:
     """Where the peers of a run store what the others need."""
     names = [f"{run_id}_{name}" for name in ("progress", "metrics", "card", "members", "checkpoints")]
-    for kind in ("grad", "state"):
+    for kind in ("grad", "state", "local_grad", "local_state"):
         names += [f"{run_id}_{kind}_averager.{name}" for name in ("0b", "all_averagers")]
     return {DHTID.generate(source=name) for name in names}
 

@@ -90,7 +90,9 @@ def check(
         return make_plan(built[0].config, settings, now, needed_memory(built[0].config, workload, on_gpu=False))
 
     reads_data = bool(peer.eval_sources or peer.eval_pairs)
-    workload = Workload(training.min_8bit_size, optimizer=training.optimizer)
+    workload = Workload(
+        training.min_8bit_size, optimizer=training.optimizer, local_steps=bool(collaboration.local_batch_size)
+    )
     settings = run_settings(peer, collaboration, training)
     return run_checks(
         peer,
@@ -127,7 +129,7 @@ def build(
     model, tokenizer = task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
-    require_shared_memory(model)
+    require_shared_memory(model, local_steps=bool(collaboration.local_batch_size))
     directory = claim_run_directory(training.output_dir, peer.run_id, "aux")
     settings = run_settings(peer, collaboration, training)
     if peer.restart:

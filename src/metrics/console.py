@@ -110,11 +110,12 @@ class Progress:
         gradients = [r for r in rounds if r.kind == "gradients" and r.complete]
         alone = any(r.kind == "gradients" and r.error for r in rounds)
         averaged = f"averaged with {counted(gradients[-1].num_peers, 'peer')}" if gradients else "not averaged yet"
-        averaged = "own gradients alone" if alone else averaged
+        averaged = "not averaged" if alone and record.inner_steps else "own gradients alone" if alone else averaged
+        steps = f" in {counted(record.inner_steps, 'step')}" if record.inner_steps else ""
         self._restart()
         remaining = (total_epochs - record.epoch) * (self.pace.seconds or record.seconds)
         self.say(
-            f"epoch {record.epoch}/{total_epochs}  {describe_loss(record)}  {record.samples} samples here, "
+            f"epoch {record.epoch}/{total_epochs}  {describe_loss(record)}  {record.samples} samples here{steps}, "
             f"{rate(record.samples_per_second)}  "
             f"{counted(max(1, record.num_peers), 'peer')}, {averaged}  {record.seconds:.1f} s, "
             f"{format_seconds(remaining)} left, until {format_moment(time.time() + remaining)}"

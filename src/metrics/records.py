@@ -56,6 +56,7 @@ class TrainerEpoch(Record):
     num_peers: int = 0  # trainers of the run, this one included
     seconds: float = 0.0  # that the epoch took
     local_steps: int = 0
+    inner_steps: int = 0  # of the optimizer, on its own, where --local_batch_size is set
     waited_seconds: float = 0.0  # inside the swarm's optimizer
     longest_wait: float = 0.0  # seconds, in one local step
     failed_rounds: int = 0  # of averaging

@@ -47,12 +47,12 @@ def _total_norm(tensors: Iterable[torch.Tensor]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
 
 
-def _host_float32(values: torch.Tensor) -> torch.Tensor:
+def host_float32(values: torch.Tensor) -> torch.Tensor:
     """The same values in float32 on the CPU; no copy where they are that already."""
     return values.to(device="cpu", dtype=torch.float32)
 
 
-def _is_flat_float32(*tensors: torch.Tensor) -> bool:
+def is_flat_float32(*tensors: torch.Tensor) -> bool:
     """Whether the values can be addressed in place as one flat float32 array in main memory."""
     return all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
 
@@ -170,33 +170,34 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_norm = self._gradient_norm()
-        if not math.isfinite(grad_norm):
-            self.num_skipped_steps += 1
-            logger.warning("Skipped an optimizer step: the gradient norm is %s", grad_norm)
-            return loss
-        grad_scale = self._grad_scale(grad_norm)
-        for group in self.param_groups:
+        grad_scale = self._grad_scale(self._gradient_norm())
+        for group in self.param_groups if grad_scale is not None else ():
             for param in group["params"]:
                 if param.grad is not None:
-                    self._update_parameter(param, group, grad_scale)
+                    self._update_parameter(param, self.state[param], group, grad_scale)
         return loss
 
     def _gradient_norm(self) -> float:
         return _total_norm(p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
 
-    def _grad_scale(self, grad_norm: float) -> float:
-        """What gradients of this norm are multiplied by."""
+    def _grad_scale(self, grad_norm: float) -> float | None:
+        """What gradients of this norm are multiplied by to clip them; None, counted as a skipped step, if any is not
+        finite."""
+        if not math.isfinite(grad_norm):
+            self.num_skipped_steps += 1
+            logger.warning("Skipped an optimizer step: the gradient norm is %s", grad_norm)
+            return None
         return 1.0 if self.max_grad_norm is None else min(1.0, self.max_grad_norm / (grad_norm + 1e-6))
 
-    def _update_parameter(self, param: torch.Tensor, group: dict[str, Any], grad_scale: float) -> None:
-        state = self.state[param]
+    def _update_parameter(
+        self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any], grad_scale: float
+    ) -> None:
         state["step"] += 1
         update = self._update_buffer(param)  # [numel]
-        if self.kernel == "numba" and state["state1"].dtype == torch.uint8 and _is_flat_float32(param, param.grad):
-            step_norm, param_norm = self._update_with_numba(param, update, group, grad_scale)
+        if self.kernel == "numba" and state["state1"].dtype == torch.uint8 and is_flat_float32(param, param.grad):
+            step_norm, param_norm = self._update_with_numba(param, state, update, group, grad_scale)
         else:
-            step_norm, param_norm = self._update_in_chunks(param, update, group, grad_scale)
+            step_norm, param_norm = self._update_in_chunks(param, state, update, group, grad_scale)
         state["weight_norm"], state["step_norm"] = min(param_norm, self.clamp_value), step_norm
         degenerate = param_norm == 0 or step_norm == 0
         state["trust_ratio"] = 1.0 if degenerate else state["weight_norm"] / step_norm
@@ -204,12 +205,16 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         param.add_(update.view(param.shape).to(param), alpha=-step_size)
 
     def _update_with_numba(
-        self, param: torch.Tensor, update: torch.Tensor, group: dict[str, Any], grad_scale: float
+        self,
+        param: torch.Tensor,
+        state: dict[str, Any],
+        update: torch.Tensor,
+        group: dict[str, Any],
+        grad_scale: float,
     ) -> tuple[float, float]:
         """Updates the statistics and writes the update; returns the norms of update and parameter."""
         from src.optim.lamb_kernel import update_tensor
 
-        state = self.state[param]
         tensors = [state[key] for key in ("state1", "absmax1", "state2", "absmax2")]
         tensors += [*_code_books(), param.grad, param.detach(), update]
         options = grad_scale, *group["betas"], group["eps"], group["weight_decay"]
@@ -217,22 +222,27 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         return update_tensor(arrays, options, num_threads=torch.get_num_threads())
 
     def _update_in_chunks(
-        self, param: torch.Tensor, update: torch.Tensor, group: dict[str, Any], grad_scale: float
+        self,
+        param: torch.Tensor,
+        state: dict[str, Any],
+        update: torch.Tensor,
+        group: dict[str, Any],
+        grad_scale: float,
     ) -> tuple[float, float]:
         """As :meth:`_update_with_numba`, for any tensor, ``update_chunk_size`` elements at once."""
         flat_param, flat_grad = param.detach().reshape(-1), param.grad.reshape(-1)  # [numel]
         for start in range(0, param.numel(), self.update_chunk_size):
             chunk = slice(start, min(start + self.update_chunk_size, param.numel()))
-            grad = _host_float32(flat_grad[chunk])
+            grad = host_float32(flat_grad[chunk])
             update_chunk = torch.mul(grad, grad_scale, out=update[chunk])
-            self._write_update(update_chunk, self.state[param], chunk, group["betas"], group["eps"])
+            self._write_update(update_chunk, state, chunk, group["betas"], group["eps"])
             if group["weight_decay"] != 0:
-                update_chunk.add_(_host_float32(flat_param[chunk]), alpha=group["weight_decay"])
+                update_chunk.add_(host_float32(flat_param[chunk]), alpha=group["weight_decay"])
         return _total_norm([update]), _total_norm([param])
 
     def _update_buffer(self, param: torch.Tensor) -> torch.Tensor:
         """Where the update of a tensor is written, [numel]: its gradient where that is asked for and possible."""
-        if self.reuse_grad_buffers and _is_flat_float32(param.grad):
+        if self.reuse_grad_buffers and is_flat_float32(param.grad):
             return param.grad.view(-1)
         return torch.empty(param.numel(), dtype=torch.float32)
 

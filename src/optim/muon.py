@@ -19,8 +19,8 @@ from src.optim.lamb import (
     CPULAMB8Bit,
     _code_books,
     _dequantize,
-    _host_float32,
     _quantize_into,
+    host_float32,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class CPUMuon8Bit(CPULAMB8Bit):
         stored, new, grad = state["state1"].view(-1), following["state1"].view(-1), param.grad.reshape(-1)
         for start in range(0, param.numel(), self.update_chunk_size):
             chunk = slice(start, min(start + self.update_chunk_size, param.numel()))
-            direction = torch.mul(_host_float32(grad[chunk]), grad_scale, out=update[chunk])
+            direction = torch.mul(host_float32(grad[chunk]), grad_scale, out=update[chunk])
             if stored.dtype != torch.uint8:
                 moment = torch.add(direction, stored[chunk], alpha=self.momentum, out=new[chunk])
             else:
@@ -175,11 +175,12 @@ class CPUMuon8Bit(CPULAMB8Bit):
         norm, self._norm = self._norm, None
         return norm
 
-    def _update_parameter(self, param: torch.Tensor, group: dict[str, Any], grad_scale: float) -> None:
+    def _update_parameter(
+        self, param: torch.Tensor, state: dict[str, Any], group: dict[str, Any], grad_scale: float
+    ) -> None:
         if not group["num_parts"]:
-            super()._update_parameter(param, group, grad_scale)
+            super()._update_parameter(param, state, group, grad_scale)
             return
-        state = self.state[param]
         update, momentum = self._prepared.pop(param)
         state["step"] += 1
         for key, value in momentum.items():

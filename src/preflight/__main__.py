@@ -77,7 +77,11 @@ def plan(words: Sequence[str]) -> None:
         config,
         run_settings(peer, collaboration, training),
         Circumstances(num_trainers=swarm.peers, pace=pace, bandwidth=peer.bandwidth),
-        needed_memory(config, Workload.of(training), on_gpu=training.device.type == "cuda"),
+        needed_memory(
+            config,
+            Workload.of(training, local_steps=bool(collaboration.local_batch_size)),
+            on_gpu=training.device.type == "cuda",
+        ),
     )
     print("\n".join([*made.lines(), *(warning.lines() for warning in made.warnings)]))
     if swarm.json is not None:

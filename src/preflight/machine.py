@@ -6,7 +6,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ MIN_OPEN_FILES = 4096
 # Copies of all parameters in shared memory: averaged gradients, averaged parameters with their 8-bit statistics, and a
 # state that is handed over, with its own.
 SHARED_COPIES = 4
+COPIES_OF_MOMENTUM = 2  # of the outer optimizer, and in a state that is handed over
 SHARED_MEMORY = Path("/dev/shm")
 GPU_LIBRARY_BYTES = 0.5e9
 
@@ -49,9 +50,10 @@ class Workload:
     length: int = 0
     half_precision: bool = False
     optimizer: str = "lamb"
+    local_steps: bool = False  # then there is an outer optimizer, too
 
     @classmethod
-    def of(cls, training) -> "Workload":
+    def of(cls, training, *, local_steps: bool = False) -> "Workload":
         """Of a trainer with these arguments."""
         return cls(
             training.min_8bit_size,
@@ -59,10 +61,12 @@ class Workload:
             length=training.max_sequence_length,
             half_precision=training.fp16 or training.bf16,
             optimizer=training.optimizer,
+            local_steps=local_steps,
         )
 
     def predict(self, config) -> Memory:
-        return predict_memory(config, batch_size=self.batch_size, **self._options())
+        memory = predict_memory(config, batch_size=self.batch_size, **self._options())
+        return replace(memory, optimizer=memory.optimizer + self.local_steps * memory.parameters)  # its momentum
 
     def largest(self, config, budget: float) -> int:
         """The largest batch of this kind for which ``budget`` bytes are enough, beside parameters and gradients."""
@@ -94,12 +98,13 @@ def check_disk(directory: Path, memory: Memory, *, num_kept: int = 0) -> Check:
     return Check("disk", OK, found)
 
 
-def check_shared_memory(model: torch.nn.Module) -> Check:
+def check_shared_memory(model: torch.nn.Module, *, local_steps: bool = False) -> Check:
     """The processes of a peer exchange tensors through a file system in memory. Docker makes it 64 MB small.
 
     Where it is full, a process ends with a bus error, or waits for ever, in the middle of the run.
     """
-    name, needed = "shared memory", SHARED_COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+    copies = SHARED_COPIES + COPIES_OF_MOMENTUM * local_steps
+    name, needed = "shared memory", copies * sum(p.numel() * p.element_size() for p in model.parameters())
     if not SHARED_MEMORY.is_dir():
         return Check(name, OK, f"there is no {SHARED_MEMORY}, so not tested")
     if not os.access(SHARED_MEMORY, os.W_OK):
@@ -114,9 +119,9 @@ def check_shared_memory(model: torch.nn.Module) -> Check:
     return Check(name, OK, found)
 
 
-def require_shared_memory(model: torch.nn.Module) -> None:
+def require_shared_memory(model: torch.nn.Module, *, local_steps: bool = False) -> None:
     """Raises ValueError where `check_shared_memory` fails."""
-    check = check_shared_memory(model)
+    check = check_shared_memory(model, local_steps=local_steps)
     if check.state == FAILED:
         raise ValueError(f"too little {check.name}: {check.found}; {check.fix}")
 
@@ -150,9 +155,10 @@ def needed_memory(config, workload: Workload, *, on_gpu: bool) -> dict[str, dict
     batch = {f"a batch of {workload.batch_size} x {workload.length} tokens": peer.batch} if trains else {}
     libraries = TRAINER_LIBRARIES if trains else AUXILIARY_LIBRARIES
     step = trains * (memory.step + (0 if on_gpu else memory.products))
+    copies = 2 + (workload.local_steps and trains)  # one more, from which local steps are measured
     machine = {
         "optimizer": memory.optimizer + step,
-        "copies for averaging": 2 * memory.parameters,
+        "copies for averaging": copies * memory.parameters,
         "libraries": libraries,
     }
     taken = {"a state that is taken" if trains else "the start, or a checkpoint that is scored": peer.taken}

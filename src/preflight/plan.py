@@ -23,6 +23,7 @@ LONGEST_EPOCH, LONGEST_WITHOUT_LEARNING = 86_400.0, 3600.0  # seconds, beyond wh
 MOST_UNKNOWN = 0.01  # of the text's tokens; the same
 COMMON_EPOCH = 600.0  # seconds; what an epoch is suggested to take where it takes too long
 NOT_BEGUN = 1e-9  # samples a second: hivemind gives a trainer 1e-20 until its first local step
+UNDELAYED_RATIO = 9  # of computing to averaging, where trainers wait for it
 NUM_POINTS = 500  # epochs at which a stretch of the schedule is looked at
 EIGHT_BIT, SIXTEEN_BIT = 1 + 4 / 4096, 2.0  # bytes of a value on its way: a code, and a scale for each 4096; float16
 
@@ -112,13 +113,14 @@ class Plan:
     memory: dict[str, dict[str, float]]  # bytes, by where and by what they are for
     warnings: tuple[Check, ...]
     why_no_pace: str = ""
+    local_batch_size: int = 0
 
     def lines(self) -> list[str]:
         return [
             f"model     {self.model}",
             *([] if self.text is None else [f"text      {self.text}"]),
             *([] if self.sample is None else [f"sample    {self.sample}"]),
-            f"target    {self.target_batch_size} samples of all trainers together make an epoch",
+            f"target    {self.target_batch_size} samples of all trainers together make an epoch{self._local_steps()}",
             *self.pace_lines(),
             *([self._step()] if self.step_operations and self.is_trainer else []),
             f"traffic   {self._traffic()}",
@@ -130,6 +132,12 @@ class Plan:
             f"muon      {self.step_operations / 1e12:.3g} TFLOP of products an epoch on each trainer, as much as "
             f"{self.step_samples:.2g} of its samples cost: on the GPU if there is one, else on CPU threads"
         )
+
+    def _local_steps(self) -> str:
+        if not self.local_batch_size:
+            return ""
+        number = round(self.target_batch_size / self.num_trainers / self.local_batch_size)
+        return f", in which one of {counted(self.num_trainers, 'trainer')} makes {counted(number, 'local step')}"
 
     def pace_lines(self) -> list[str]:
         """Those that change with the pace."""
@@ -197,7 +205,13 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
     sample = ("several texts in a row" if settings.get("pack_sequences") else instance) + (
         f", {first} tokens at most, later {full}" if first < full else f", {full} tokens at most"
     )
-    warnings = [*warn_of_epochs(clock), *warn_of_steps(clock), *warn_of_zero_rate(clock), *warn_of_text(now)]
+    warnings = [
+        *warn_of_epochs(clock),
+        *warn_of_steps(clock),
+        *warn_of_batches(settings),
+        *warn_of_zero_rate(clock),
+        *warn_of_text(now),
+    ]
     return Plan(
         model=f"{sum(sizes) / 1e6:.2f} million parameters, {counted(config.num_hidden_layers, 'layer')}, hidden size "
         f"{config.hidden_size}, {config.vocab_size} words",
@@ -223,6 +237,7 @@ def make_plan(config, settings: Mapping, now: Circumstances, memory: dict[str, d
         memory=memory,
         warnings=tuple(warnings),
         why_no_pace="" if now.pace is not None else now.why_no_pace,
+        local_batch_size=settings.get("local_batch_size", 0),
     )
 
 
@@ -333,10 +348,12 @@ def warn_of_epochs(clock: Clock) -> list[Check]:
                               "for all peers, or find more trainers"))  # fmt: skip
     if shortest is not None and shortest < rounds:
         size = math.ceil(target * rounds / shortest)
+        goes_on = clock.settings.get("local_batch_size") and clock.settings["delay_grad_averaging"]
+        then = "epochs will have more samples than that" if goes_on else "most of the time trainers would wait"
         warnings.append(Check("rounds of averaging", WARNING, f"an epoch of {seconds(shortest)} is shorter than its "
-                              f"rounds, which take {seconds(rounds)} at {clock.bandwidth:g} Mbit/s: most of the time "
-                              "trainers would wait", f"raise --target_batch_size (to {size} or more), for all peers, "
-                              "or give --bandwidth if it is higher"))  # fmt: skip
+                              f"rounds, which take {seconds(rounds)} at {clock.bandwidth:g} Mbit/s: {then}",
+                              f"raise --target_batch_size (to {size} or more), for all peers, "
+                              f"{advise_local_steps(clock, shortest)}or give --bandwidth if it is higher"))  # fmt: skip
     limit = clock.settings["averaging_timeout"]
     longest_round = 8e-6 * max(clock.gradient_bytes, clock.parameter_bytes * clock.settings["average_state_every"])
     if longest_round / clock.bandwidth > limit:
@@ -344,6 +361,23 @@ def warn_of_epochs(clock: Clock) -> list[Check]:
                               f"{clock.bandwidth:g} Mbit/s, but is given up after {limit:g} s", "raise "
                               "--averaging_timeout, for all peers, or give --bandwidth if it is higher"))  # fmt: skip
     return warnings
+
+
+def advise_local_steps(clock: Clock, computing: float) -> str:
+    """The flags with which rounds would keep nobody waiting; nothing if trainers make local steps already.
+
+    A local step has a trainer's share of what was one step of all; where nothing is averaged in the background, an
+    epoch is to take nine times as long as its rounds.
+    """
+    if clock.settings.get("local_batch_size"):
+        return ""
+    target, trainers = clock.settings["target_batch_size"], max(1, clock.now.num_trainers)
+    longest = clock.round_seconds * (1 if clock.settings["delay_grad_averaging"] else UNDELAYED_RATIO)
+    num_steps = math.ceil(longest / computing)
+    return (
+        f"or make {num_steps} local steps between two averagings (--local_batch_size {math.ceil(target / trainers)} "
+        f"--target_batch_size {num_steps * target}, and {num_steps} times fewer epochs: docs/links.md), "
+    )
 
 
 def warn_of_steps(clock: Clock) -> list[Check]:
@@ -361,6 +395,16 @@ def warn_of_steps(clock: Clock) -> list[Check]:
         fix = f"lower --gradient_accumulation_steps to {max(1, int(batches * limit / longest))}"
     return [Check("local step", WARNING, f"one takes {seconds(longest)} at full length, but at the end of an epoch the "
                   f"others wait for {limit:g} s at most: this peer misses their rounds", fix)]  # fmt: skip
+
+
+def warn_of_batches(settings: Mapping) -> list[Check]:
+    """With local steps: those of this trainer must not be larger than those of others."""
+    own = settings.get("per_device_train_batch_size", 0) * settings.get("gradient_accumulation_steps", 1)
+    if not 0 < settings.get("local_batch_size", 0) < own:
+        return []
+    return [Check("local steps", WARNING, f"each takes {own} samples here, where --local_batch_size says "
+                  f"{settings['local_batch_size']}", "lower --gradient_accumulation_steps or "
+                  "--per_device_train_batch_size")]  # fmt: skip
 
 
 def warn_of_zero_rate(clock: Clock) -> list[Check]:

@@ -60,7 +60,7 @@ def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     if built is not None:
         for check in check_memory(built[0].config, workload, device):
             report(check)
-        report(check_shared_memory(built[0]))
+        report(check_shared_memory(built[0], local_steps=workload.local_steps))
         kept = getattr(peer, "keep_checkpoints", 0)  # an auxiliary peer's
         report(check_disk(Path(output_dir), workload.predict(built[0].config), num_kept=kept))
     if check_uploads is not None:

@@ -97,6 +97,10 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
     def local_epoch() -> int:
         return 0
 
+    def introduction(self):
+        """What this peer tells the others of a group."""
+        return self.local_epoch()
+
     def accumulate_grads_(self, batch_size: int) -> None:
         """As hivemind's, which divides by the number of local steps, as if all had as many samples as the first."""
         super().accumulate_grads_(batch_size)
@@ -105,7 +109,7 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
 
     def schedule_step(self, scheduled_time: DHTExpiration | None = None, **kwargs) -> StepControl:
         """As hivemind's, with this peer's epoch for the others of the group."""
-        return super().schedule_step(scheduled_time, gather=self.local_epoch(), **kwargs)
+        return super().schedule_step(scheduled_time, gather=self.introduction(), **kwargs)
 
     def load_state_from_peers(self, **kwargs) -> None:
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
@@ -119,7 +123,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
     """
 
     round_kind = "parameters"
-    has_taken_state = False  # by the last `load_state_from_peers`
+    has_taken_state, state_epoch = False, 0  # by the last `load_state_from_peers`, and of which epoch it was
     _search: asyncio.Task | None = None  # for a good state, in the averager's process
     averages_parameters = True
 
@@ -167,6 +171,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
         try:
             super().load_state_from_peers(**kwargs)
             self.has_taken_state = some_parameter._version != version
+            self.state_epoch = self.local_epoch
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
         finally:

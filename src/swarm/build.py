@@ -15,6 +15,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src.access.membership import Identity
 from src.models.shared_linear import dense_matrices
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.local_steps import AnchoredLAMB
 from src.optim.muon import CPUMuon8Bit
 from src.optim.parameter_groups import parameter_groups
 from src.optim.schedules import decay_epochs, learning_rate_factor
@@ -22,6 +23,7 @@ from src.swarm import hivemind_fixes
 from src.swarm.averagers import LeanGradientAverager
 from src.swarm.compression import gradient_compression, parameter_compression
 from src.swarm.dht import LEAVE_SECONDS
+from src.swarm.local_steps import DifferenceAverager, LocalStepsOptimizer
 from src.swarm.matchmaking import Attendance
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.patience import Patience
@@ -61,11 +63,17 @@ def make_groups(model: torch.nn.Module, args: HFTrainerArguments) -> list[dict]:
 
 
 def make_optimizer(
-    params, args: HFTrainerArguments, *, device: torch.device | str = "cpu", in_background: bool = False
+    params,
+    args: HFTrainerArguments,
+    *,
+    device: torch.device | str = "cpu",
+    in_background: bool = False,
+    outer: dict[str, float] | None = None,
 ) -> CPULAMB8Bit:
     """The run's --optimizer with its hyperparameters; it may use up the gradients, which nobody reads after the step.
 
-    ``params``: from `make_groups`. ``device``, ``in_background``: see `CPUMuon8Bit`.
+    ``params``: from `make_groups`. ``device``, ``in_background``: see `CPUMuon8Bit`. ``outer``: what `AnchoredLAMB`
+    takes, for peers that make local steps.
     """
     options = {
         "lr": args.learning_rate,
@@ -78,6 +86,8 @@ def make_optimizer(
         "reuse_grad_buffers": True,
         "kernel": "auto",
     }
+    if outer is not None:
+        return AnchoredLAMB(params, **outer, **options)
     if args.optimizer == "muon":
         return CPUMuon8Bit(params, device=device, in_background=in_background, **options)
     return CPULAMB8Bit(params, **options)
@@ -99,6 +109,14 @@ def make_shared_optimizer(groups: list[dict], args: HFTrainerArguments, **option
             if isinstance(value, torch.Tensor):
                 value.share_memory_()
     return optimizer
+
+
+def outer_options(collaboration: CollaborationArguments) -> dict[str, float]:
+    """Of the outer optimizer, where peers make local steps."""
+    return {
+        "outer_learning_rate": collaboration.outer_learning_rate,
+        "outer_momentum": collaboration.outer_momentum,
+    }
 
 
 def make_learning_rate(args: HFTrainerArguments):
@@ -144,12 +162,21 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
     averaging["phases_path"] = metrics_path
     delay_step = collaboration.delay_optimizer_step and not auxiliary
     device = "cpu" if auxiliary else training.device
-    optimizer = LeanOptimizer(
+    kind, grad_averager, options = LeanOptimizer, LeanGradientAverager, {"device": device, "in_background": delay_step}
+    if collaboration.local_batch_size:
+        kind = partial(
+            LocalStepsOptimizer,
+            local_batch_size=collaboration.local_batch_size,
+            local_steps_after=collaboration.local_steps_after,
+        )
+        grad_averager = DifferenceAverager
+        options["outer"] = outer_options(collaboration)
+    optimizer = kind(
         dht=dht,
         run_id=peer.run_id,
         target_batch_size=collaboration.target_batch_size,
         params=make_groups(model, training),
-        optimizer=lambda params: make_shared_optimizer(params, training, device=device, in_background=delay_step),
+        optimizer=lambda params: make_shared_optimizer(params, training, **options),
         scheduler=lambda optimizer: LambdaLR(optimizer, learning_rate),
         matchmaking_time=collaboration.matchmaking_time,
         next_chunk_timeout=collaboration.next_chunk_timeout,
@@ -162,9 +189,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         reuse_grad_buffers=collaboration.reuse_grad_buffers or auxiliary,
         grad_compression=gradient_compression(),
         state_averaging_compression=parameter_compression(),
-        grad_averager_factory=partial(
-            LeanGradientAverager, target_batch_size=collaboration.target_batch_size, **averaging
-        ),
+        grad_averager_factory=partial(grad_averager, target_batch_size=collaboration.target_batch_size, **averaging),
         averager_opts={**averaging, "allow_state_sharing": None if shares_state else False},
         tracker_opts=tracker_options(dht, peer, collaboration, identity, vain_search),
         shutdown_timeout=LEAVE_SECONDS,

@@ -87,10 +87,22 @@ class Judge:
     ``harmless_rms``: values whose root mean square is not above this are never too large.
     ``max_distance``: how far values may lie from this peer's own at most, as a share of their norm; None: anywhere. For
     parameters, which are nearly equal on all peers: up to that it depends on what is usual, see `LEAST_DISTANCE`.
+    ``grows_with_weight``: as the sum of steps of one size does, while a mean of gradients does not. Then ``own_weight``
+    must be set to that of this peer's contribution before each round; 0 if it has none.
     """
 
-    def __init__(self, *, max_weight: float, harmless_rms: float = 0.0, max_distance: float | None = None):
+    own_weight = 0.0
+
+    def __init__(
+        self,
+        *,
+        max_weight: float,
+        harmless_rms: float = 0.0,
+        max_distance: float | None = None,
+        grows_with_weight: bool = False,
+    ):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
+        self.grows_with_weight = grows_with_weight
         self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
         self.distances: dict[int, float] = defaultdict(float)  # the same
         self.drifts: dict[int, Drift] = {}
@@ -186,6 +198,8 @@ class Judge:
         for sender, norm in norms.items():
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
             allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
+            if self.grows_with_weight and typical_weight > 0:
+                allowance = max(allowance, weights[sender] / typical_weight)
             if not self._is_possible(norm, sums[sender], reference * allowance, harmless, small * allowance):
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
@@ -274,6 +288,9 @@ class Judge:
             return together
         reference = max(own_norm, self.parts[part].norm)
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
+        if self.grows_with_weight and self.own_weight > 0:  # it is not known how much the others have done
+            most = max(1.0, self.max_weight / self.own_weight)
+            reference, small = most * reference, most * small
         if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
         if self.max_distance is not None:

@@ -146,6 +146,7 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "_load_averaged_gradients_into_optimizer_",
         "_tag_along_with_zero_weight",
         "_load_local_gradients_into_optimizer",
+        "_check_and_accumulate_gradients",
     ),
     Matchmaking: ("look_for_group", "leader_assemble_group", "get_request_expiration_time", "_request_join_group"),
     GradientAverager: ("load_accumulators_into_averager_", "reset_accumulated_grads_"),
@@ -160,7 +161,7 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "_load_state_from_peers",
     ),
     TensorPartContainer: ("register_processed_part", "register_failed_reducer", "iterate_output_tensors"),
-    TrainingStateAverager: ("_load_local_tensors_into_averager_", "_do"),
+    TrainingStateAverager: ("_load_local_tensors_into_averager_", "_do", "_apply_optimizer_parameters_"),
     ProgressTracker: ("report_local_progress", "global_epoch"),
     GroupKeyManager: ("get_averagers",),
 }

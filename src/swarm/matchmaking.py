@@ -357,10 +357,11 @@ def is_trainer(gathered: bytes) -> bool:
 def epoch_of(gathered: bytes) -> int | None:
     """The epoch in which a member of a group asked for it; None for an assistant, or if it does not say.
 
-    ``gathered`` is what the member sends along: [bandwidth, mode, serialized epoch].
+    ``gathered`` is what the member sends along: [bandwidth, mode, serialized epoch, or a list that begins with it].
     """
     try:
-        epoch = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
+        said = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
+        epoch = said[0] if isinstance(said, (list, tuple)) else said
     except Exception:
         return None
     return epoch if type(epoch) is int and is_trainer(gathered) else None

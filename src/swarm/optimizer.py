@@ -32,6 +32,9 @@ class LeanOptimizer(hivemind.Optimizer):
     all are there, and it consists of those who are there then.
     """
 
+    state_averager_class = LeanStateAverager
+    kind = ""  # of averagers, in the names under which they find each other
+    makes_local_steps, inner_steps = False, 0  # since the start, see `src.swarm.local_steps`
     _partner_is_ahead = _is_late = _was_left_behind = False
     _partners: frozenset[PeerID] = frozenset()  # in the last round
 
@@ -48,9 +51,9 @@ class LeanOptimizer(hivemind.Optimizer):
         return averager
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
-        averager = LeanStateAverager(
+        averager = self.state_averager_class(
             dht=self.dht,
-            prefix=f"{self.run_id}_state_averager",
+            prefix=f"{self.run_id}{self.kind}_state_averager",
             min_matchmaking_time=self.matchmaking_time,
             allreduce_timeout=self.allreduce_timeout,
             shutdown_timeout=self.shutdown_timeout,
@@ -153,10 +156,10 @@ class LeanOptimizer(hivemind.Optimizer):
         return began
 
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control) -> None:
-        # When a round fails, the buffers still hold this peer's own gradients. hivemind reloads them from accumulators,
-        # which it has reset in the meantime, and so would step with the next epoch's first gradients instead.
+        received = 0.0
         try:
             epochs = maybe_step_control.result(self.averaging_timeout)
+            received = getattr(epochs, "received", 1.0)
             self._notice_partners_ahead(epochs)
             self._meet(epochs)
         except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
@@ -164,7 +167,26 @@ class LeanOptimizer(hivemind.Optimizer):
             self._was_left_behind = self._is_late
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
+        self._take_averages(received)
+
+    def _take_averages(self, received: float) -> None:
+        """A round is over, of which this share has come back; 0 if it failed."""
+        # The buffers still hold this peer's own gradients, then. hivemind reloads them from accumulators, which it has
+        # reset in the meantime, and so would step with the next epoch's first gradients instead.
         self._load_averaged_gradients_into_optimizer_()
+
+    def discard_gradients(self) -> int:
+        """Those accumulated so far are not finite; returns the samples that are lost with them."""
+        averager = self.grad_averager
+        if not averager.reuse_grad_buffers:  # then the bad ones have not been added yet
+            return 0
+        samples = averager.local_samples_accumulated
+        averager.reset_accumulated_grads_()
+        self.tracker.report_local_progress(self.local_epoch, samples_accumulated=0)
+        return samples
+
+    def forget_local_work(self) -> None:
+        """The parameters and the optimizer's copy of them have been replaced by others."""
 
     @property
     def _patience(self) -> Patience:

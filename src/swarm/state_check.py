@@ -9,6 +9,7 @@ from hivemind.utils import nested_pack
 
 FINITE_BLOCK = 2**18  # values
 SAMPLES_PER_TENSOR = 64  # values by which two peers' parameters are compared
+MAX_MOMENTUM = 10.0  # times the parameters' norm, or a root mean square of one
 MAX_DISTANCE, SMALL_DISTANCE = 0.5, 0.01  # between two peers: as a share of the norm; root mean square, always allowed
 
 
@@ -39,8 +40,9 @@ def check_state(metadata, tensors: list[torch.Tensor], *, parameters, optimizer:
     for group, own_group in zip(state["param_groups"], own_state["param_groups"], strict=True):
         if any(group.get(name) != own_group.get(name) for name in ("params", "num_parts")):
             raise ValueError("its optimizer state has other parameters")
-    for statistics in state["state"].values():
-        _check_statistics(statistics)
+    numbers = (number for group in own_state["param_groups"] for number in group["params"])
+    for number, parameter in zip(numbers, tensors, strict=False):  # the first tensors are the parameters
+        _check_statistics(state["state"][number], parameter)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -66,9 +68,14 @@ def _value(item, own: dict, tensors: list[torch.Tensor]):
     return value
 
 
-def _check_statistics(state: dict) -> None:
-    """Second moments, scales and counters are never negative; the optimizer takes roots of them."""
+def _check_statistics(state: dict, parameter: torch.Tensor) -> None:
+    """Second moments, scales and counters are never negative; the optimizer takes roots of them. Momentum is added to
+    the parameters, and so cannot be many times as large."""
     for name, value in state.items():
+        if name == "momentum":
+            size, usual = float(value.norm()), max(float(parameter.norm()), math.sqrt(parameter.numel()))
+            if size > MAX_MOMENTUM * usual:
+                raise ValueError(f"its optimizer state has a momentum of {size:.3g}, beside parameters of {usual:.3g}")
         if name in ("state2", "absmax1", "absmax2") and value.is_floating_point() and float(value.min()) < 0:
             raise ValueError(f"its optimizer state has a negative {name}")
         if name == "step" and (value < 0 or value != int(value)):

@@ -198,6 +198,7 @@ def restore_backup(path: Path, model: torch.nn.Module, optimizer: LeanOptimizer)
             ) from error
         _keep_options(averager.optimizer, averager.scheduler, own, state["scheduler"], path)
         averager.local_epoch = state["epoch"]
+        optimizer.forget_local_work()
     if not averager.reuse_tensors:
         averager._load_local_tensors_into_averager_()
     optimizer.tracker.report_local_progress(state["epoch"], samples_accumulated=0)

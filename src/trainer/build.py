@@ -95,7 +95,7 @@ def check(
         peer,
         output_dir=training.output_dir,
         device=training.device,
-        workload=Workload.of(training),
+        workload=workload_of(settings, training),
         build_model=make_model,
         make_card=partial(make_run_card, settings=settings, trainer=True),
         read_data=lambda tokenizer: task.build_data(tokenizer, peer, training, peer_seed=b"check"),
@@ -115,6 +115,10 @@ def build_model(peer: TrainerPeerArguments, training: HFTrainerArguments, task) 
     )
 
 
+def workload_of(settings: dict, training: HFTrainerArguments) -> Workload:
+    return Workload.of(training, local_steps=bool(settings["local_batch_size"]))
+
+
 def num_readers(training: HFTrainerArguments) -> int:
     """Processes of this peer that read text."""
     return max(1, training.dataloader_num_workers) * training.world_size
@@ -122,7 +126,7 @@ def num_readers(training: HFTrainerArguments) -> int:
 
 def plan_for(config, settings: dict, training: HFTrainerArguments) -> Callable[[Circumstances], Plan]:
     """What makes plans for this trainer."""
-    memory = needed_memory(config, Workload.of(training), on_gpu=training.device.type == "cuda")
+    memory = needed_memory(config, workload_of(settings, training), on_gpu=training.device.type == "cuda")
     return lambda now: make_plan(config, settings, now, memory)
 
 
@@ -142,8 +146,9 @@ def build(
     """
     model, tokenizer = build_model(peer, training, task)
     task.check_sequence_length(model, training.max_sequence_length)
-    require_shared_memory(model)
-    for found in check_memory(model.config, Workload.of(training), training.device):
+    workload = Workload.of(training, local_steps=bool(collaboration.local_batch_size))
+    require_shared_memory(model, local_steps=workload.local_steps)
+    for found in check_memory(model.config, workload, training.device):
         if found.state != OK:  # it is a prediction, so the run may go on
             progress.say(replace(found, state=WARNING).lines())
     model.to(training.device)

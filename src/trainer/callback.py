@@ -156,10 +156,7 @@ class CollaborativeCallback(TrainerCallback):
 
     def _discard_gradients(self, samples: int) -> None:
         self.buffers.reset()
-        if self.buffers.reused:  # the buffers held this epoch's earlier batches, too
-            samples += self.optimizer.grad_averager.local_samples_accumulated
-            self.optimizer.grad_averager.reset_accumulated_grads_()
-            self.optimizer.tracker.report_local_progress(self.optimizer.local_epoch, samples_accumulated=0)
+        samples += self.optimizer.discard_gradients()  # reused buffers held earlier batches, too
         self.meter.lose(samples)
         logger.warning("dropped %d samples: their gradients are not finite", samples)
 
@@ -198,6 +195,7 @@ class CollaborativeCallback(TrainerCallback):
             epoch = self.backups.restore()
             self.say(f"parameters were not finite: went back to the backup of epoch {epoch}")
             return
+        self.optimizer.forget_local_work()
         self.optimizer.load_state_from_peers()
         if all_finite(self.parameters):
             self.say("parameters were not finite and there is no backup: took the state of another peer")

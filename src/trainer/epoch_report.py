@@ -38,6 +38,7 @@ class EpochReport:
         self.rounds: list[Round] = []
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.total_samples = self.lone_epochs = 0  # since the start
+        self.last_inner_steps = 0
         self.num_downloads, self.epoch_started = 0, time.monotonic()
         self.joined_at = 0  # the epoch at which this trainer last had the state of others
 
@@ -81,11 +82,18 @@ class EpochReport:
         report_refusals(self.optimizer.take_refusals(), self.journal, self.progress.say)
 
     def _stepped_alone(self, failed: Round) -> None:
-        """hivemind begins a round only when another trainer is there, and steps without one when it fails."""
+        """hivemind begins a round only when another trainer is there, and steps without one when it fails.
+
+        With local steps the swarm's step is left out, and nothing is lost.
+        """
         self.lone_epochs += 1
         epoch = self.optimizer.local_epoch
         self.journal.record(LoneEpoch(epoch, failed.error))
-        self.progress.say(f"epoch {epoch} was stepped with this trainer's own gradients alone: {failed.error}")
+        if self.optimizer.makes_local_steps:
+            what = "was not averaged, what this trainer has learned in it goes into the next round"
+        else:
+            what = "was stepped with this trainer's own gradients alone"
+        self.progress.say(f"epoch {epoch} {what}: {failed.error}")
 
     def finish(self, *, sequence_length: int) -> None:
         """Report the epoch that has just ended, and begin to count for the next one."""
@@ -97,7 +105,7 @@ class EpochReport:
         self.memory.note(record.epoch)
         self.rounds.clear()
         self.waits.clear()
-        self.num_downloads = 0
+        self.num_downloads, self.last_inner_steps = 0, self.optimizer.inner_steps
         self.meter.start_epoch()
         self.start_clock()
 
@@ -131,6 +139,7 @@ class EpochReport:
             num_peers=self.optimizer.tracker.global_progress.num_peers,
             seconds=round(time.monotonic() - self.epoch_started, 3),
             local_steps=len(self.waits),
+            inner_steps=self.optimizer.inner_steps - self.last_inner_steps,
             waited_seconds=round(sum(self.waits), 3),
             longest_wait=round(max(self.waits, default=0.0), 3),
             failed_rounds=sum(bool(one.error) for one in self.rounds),

@@ -284,3 +284,24 @@ def test_trainers_that_have_not_begun_to_compute_tell_no_pace():
     ] == "follows"
     assert "length of an epoch" not in warned(plan)
     assert planned(num_trainers=2, others_per_second=1e-20, pace=pace(10.0)).swarm_samples_per_second == 20.0
+
+
+@pytest.mark.parametrize(("delayed", "steps"), [(True, 14), (False, 121)])
+def test_plan_recommends_local_steps_where_rounds_take_longer_than_epochs(delayed, steps):
+    settings = {"target_batch_size": 400, "delay_grad_averaging": delayed}
+    plan = planned(settings, num_trainers=4, pace=pace(1000.0), bandwidth=20.0)
+    assert plan.round_seconds == pytest.approx(1.333, rel=0.01), "beside 0.1 s of computing"
+    fix = warned(plan)["rounds of averaging"]
+    assert f"make {steps} local steps" in fix
+    assert f"--local_batch_size 100 --target_batch_size {steps * 400}," in fix
+    settings |= {"local_batch_size": 100, "target_batch_size": steps * 400}
+    done = planned(settings, num_trainers=4, pace=pace(1000.0), bandwidth=20.0)
+    assert "rounds of averaging" not in warned(done)
+    assert f"one of 4 trainers makes {steps} local steps" in "\n".join(done.lines())
+    again = planned({**settings, "target_batch_size": 400}, num_trainers=4, pace=pace(1000.0), bandwidth=20.0)
+    assert "local steps" not in warned(again)["rounds of averaging"], "it makes them"
+
+
+@pytest.mark.parametrize(("local_batch_size", "warns"), [(0, False), (8, False), (7, True)])
+def test_plan_warns_of_batches_larger_than_a_local_step(local_batch_size, warns):
+    assert ("local steps" in warned(planned({"local_batch_size": local_batch_size}))) is warns

@@ -16,6 +16,7 @@ from src.metrics.journal import Journal
 from src.metrics.records import Round, StateDownload
 from src.optim.lamb import CPULAMB8Bit
 from src.swarm.join import Swarm
+from src.swarm.optimizer import LeanOptimizer
 from src.trainer.build import make_callback
 from src.trainer.data_schedule import DataSchedule
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter
@@ -143,6 +144,10 @@ class FakeOptimizer:
             self.tracker.global_epoch = self.local_epoch
             self.rounds.append(Round("gradients", 0.5, num_peers=2, received=1.0))
             self._reset_accumulated()
+
+    makes_local_steps, inner_steps = False, 0
+    discard_gradients = LeanOptimizer.discard_gradients
+    forget_local_work = LeanOptimizer.forget_local_work
 
     def take_refusals(self) -> list[tuple[str, str]]:
         refusals, self.refusals = self.refusals, []

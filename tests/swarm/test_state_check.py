@@ -17,6 +17,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 from src.access.keys import public_key_of
 from src.access.ownership import peer_id_of
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.local_steps import AnchoredLAMB
 from src.optim.muon import CPUMuon8Bit
 from src.swarm.averagers import LeanStateAverager
 from src.swarm.state_check import check_state, far_apart, sample_parameters
@@ -53,6 +54,20 @@ def test_state_of_another_optimizer_is_refused():
     own, (metadata, tensors) = trained(muon=True), state_of(*trained())
     with pytest.raises(ValueError, match="tensors instead of"):
         check_state(metadata, tensors, parameters=own[0], optimizer=own[1])
+
+
+def test_momentum_that_would_carry_parameters_away_is_refused():
+    anchor = [torch.randn((90, 100)), torch.zeros(7)]
+    optimizer = AnchoredLAMB(anchor, lr=0.01, min_8bit_size=8000, outer_learning_rate=0.7, outer_momentum=0.9)
+    metadata, tensors = state_of(anchor, optimizer)
+    for tensor in anchor:
+        optimizer.state[tensor]["momentum"].fill_(3.0)  # nine steps of one and a half their size, all in one direction
+    check_state(metadata, tensors, parameters=anchor, optimizer=optimizer)
+    for tensor in anchor:
+        optimizer.state[tensor]["momentum"][0] = 2e3
+        with pytest.raises(ValueError, match="momentum of 2"):
+            check_state(metadata, tensors, parameters=anchor, optimizer=optimizer)
+        optimizer.state[tensor]["momentum"].zero_()
 
 
 def first_value(metadata, usual_type):

@@ -16,6 +16,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, TrainerPeerArg
 from src import LeanAlbertForMaskedLM, files
 from src.models.checkpoint import load_checkpoint
 from src.optim.lamb import CPULAMB8Bit
+from src.optim.local_steps import DIFFERENCES, AnchoredLAMB, LocalWork
 from src.swarm.build import make_collaborative_optimizer
 from src.trainer import backup
 from src.trainer.backup import (
@@ -454,3 +455,42 @@ def test_backup_during_a_delayed_update_is_of_one_epoch(lone_peer, tmp_path, has
         saved = state["model"][names[id(main)]]
         assert torch.equal(saved, newest)
         assert torch.equal(saved, of_epoch[names[id(main)]]) != has_stepped
+
+
+def test_backup_of_local_steps_holds_the_common_parameters_and_both_optimizers(tmp_path):
+    """What was learned since the last common parameters is given up, as gradients are in the other mode."""
+
+    def start(seed: int):
+        model = tiny_model(seed)
+        optimizer, parameters = FakeOptimizer(model, epoch=3), list(model.parameters())
+        anchor = [parameter.detach().clone() for parameter in parameters]
+        lamb = AnchoredLAMB(anchor, lr=0.5, outer_learning_rate=0.7, outer_momentum=0.5, min_8bit_size=4096)
+        lamb._opt_called = True
+        optimizer.state_averager.optimizer = lamb
+        optimizer.state_averager.scheduler = LambdaLR(lamb, lambda epoch: 1.0)
+        optimizer.state_averager.scheduler._step_count = 4
+        optimizer.work = LocalWork(parameters, anchor)
+        optimizer.forget_local_work = optimizer.work.forget
+        return model, optimizer, lamb, anchor
+
+    model, optimizer, lamb, anchor = start(0)
+    for tensor, parameter in zip(anchor, model.parameters(), strict=True):
+        tensor.grad = parameter.grad = torch.ones_like(tensor)
+    lamb.inner_step(list(model.parameters()))
+    optimizer.work.samples += 4
+    lamb.contents = DIFFERENCES
+    lamb.step()
+    save_backup(tmp_path / "backup.pth", model, optimizer)
+    other_model, other, other_lamb, other_anchor = start(1)
+    with torch.no_grad():
+        for parameter in other_model.parameters():
+            parameter.add_(1.0)
+    other.work.samples += 4
+    assert restore_backup(tmp_path / "backup.pth", other_model, other) == 3
+    own = zip(anchor, other_anchor, other_model.parameters(), other.work.base, strict=True)
+    for number, (tensor, restored, parameter, base) in enumerate(own):
+        assert torch.equal(tensor, restored) and torch.equal(tensor, parameter) and torch.equal(tensor, base)
+        for name in ("momentum", "state1", "state2"):
+            saved, found = lamb.state[tensor][name], other_lamb.state[restored][name]
+            assert torch.equal(saved, found) and saved.any(), (number, name)
+    assert other.work.weight == 0

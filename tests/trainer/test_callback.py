@@ -802,6 +802,21 @@ def test_callback_says_and_counts_epochs_that_were_stepped_alone_although_others
     assert RunHistory(read_journal(tmp_path / "metrics.jsonl")).peers[THIS_PEER].lone_epochs == 1
 
 
+def test_callback_says_that_with_local_steps_nothing_is_lost_where_nothing_was_averaged(tmp_path):
+    optimizer = FakeOptimizer(tiny_model())
+    callback = make_callback(tmp_path, optimizer)
+    optimizer.makes_local_steps, optimizer.inner_steps = True, 5
+    optimizer.rounds = [Round("gradients", 65.0, error="no other trainer was ready within 65 s")]
+    for _ in range(2):
+        local_step(callback)
+    assert "epoch 0 was not averaged, what this trainer has learned in it goes into the next round: no" in said_by(
+        callback
+    )
+    (line,) = [line for line in said_by(callback).splitlines() if line.startswith("epoch 1/")]
+    assert "samples here in 5 steps" in line and ", not averaged " in line
+    assert [epoch["inner_steps"] for epoch in journal_of(tmp_path, "epoch")] == [5]
+
+
 def test_callback_says_whose_claims_were_not_believed(tmp_path):
     callback = make_callback(tmp_path)
     callback.optimizer.refusals = [("12D3", "it claims epoch 7; at most 2 is possible")]
