@@ -381,6 +381,7 @@ CONTRADICTIONS = {
     "--run_id a --local_batch_size 20000": "--local_batch_size 20000 must not be more than --target_batch_size 16384",
     f"--run_id a --local_batch_size 8 {NOTHING_OFFLOADED}": "--local_batch_size needs --offload_optimizer",
     "--run_id a --local_batch_size 8 --no_delay_grad_averaging": "--local_batch_size with --delay_optimizer_step needs",
+    "--run_id a --local_batch_size 8 --optimizer muon": "--local_batch_size works with --optimizer lamb only",
     "--run_id a --local_steps_after -1": "--local_steps_after -1: must not be negative",
     "--run_id a --outer_learning_rate 0": "--outer_learning_rate must be positive",
     "--run_id a --outer_momentum 1": "--outer_momentum 1.0: must be in [0, 1)",

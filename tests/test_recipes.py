@@ -80,6 +80,7 @@ def test_recipe_says_itself_what_its_peers_share(recipe):
     words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
     left_to_defaults = {
         "clamp_value", "min_8bit_size", "min_learning_rate", "decay_steps", "final_mlm_probability",
+        "local_steps_after", "outer_learning_rate", "outer_momentum",
     }  # fmt: skip
     own = {word.removeprefix("--") for word in words if word.startswith("--")}
     assert own >= {"model_config_path", "tokenizer_path", *shared_flags(trainer=True)} - left_to_defaults
