@@ -365,8 +365,8 @@ def describe_budget(found: dict[str, list[dict]], samples: int) -> list[str]:
     has_pairs = all("pairs" in point for points in finals.values() for point in points)
     base = "faithful" if "faithful" in found else next(iter(found))
     losses = [point["loss"] for point in finals[base]]
-    noise = f"{statistics.stdev(losses):.3f}" if len(losses) > 1 else "unknown, there is one seed"
-    lines = [f"## {samples} samples", "", f"Noise: the standard deviation of {base}'s held-out loss is {noise} nats.",
+    noise = f"{statistics.stdev(losses):.3f} nats" if len(losses) > 1 else "unknown: there is one seed"
+    lines = [f"## {samples} samples", "", f"Noise: the standard deviation of {base}'s held-out loss is {noise}.",
              f"Equal CPU time: after {shortest:.0f} s, which the fastest run took.", "",
              *table_row("recipe", "held-out loss", "accuracy", *["RuBLiMP"] * has_pairs, "CPU seconds",
                         "loss at equal CPU time", f"share of {base}'s CPU time", is_head=True)]  # fmt: skip

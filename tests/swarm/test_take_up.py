@@ -318,6 +318,7 @@ def test_auxiliary_peer_says_of_trainers_what_it_was_told():
     assert files == FILES and manifest.data_sets == (f"me/text@{COMMIT}",)
     assert "max_sequence_length" in manifest.flags and "pad_to_multiple_of" not in manifest.flags
     assert set(DEFAULTS) - set(manifest.flags) == {
-        "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of"
+        "initial_sequence_length", "sequence_length_warmup_steps", "pad_to_multiple_of", "mlm_probability",
+        "final_mlm_probability",
     }  # fmt: skip
     assert dataclasses.replace(manifest, data_sets=()).files == manifest_of_demo().files
