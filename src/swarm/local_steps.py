@@ -102,6 +102,7 @@ class DifferenceAverager(LeanGradientAverager):
         """As hivemind's; a difference weighs as much as the samples in it."""
         if not self.averages_differences:
             return super().step(weight, reset_accumulators, **kwargs)
+        self.work.forget_nonsense()
         # what has not found a round for long may have more samples than an epoch can have; others do not believe that
         weight = min(self.work.weight, self._target_batch_size)
         control = super().step(weight, reset_accumulators=False, **kwargs)

@@ -22,7 +22,7 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from benchmarks.local_steps import simulate
 from src.optim.local_steps import DIFFERENCES, GRADIENTS, NUM_SAMPLES, AnchoredLAMB, LocalWork
 from src.swarm import build
-from src.swarm.averagers import LeanStateAverager
+from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.contributions import Judge
 from src.swarm.local_steps import (
@@ -504,6 +504,20 @@ def test_bad_gradients_cost_the_local_step_that_they_are_in():
     assert one.optimizer.discard_gradients() == 4
     assert one.reported[-1] == (3, 8) and one.optimizer.work.weight == 8
     assert not one.parameter.grad.any()
+
+
+@pytest.mark.parametrize(("spoilt", "weight"), [(False, 16), (True, 0)])
+def test_difference_weighs_as_much_as_its_samples_and_nothing_where_there_is_none(monkeypatch, spoilt, weight):
+    one, given = OneProcess(), []
+    averager, one.optimizer.work.samples = one.optimizer.grad_averager, 30
+    averager.averages_differences, averager._target_batch_size = True, 16  # more than an epoch has: of failed rounds
+    if spoilt:
+        one.parameter.data[0] = math.nan
+    monkeypatch.setattr(LeanGradientAverager, "step", lambda self, weight, **options: given.append((weight, options)))
+    averager.step(reset_accumulators=True, wait=False)
+    assert given == [(weight, {"reset_accumulators": False, "wait": False})]
+    epoch, samples, distance = averager.introduction()
+    assert (epoch, len(samples), distance) == (0, 4 * NUM_SAMPLES, 0.0)
 
 
 def test_state_is_labelled_with_the_epoch_of_its_anchor(monkeypatch):
