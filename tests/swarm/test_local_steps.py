@@ -223,7 +223,8 @@ def test_epochs_without_a_round_change_nothing_and_what_was_learned_in_them_is_a
 @pytest.mark.slow
 @pytest.mark.parametrize("poison", [math.nan, 1e6])
 def test_poisoned_difference_is_left_out_of_the_average(tmp_path, start_optimizers, monkeypatch, poison):
-    optimizers, common = start_optimizers(3), make_model()
+    start_optimizers(2)
+    optimizers, common = start_optimizers(1, client_mode=True), make_model()  # a liar that averages no part itself
     for parameter in common.parameters():
         parameter.grad = torch.zeros_like(parameter)
     liar = optimizers[-1].work
@@ -238,10 +239,10 @@ def test_poisoned_difference_is_left_out_of_the_average(tmp_path, start_optimize
     )
     for epoch in range(2):  # also in the first, in which the learning rate is zero
         train_epoch(optimizers, [3, 3, 3], epoch)
+        rounds = [one for optimizer in optimizers[:2] for one in optimizer.finished_rounds()]
+        assert {one.num_peers for one in rounds} == {3} and any(one.num_refused for one in rounds)
     for optimizer in optimizers[:2]:
         torch.testing.assert_close(flat(optimizer.model.parameters()), flat(common.parameters()), rtol=0, atol=1e-5)
-        for done in optimizer.finished_rounds():
-            assert done.num_peers == 3 and done.num_refused and "left out" in " ".join(done.reasons)
 
 
 # -- whom a difference is averaged with -------------------------------------------------------------------------------
