@@ -104,12 +104,16 @@ class LocalWork:
         """Samples that are in the next difference."""
         return self.samples + self._returned
 
-    @torch.no_grad()
-    def hand_over(self, differences: Sequence[torch.Tensor]) -> None:
-        """Write anchor - parameters into ``differences``, for a round; zeros if the parameters are not finite."""
+    def forget_nonsense(self) -> None:
+        """Give up all local steps if they have led to values that are not finite."""
         if not all(bool(torch.isfinite(norm)) for norm in torch._foreach_norm(list(self.parameters))):
             logger.warning("gave up local steps with %d samples: the parameters are not finite", self.weight)
             self.forget()
+
+    @torch.no_grad()
+    def hand_over(self, differences: Sequence[torch.Tensor]) -> None:
+        """Write anchor - parameters into ``differences``, for a round."""
+        self.forget_nonsense()
         self._sent, self.samples, self._returned = self.weight, 0, 0
         for parameter, anchor, base, difference in zip(
             self.parameters, self.anchor, self.base, differences, strict=True

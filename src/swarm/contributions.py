@@ -9,6 +9,7 @@ import logging
 import math
 import secrets
 from collections import defaultdict
+from collections.abc import Iterable
 from statistics import median, median_high, median_low
 
 import torch
@@ -78,6 +79,12 @@ class Drift:
         return float((samples - self.left_at).norm() / samples.norm().clamp_min(1e-30))
 
 
+def most_weight(weights: Iterable[float]) -> float:
+    """What a weight counts at most; of two, who has done more would lose most of it."""
+    counted = [weight for weight in weights if weight > 0]
+    return MAX_WEIGHT_RATIO * median(counted) if len(counted) > 2 else math.inf
+
+
 class Judge:
     """Decides which contributions to a part are averaged; remembers across rounds what is usual.
 
@@ -87,11 +94,12 @@ class Judge:
     ``harmless_rms``: values whose root mean square is not above this are never too large.
     ``max_distance``: how far values may lie from this peer's own at most, as a share of their norm; None: anywhere. For
     parameters, which are nearly equal on all peers: up to that it depends on what is usual, see `LEAST_DISTANCE`.
-    ``grows_with_weight``: as the sum of steps of one size does, while a mean of gradients does not. Then ``own_weight``
-    must be set to that of this peer's contribution before each round; 0 if it has none.
+    ``grows_with_weight``: as the sum of steps of one size does, while a mean of gradients does not. Then before each
+    round ``own_weight`` must be set to that of this peer's contribution, 0 if it has none, and ``weight_of_average`` to
+    that of which the average is at most, as far as the members say.
     """
 
-    own_weight = 0.0
+    own_weight = weight_of_average = 0.0
 
     def __init__(
         self,
@@ -112,6 +120,8 @@ class Judge:
         if self.max_distance is not None:
             return 0.0  # parameters hardly differ, in no part
         self.whole.remember(own_norm)
+        if self.grows_with_weight and self.own_weight > 0:  # steps at a learning rate of zero lead nowhere, others' too
+            return self.whole.ratio() * self.whole.norm
         return self.whole.ratio() * self.whole.norm or math.inf
 
     def combine(
@@ -154,10 +164,8 @@ class Judge:
         # the higher of two: else one who sends nothing but zeros would make the other's values look large
         self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
         is_trainer = bool(weights.get(own))
-        counted = [weight for weight in weights.values() if weight > 0]
-        if len(counted) > 2:  # of two, who has done more would lose most of it
-            limit = MAX_WEIGHT_RATIO * median(counted)
-            weights = {sender: min(weight, limit) for sender, weight in weights.items()}
+        counted, limit = [weight for weight in weights.values() if weight > 0], most_weight(weights.values())
+        weights = {sender: min(weight, limit) for sender, weight in weights.items()}
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
@@ -199,7 +207,7 @@ class Judge:
             # gradients of fewer samples are noisier, with the root of their number; they weigh less, too
             allowance = math.sqrt(max(1.0, typical_weight / weights[sender])) if weights[sender] > 0 else math.inf
             if self.grows_with_weight and typical_weight > 0:
-                allowance = max(allowance, weights[sender] / typical_weight)
+                allowance = max(allowance, min(weights[sender], most_weight(weights.values())) / typical_weight)
             if not self._is_possible(norm, sums[sender], reference * allowance, harmless, small * allowance):
                 refused[sender] = f"has the norm {norm:.3g} where {reference:.3g} is usual"
         return refused
@@ -211,7 +219,7 @@ class Judge:
         known = math.hypot(*(usual.norm for usual in self.parts.values()))
         if known and self.parts[part].num_rounds:
             return self.parts[part].ratio() * known
-        return UNKNOWN_RATIO * max(known, middle) or math.inf
+        return UNKNOWN_RATIO * max(known, middle) or (0.0 if self.grows_with_weight else math.inf)
 
     @staticmethod
     def _is_possible(norm: float, with_others: float, reference: float, harmless: float, small: float) -> bool:
@@ -288,8 +296,8 @@ class Judge:
             return together
         reference = max(own_norm, self.parts[part].norm)
         harmless = max(harmless, self.harmless_rms * math.sqrt(own.numel()))
-        if self.grows_with_weight and self.own_weight > 0:  # it is not known how much the others have done
-            most = max(1.0, self.max_weight / self.own_weight)
+        if self.grows_with_weight and self.own_weight > 0:
+            most = max(1.0, min(self.max_weight, self.weight_of_average) / self.own_weight)
             reference, small = most * reference, most * small
         if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")

@@ -26,6 +26,7 @@ import math
 import multiprocessing
 import time
 from statistics import median_low
+from typing import NamedTuple
 
 import torch
 from hivemind.averaging.control import StepControl
@@ -36,7 +37,7 @@ from hivemind.utils import MSGPackSerializer
 
 from src.optim.local_steps import DIFFERENCES, GRADIENTS, NOTHING, NUM_SAMPLES, LocalWork
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.contributions import Judge
+from src.swarm.contributions import Judge, most_weight
 from src.swarm.matchmaking import is_trainer
 from src.swarm.optimizer import LeanOptimizer
 
@@ -48,6 +49,7 @@ OTHERS_ARE_APART = "the group's other trainers go on from other parameters"
 # and of the anchor's own size. Without the average of a whole epoch they are as far apart as local steps move, what
 # rounding does to values on their way is far less.
 MAX_SHARE, HARMLESS_SHARE = 0.5, 2e-3
+HARMLESS_DIFFERENCE = 1e-4  # root mean square: also where the learning rate is zero here, and not yet or no more there
 MAX_DOWNLOADS = 3  # in a row: the others may end an epoch while their state is on its way
 PAUSE_EPOCHS = 2  # from one to the next, where anchors differ although a state was taken
 
@@ -82,6 +84,7 @@ class DifferenceAverager(LeanGradientAverager):
         self._is_apart = multiprocessing.Value("b", 0)
         prefix = f"{prefix.removesuffix('_grad_averager')}{KIND}_grad_averager"
         super().__init__(*args, prefix=prefix, target_batch_size=target_batch_size, **kwargs)
+        self._judge_of_gradients = self.judge
 
     @property
     def is_apart(self) -> bool:
@@ -96,15 +99,18 @@ class DifferenceAverager(LeanGradientAverager):
         if not self.averages_differences:
             return super().introduction()
         values, distance = self.work.sample()
-        return [self.local_epoch(), values.numpy().tobytes(), distance]
+        return [self.local_epoch(), values.numpy().tobytes(), distance, self._weight()]
+
+    def _weight(self) -> int:
+        # what has not found a round for long may have more samples than an epoch can have; others do not believe that
+        return min(self.work.weight, self._target_batch_size)
 
     def step(self, weight: float | None = None, reset_accumulators: bool = True, **kwargs):
         """As hivemind's; a difference weighs as much as the samples in it."""
         if not self.averages_differences:
             return super().step(weight, reset_accumulators, **kwargs)
-        # what has not found a round for long may have more samples than an epoch can have; others do not believe that
-        weight = min(self.work.weight, self._target_batch_size)
-        control = super().step(weight, reset_accumulators=False, **kwargs)
+        self.work.forget_nonsense()
+        control = super().step(self._weight(), reset_accumulators=False, **kwargs)
         self._accumulators_used_in_step = False  # or hivemind would warn: gradients of the next local step may be there
         return control
 
@@ -131,10 +137,12 @@ class DifferenceAverager(LeanGradientAverager):
         return result
 
     async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, **kwargs):
-        trainers = [read_introduction(said) for said in group_info.gathered if is_trainer(said)]
-        if any(trainers) != self.judge.grows_with_weight:  # what is usual of gradients says nothing of differences
-            self.judge = Judge(max_weight=self._target_batch_size, grows_with_weight=any(trainers))
+        introductions = map(read_introduction, filter(is_trainer, group_info.gathered))
+        weights = [said.weight for said in introductions if said is not None]
+        if bool(weights) != self.judge.grows_with_weight:  # what is usual of gradients says nothing of differences
+            self.judge = judge_of_differences(self._target_batch_size) if weights else self._judge_of_gradients
         self.judge.own_weight = kwargs.get("weight") or 0.0
+        self.judge.weight_of_average = min(max(weights, default=0.0), most_weight(weights))
         return await super()._run_allreduce_inplace_(tensors, group_info, **kwargs)
 
     def _why_to_give_up(self, step: StepControl, seconds: float) -> str:
@@ -168,34 +176,49 @@ class DifferenceAverager(LeanGradientAverager):
         return GroupInfo(group_info.group_id, tuple(kept), tuple(kept.values()))
 
 
-def read_introduction(gathered: bytes) -> tuple[torch.Tensor, float] | None:
-    """[128] samples of a trainer's anchor and its distance from them; None if it averages gradients or says nonsense.
+def judge_of_differences(target_batch_size: int) -> Judge:
+    return Judge(max_weight=target_batch_size, harmless_rms=HARMLESS_DIFFERENCE, grows_with_weight=True)
 
-    ``gathered`` is what a member of a group says of itself: [bandwidth, mode, serialized introduction].
+
+class Introduction(NamedTuple):
+    """What a trainer tells the others of a group: [128] samples of its anchor, how far it has gone from there (root
+    mean square), with how many samples of text."""
+
+    anchor: torch.Tensor
+    distance: float
+    weight: float
+
+
+def read_introduction(gathered: bytes) -> Introduction | None:
+    """None if a member of a group averages gradients, or says nonsense.
+
+    ``gathered`` is what it says of itself: [bandwidth, mode, serialized introduction].
     """
     try:
-        _, samples, distance = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
+        _, samples, distance, weight = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
         values = torch.frombuffer(bytearray(samples), dtype=torch.float32)
     except Exception:  # msgpack has a dozen errors
         return None
-    if values.shape != (NUM_SAMPLES,) or type(distance) is not float or not 0 <= distance < math.inf:
+    if values.shape != (NUM_SAMPLES,) or type(distance) is not float or type(weight) is not int:
         return None
-    return (values, distance) if bool(torch.isfinite(values).all()) else None
+    if not (0 <= distance < math.inf and 0 <= weight < 2**63 and bool(torch.isfinite(values).all())):
+        return None
+    return Introduction(values, distance, float(weight))
 
 
-def parts_of(trainers: dict[PeerID, tuple[torch.Tensor, float] | None]) -> list[set[PeerID]]:
+def parts_of(trainers: dict[PeerID, Introduction | None]) -> list[set[PeerID]]:
     """Trainers by the anchor they have, the largest part first; of equal ones that of the lowest peer id.
 
     Those of whom no anchor is known are a part of their own: they average gradients.
     """
-    moved = [said[1] for said in trainers.values() if said is not None and said[1] > 0]
+    moved = [said.distance for said in trainers.values() if said is not None and said.distance > 0]
     usual = median_low(moved) if moved else 0.0
 
     def are_near(one, other) -> bool:
         if one is None or other is None:
             return one is other
-        allowed = max(MAX_SHARE * usual, HARMLESS_SHARE * float(one[0].square().mean().sqrt()))
-        return float((one[0] - other[0]).square().mean().sqrt()) <= allowed
+        allowed = max(MAX_SHARE * usual, HARMLESS_SHARE * float(one.anchor.square().mean().sqrt()))
+        return float((one.anchor - other.anchor).square().mean().sqrt()) <= allowed
 
     parts, left = [], dict(sorted(trainers.items(), key=lambda item: item[0].to_bytes()))
     near = {peer: {other for other in left if are_near(left[peer], left[other])} for peer in left}

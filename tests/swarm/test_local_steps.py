@@ -22,13 +22,14 @@ from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from benchmarks.local_steps import simulate
 from src.optim.local_steps import DIFFERENCES, GRADIENTS, NUM_SAMPLES, AnchoredLAMB, LocalWork
 from src.swarm import build
-from src.swarm.averagers import LeanStateAverager
+from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.contributions import Judge
 from src.swarm.local_steps import (
     AnchorAverager,
     DifferenceAverager,
     LocalStepsOptimizer,
+    judge_of_differences,
     parts_of,
     read_introduction,
 )
@@ -219,6 +220,31 @@ def test_epochs_without_a_round_change_nothing_and_what_was_learned_in_them_is_a
     assert [optimizer.work.weight for optimizer in optimizers] == [0, 0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("poison", [math.nan, 1e6])
+def test_poisoned_difference_is_left_out_of_the_average(tmp_path, start_optimizers, monkeypatch, poison):
+    start_optimizers(2)
+    optimizers, common = start_optimizers(1, client_mode=True), make_model()  # a liar that averages no part itself
+    for parameter in common.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    liar = optimizers[-1].work
+    monkeypatch.setattr(liar, "hand_over", lambda differences: [one.fill_(poison) for one in differences])
+    simulate(
+        common,
+        compute,
+        training=settings(tmp_path)["training"],
+        num_steps=lambda epoch: [3, 3],
+        num_workers=2,
+        epochs=2,
+    )
+    for epoch in range(2):  # also in the first, in which the learning rate is zero
+        train_epoch(optimizers, [3, 3, 3], epoch)
+        rounds = [one for optimizer in optimizers[:2] for one in optimizer.finished_rounds()]
+        assert {one.num_peers for one in rounds} == {3} and any(one.num_refused for one in rounds)
+    for optimizer in optimizers[:2]:
+        torch.testing.assert_close(flat(optimizer.model.parameters()), flat(common.parameters()), rtol=0, atol=1e-5)
+
+
 # -- whom a difference is averaged with -------------------------------------------------------------------------------
 
 
@@ -226,7 +252,7 @@ def introduction(
     anchor: torch.Tensor | None, distance: float = 0.1, *, epoch: int = 7, mode=AveragingMode.NODE
 ) -> bytes:
     """What a member of a group says of itself."""
-    said = epoch if anchor is None else [epoch, anchor.numpy().tobytes(), distance]
+    said = epoch if anchor is None else [epoch, anchor.numpy().tobytes(), distance, 8]
     said = None if mode == AveragingMode.AUX else said
     return MSGPackSerializer.dumps([None, mode.value, MSGPackSerializer.dumps(said)])
 
@@ -267,12 +293,15 @@ def test_group_falls_apart_by_anchors(anchors, distances, parts):
         None,
         7,
         [7],
-        [7, b"", 0.1],
-        [7, b"123", 0.1],
-        [7, ANCHOR[:5].numpy().tobytes(), 0.1],
-        [7, ANCHOR.numpy().tobytes(), "far"],
-        [7, ANCHOR.numpy().tobytes(), math.nan],
-        [7, torch.full((NUM_SAMPLES,), math.inf).numpy().tobytes(), 0.1],
+        [7, ANCHOR.numpy().tobytes(), 0.1],
+        [7, b"", 0.1, 8],
+        [7, b"123", 0.1, 8],
+        [7, ANCHOR[:5].numpy().tobytes(), 0.1, 8],
+        [7, ANCHOR.numpy().tobytes(), "far", 8],
+        [7, ANCHOR.numpy().tobytes(), math.nan, 8],
+        [7, ANCHOR.numpy().tobytes(), 0.1, -1],
+        [7, ANCHOR.numpy().tobytes(), 0.1, math.inf],
+        [7, torch.full((NUM_SAMPLES,), math.inf).numpy().tobytes(), 0.1, 8],
         {"epoch": 7},
     ],
 )
@@ -340,11 +369,32 @@ def test_difference_of_many_steps_may_be_as_much_larger():
     assert not judged(1.0, 10, 30.0, 300, grows_with_weight=True)
     assert judged(1.0, 10, 30.0, 20, grows_with_weight=True), "two steps cannot have led so far"
     judge = Judge(max_weight=1000, grows_with_weight=True)
-    judge.own_weight, own = 10.0, torch.full((4,), 0.5)
+    judge.own_weight, judge.weight_of_average, own = 10.0, 300.0, torch.full((4,), 0.5)
     judge.parts[0].remember(1.0)
-    judge.check_average(0, own, 25 * own - own, harmless=0.0)
+    judge.check_average(0, own, 30 * own - own, harmless=0.0)
     with pytest.raises(AllreduceException, match="where"):
-        judge.check_average(0, own, 1500 * own - own, harmless=0.0)
+        judge.check_average(0, own, 301 * own - own, harmless=0.0)
+
+
+def test_where_nothing_is_learned_nobody_else_has_learned_anything():
+    """With a learning rate of zero there is no difference to compare with, and none that could be honest."""
+    judge = judge_of_differences(1000)
+    judge.own_weight, shape = 8.0, torch.Size([100])
+    room = judge.room_for_whole(0.0)
+    given = {0: (torch.zeros(shape), 8.0), 1: (torch.full(shape, 1e-5), 8.0), 2: (torch.full(shape, 0.1), 8.0)}
+    average, refused = judge.combine(0, given, shape=shape, own=0, harmless=0.0, small=room)
+    assert list(refused) == [2] and float(average[0]) == pytest.approx(5e-6)
+    judge.check_average(0, torch.zeros(shape), torch.full(shape, 1e-5), harmless=0.0, small=room)
+    with pytest.raises(AllreduceException, match="where"):
+        judge.check_average(0, torch.zeros(shape), torch.full(shape, 0.1), harmless=0.0, small=room)
+    assert Judge(max_weight=1000).room_for_whole(0.0) == math.inf, "a gradient of zero says nothing of others'"
+
+
+def test_claim_of_many_samples_gives_no_more_room_than_those_of_the_others():
+    judge, shape = Judge(max_weight=10**6, grows_with_weight=True), torch.Size([4])
+    part = torch.full(shape, 0.5)
+    given = {0: (part, 10), 1: (part, 12), 2: (60 * part, 10**6)}
+    assert list(judge.combine(0, given, shape=shape, own=0, harmless=0.0)[1]) == [2]
 
 
 # -- ends of epochs ---------------------------------------------------------------------------------------------------
@@ -504,6 +554,20 @@ def test_bad_gradients_cost_the_local_step_that_they_are_in():
     assert one.optimizer.discard_gradients() == 4
     assert one.reported[-1] == (3, 8) and one.optimizer.work.weight == 8
     assert not one.parameter.grad.any()
+
+
+@pytest.mark.parametrize(("spoilt", "weight"), [(False, 16), (True, 0)])
+def test_difference_weighs_as_much_as_its_samples_and_nothing_where_there_is_none(monkeypatch, spoilt, weight):
+    one, given = OneProcess(), []
+    averager, one.optimizer.work.samples = one.optimizer.grad_averager, 30
+    averager.averages_differences, averager._target_batch_size = True, 16  # more than an epoch has: of failed rounds
+    if spoilt:
+        one.parameter.data[0] = math.nan
+    monkeypatch.setattr(LeanGradientAverager, "step", lambda self, weight, **options: given.append((weight, options)))
+    averager.step(reset_accumulators=True, wait=False)
+    assert given == [(weight, {"reset_accumulators": False, "wait": False})]
+    epoch, samples, *rest = averager.introduction()
+    assert (epoch, len(samples), rest) == (0, 4 * NUM_SAMPLES, [0.0, weight])
 
 
 def test_state_is_labelled_with_the_epoch_of_its_anchor(monkeypatch):
