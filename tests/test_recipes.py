@@ -77,7 +77,7 @@ def test_all_peers_of_a_recipe_share_what_they_must(recipe):
 def test_recipe_says_itself_what_its_peers_share(recipe):
     """Whoever reads it sees the schedule, and a later default does not change the run."""
     words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
-    left_to_defaults = {"clamp_value", "min_8bit_size", "min_learning_rate"}
+    left_to_defaults = {"clamp_value", "min_8bit_size", "min_learning_rate", "robust_averaging"}
     own = {word.removeprefix("--") for word in words if word.startswith("--")}
     assert own >= {"model_config_path", "tokenizer_path", *shared_flags(trainer=True)} - left_to_defaults
 
