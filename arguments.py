@@ -321,7 +321,27 @@ class CollaborationArguments:
         600.0, "Give up an averaging round after so many seconds.", topic=AVERAGING, scope=RUN
     )
     average_state_every: int = option(
-        5, "Average parameters every so many epochs (gradients: every epoch).", topic=AVERAGING, scope=PEERS
+        20,
+        "Average parameters every so many epochs, and after epochs in which a trainer did not get all averaged "
+        "gradients; else they stay equal.",
+        topic=AVERAGING,
+        scope=PEERS,
+    )
+    averaging_bits: int = option(
+        8,
+        "Bits of a value on its way to whoever averages it and back: 8, or 4 for slow links, with seven times the "
+        "error (small tensors and parameters: 16).",
+        topic=AVERAGING,
+        scope=PEERS,
+        choices=[8, 4],
+    )
+    robust_averaging: str | None = option(
+        None,
+        "clip: what lies far from the middle of a round, or always on one side of it, counts less (centered clipping); "
+        "against a minority that lies, where all trainers read like text. By default the mean.",
+        topic=AVERAGING,
+        scope=PEERS,
+        choices=["clip"],
     )
     local_batch_size: int = option(
         0,

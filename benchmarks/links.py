@@ -3,6 +3,7 @@
     python -m benchmarks.links --profile home               # one kind of connection, at most nine minutes
     python -m benchmarks.links                              # all of them and a crowd, at most an hour; needs root
     python -m benchmarks.links --part published             # a model of 295 M parameters; needs 20 GB of memory
+    python -m benchmarks.links --part bits                  # two trainers, values in 8 and in 4 bits; four minutes
 
 Trainers and an auxiliary peer live in network namespaces with emulated links (`benchmarks.emulated_links`); the figures
 are those of the interfaces' counters and of the trainers' own metrics files. Trainers sleep where others compute
@@ -54,6 +55,7 @@ START_SECONDS, MEASURE_SECONDS = 180.0, 280.0  # of one part; five profiles, the
 # Configurations with the demo's tokenizer.
 MODEL = {"model_type": "lean_albert", "vocab_size": 4000, "embedding_size": 128, "hidden_size": 1024,
          "num_attention_heads": 16, "intermediate_size": 4864, "num_hidden_layers": 2}  # 30 M parameters  # fmt: skip
+SMALL = {**MODEL, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2432}  # 8 M
 PUBLISHED = {**MODEL, "hidden_size": 4096, "intermediate_size": 27_648, "num_hidden_layers": 1}  # 295 M
 TINY = {**MODEL, "embedding_size": 2, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 16,
         "num_hidden_layers": 1}  # fmt: skip
@@ -69,6 +71,7 @@ class Part:
     model: dict = field(default_factory=lambda: MODEL)
     epoch_seconds: float = EPOCH_SECONDS
     flags: tuple[str, ...] = ()
+    epochs: int = EPOCHS
 
     @property
     def trainers(self) -> list[str]:
@@ -99,6 +102,17 @@ def crowd() -> Part:
     return Part("crowd", links, model=TINY, flags=("--min_vector_size", "1000"))
 
 
+def bits() -> list[Part]:
+    """Equal but for how values travel: as they did before there was a choice, and in 4 bits with its default."""
+    links = {"trainer-1": LINKS["lan"], "trainer-2": LINKS["lan"]}
+    ways = {"8 bits, parameters every 5": (8, 5), "8 bits": (8, 20), "4 bits": (4, 20)}
+    return [
+        Part(name, links, model=SMALL, epoch_seconds=3.0, epochs=20, flags=(
+            "--averaging_bits", str(bits), "--average_state_every", str(every), "--min_vector_size", "1000"))
+        for name, (bits, every) in ways.items()
+    ]  # fmt: skip
+
+
 def role(name: str, link: Link) -> str:
     return "helper" if name == HELPER else "client" if link.nat else "reachable"
 
@@ -127,7 +141,7 @@ def run(part: Part, folder: Path) -> dict:
         wait_for_epoch(WARMUP_EPOCHS, part, folder, swarm, give_up_at=began + START_SECONDS + MEASURE_SECONDS / 2)
         first = snapshot()
         limit = began + START_SECONDS + MEASURE_SECONDS
-        wait_for_epoch(first.epoch + EPOCHS, part, folder, swarm, give_up_at=limit, least=first.epoch + 1)
+        wait_for_epoch(first.epoch + part.epochs, part, folder, swarm, give_up_at=limit, least=first.epoch + 1)
         last = snapshot()
     records = {name: read_journal(metrics_of(part, folder, name)) for name in part.trainers}
     return summarise(part, first, last, records)
@@ -150,7 +164,8 @@ def start_peers(part: Part, folder: Path, network: Network, swarm: LocalSwarm, *
 def start_peer(part: Part, host: Host, config: Path, initial: list[str]) -> LocalPeer:
     flags = [
         *("--run_id", RUN_ID, "--output_dir", config.parent / host.name, "--model_config_path", config),
-        *("--target_batch_size", part.target_batch_size, "--host_maddrs", f"/ip4/{host.address}/tcp/0"),
+        *("--tokenizer_path", REPOSITORY / "demo" / "tokenizer", "--target_batch_size", part.target_batch_size),
+        *("--host_maddrs", f"/ip4/{host.address}/tcp/0"),
         *(["--initial_peers", *initial] if initial else []),
         *part.flags,
     ]
@@ -362,7 +377,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(profiles())
     parser.add_argument("--profile", nargs="+", choices=names, help="kinds of connections (all of them, and the crowd)")
-    parser.add_argument("--part", nargs="+", choices=["published", "crowd"], help="instead: these parts")
+    parser.add_argument("--part", nargs="+", choices=["published", "crowd", "bits"], help="instead: these parts")
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "links.json", help="figures")
     return parser.parse_args(argv)
 
@@ -370,8 +385,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def chosen_parts(options: argparse.Namespace) -> list[Part]:
     if options.profile is None and options.part is None:
         return [*profiles().values(), crowd()]
-    extra = {"published": published, "crowd": crowd}
-    return [profiles()[name] for name in options.profile or []] + [extra[name]() for name in options.part or []]
+    extra = {"published": lambda: [published()], "crowd": lambda: [crowd()], "bits": bits}
+    return [profiles()[name] for name in options.profile or []] + [
+        part for name in options.part or [] for part in extra[name]()
+    ]
 
 
 def connections(part: Part) -> str:

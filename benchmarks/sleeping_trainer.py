@@ -28,7 +28,7 @@ def main() -> int:
     quiet_libraries()  # before they are loaded
     from src.metrics.journal import claim_run_directory
     from src.swarm.dht import visible_addresses
-    from src.swarm.join import join_run, record_start, start_averaging
+    from src.swarm.join import Entry, join_run, record_start, start_averaging
     from tasks.mlm import task
 
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
@@ -38,7 +38,8 @@ def main() -> int:
         model, tokenizer = task.build_model(peer, seed=training.seed)
         metrics = claim_run_directory(training.output_dir, peer.run_id, "trainer") / "metrics.jsonl"
         settings = run_settings(peer, collaboration, training)
-        node = join_run(model, tokenizer, settings, peer=peer, trainer=True, say=print)
+        entry = Entry(metrics.parent, {})  # all flags are its own: it asks nobody for the run's settings
+        node = join_run(model, tokenizer, settings, entry=entry, peer=peer, trainer=True, say=print)
         swarm, journal = start_averaging(
             node, model, metrics, peer=peer, collaboration=collaboration, training=training
         )

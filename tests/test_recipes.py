@@ -79,7 +79,7 @@ def test_recipe_says_itself_what_its_peers_share(recipe):
     """Whoever reads it sees the schedule, and a later default does not change the run."""
     words = re.sub("#.*", "", (REPOSITORY / "recipes" / recipe / "swarm.args").read_text()).split()
     left_to_defaults = {
-        "clamp_value", "min_8bit_size", "min_learning_rate", "decay_steps", "final_mlm_probability",
+        "clamp_value", "min_8bit_size", "min_learning_rate", "decay_steps", "final_mlm_probability", "robust_averaging",
         "local_steps_after", "outer_learning_rate", "outer_momentum",
     }  # fmt: skip
     own = {word.removeprefix("--") for word in words if word.startswith("--")}

@@ -25,7 +25,8 @@ COMMON_EPOCH = 600.0  # seconds; what an epoch is suggested to take where it tak
 NOT_BEGUN = 1e-9  # samples a second: hivemind gives a trainer 1e-20 until its first local step
 UNDELAYED_RATIO = 9  # of computing to averaging, where trainers wait for it
 NUM_POINTS = 500  # epochs at which a stretch of the schedule is looked at
-EIGHT_BIT, SIXTEEN_BIT = 1 + 4 / 4096, 2.0  # bytes of a value on its way: a code, and a scale for each 4096; float16
+# Bytes of a value on its way, by bits: a code, and a scale for each 4096 values (8 bits) or 64 (4 bits).
+BYTES = {16: 2.0, 8: 1 + 4 / 4096, 4: 1 / 2 + 2 / 64}
 
 
 @dataclass(frozen=True)
@@ -269,9 +270,10 @@ class Clock:
         else:
             self.others = now.others_per_second * self.length(now.epoch) / self.full
         share = traffic_share(now.num_trainers, is_trainer=now.is_trainer) if now.averages else 0.0
-        gradients = sum(size * (EIGHT_BIT if size >= EIGHT_BIT_THRESHOLD else SIXTEEN_BIT) for size in sizes)
+        of_large = BYTES[settings["averaging_bits"]]
+        gradients = sum(size * (of_large if size >= EIGHT_BIT_THRESHOLD else BYTES[16]) for size in sizes)
         self.gradient_bytes = share * gradients
-        self.parameter_bytes = share * SIXTEEN_BIT * sum(sizes) / settings["average_state_every"]
+        self.parameter_bytes = share * BYTES[16] * sum(sizes) / settings["average_state_every"]
         bandwidth = now.bandwidth or USUAL_BANDWIDTH
         self.bandwidth = round(bandwidth, 1 if bandwidth < 10 else None) or bandwidth  # a measured one has many digits
         self.round_seconds = 8 * (self.gradient_bytes + self.parameter_bytes) / (1e6 * self.bandwidth)

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import AsyncIterator  # noqa: UP035, hivemind tells a stream by this type, not by that of collections.abc
+from weakref import WeakValueDictionary
 
 import torch
 from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.partition import AllreduceException, BannedException, TensorPartContainer
 from hivemind.p2p import P2PContext
 from hivemind.proto import averaging_pb2
-from hivemind.utils.asyncio import attach_event_on_finished
+from hivemind.utils.asyncio import aiter_with_timeout, amap_in_executor, attach_event_on_finished
 
+from src.swarm.compression import compression_type, read_tensor
 from src.swarm.contributions import Judge
 from src.swarm.wire import checked_messages, objection_in, objection_message
 
@@ -117,10 +119,11 @@ class JudgingReducer:
 
 
 class CheckedContainer(TensorPartContainer):
-    """Takes averages from another peer as long as ``check(peer_index, part_index, own part, delta)`` has no objection.
+    """Takes averages from a peer as long as ``check(peer_index, part_index, own part, average)`` has no objection.
 
-    Each is added to the own values when it comes, at a moment when these have been sent. hivemind keeps all differences
-    until those of a whole tensor can be put together, as large as the largest once more: up to two copies of the model.
+    Each replaces the own values when it comes, at a moment when these have been sent. hivemind takes differences from
+    the own values, which leaves each peer the error of its own quantisation; and keeps all of them until those of a
+    whole tensor can be put together, as large as the largest once more: up to two copies of the model.
 
     After one the peer's other averages are left, too: the own values stand in for them. ``when_over(peer_index,
     objection)`` is called when no further average of a peer is wanted, with "" if all of them were good; before that
@@ -142,7 +145,8 @@ class CheckedContainer(TensorPartContainer):
             self.when_over(peer_index, str(error))
             return
         super().register_processed_part(peer_index, part_index, NOTHING)
-        self._input_parts_by_peer[peer_index][part_index][0].add_(part)
+        if part.numel():  # else there is nothing to change, see `JudgingAllReduce._combine`
+            self._input_parts_by_peer[peer_index][part_index][0].copy_(part)
         if self._outputs_registered_by_peer[peer_index] == num_parts:
             self.when_over(peer_index, "")
 
@@ -289,7 +293,7 @@ class JudgingAllReduce(AllReduceRunner):
         self.tensor_part_reducer.finished.set()  # replaced below; it would complain of having received nothing
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
-        container = CheckedContainer(tensors, peer_fractions, return_deltas=True, **options)
+        container = CheckedContainer(tensors, peer_fractions, return_deltas=False, **options)
         container.check, container.when_over = self._check_average, self._end_call
         container.when_failed = self._note_silence
         self._calls: dict[int, _CheckedStub] = {}  # by place in the group
@@ -305,6 +309,8 @@ class JudgingAllReduce(AllReduceRunner):
         self._nobody_served.set()
         self._untold: dict = {}  # peer -> why its values are left out
         self.tensor_part_container = container
+        self._own_infos = [info for _, info in container._input_parts_by_peer[self.own_index]]
+        self._packed: WeakValueDictionary[int, asyncio.Future] = WeakValueDictionary()  # averages as they travel
         self.parts_for_local_averaging = container.get_raw_input_parts(self.own_index)
         self.tensor_part_reducer = JudgingReducer(
             len(self.parts_for_local_averaging), len(self.sender_peer_ids), self._combine
@@ -328,6 +334,11 @@ class JudgingAllReduce(AllReduceRunner):
         return sum(self.tensor_part_container.num_parts_by_peer[:peer_index]) + part_index
 
     def _combine(self, part_index: int, contributions: dict) -> torch.Tensor:
+        """The average; or nothing, if nobody else has sent any or all have sent the same parameters.
+
+        Each keeps its own then, as exact as they are. Parameters travel as float16: an average of equal ones would only
+        be rounded, which in a run's last epochs is as much as the optimizer moves them.
+        """
         shape = self.parts_for_local_averaging[part_index].shape
         average, refused = self.judge.combine(
             self._number(self.own_index, part_index),
@@ -337,20 +348,45 @@ class JudgingAllReduce(AllReduceRunner):
             harmless=0.0,
             small=self._room,
             before=self._averaged,
+            names=self.sender_peer_ids,
         )
         for sender, reason in refused.items():
             peer = self.sender_peer_ids[sender]
             self._refusals[peer] += 1
             if peer not in self._first_reasons:
                 self._first_reasons[peer] = self._untold[peer] = reason
-        return average
+        return NOTHING if not refused and self._leave_all_as_it_is(part_index, contributions) else average
 
-    def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, delta: torch.Tensor) -> None:
-        if peer_index != self.own_index:
+    def _leave_all_as_it_is(self, part_index: int, contributions: dict) -> bool:
+        sent = [values for sender, (values, _) in contributions.items() if self.sender_peer_ids[sender] != self.peer_id]
+        if not sent or not self.judge.judges_parameters:
+            return not sent
+        if not all(torch.equal(values, sent[0]) for values in sent[1:]):
+            return False
+        if len(sent) == len(contributions):
+            return True
+        pack, own = self.tensor_part_container.compression.compress, self.parts_for_local_averaging[part_index]
+        return torch.equal(read_tensor(pack(own, self._own_infos[part_index])), sent[0])
+
+    def _pack(self, part_index: int, average: torch.Tensor) -> asyncio.Future:
+        """An average of this peer's as it travels, for all who wait for it now: their values come from the same bytes.
+
+        So after a complete round all members hold equal values, this one included. Kept as long as one of them needs
+        it; packed again, it would be the same.
+        """
+        packed = self._packed.get(part_index)
+        if packed is None:
+            pack, loop = self.tensor_part_container.compression.compress, asyncio.get_running_loop()
+            packed = loop.run_in_executor(None, pack, average, self._own_infos[part_index])
+            self._packed[part_index] = packed
+        return packed
+
+    def _check_average(self, peer_index: int, part_index: int, own: torch.Tensor, average: torch.Tensor) -> None:
+        if peer_index != self.own_index and (average.numel() or not self.judge.judges_parameters):
             self._taken[peer_index] = self.judge.check_average(
                 self._number(peer_index, part_index),
                 own,
-                delta,
+                average,
                 harmless=0.0 if self._has_values else math.inf,
                 small=self._room,
                 before=self._taken.get(peer_index, 0.0),
@@ -421,9 +457,73 @@ class JudgingAllReduce(AllReduceRunner):
         if is_silent and time.monotonic() - self._began > seconds:
             self.kept_waiting.add(self.ordered_peer_ids[peer_index])
 
+    # Three of hivemind's, each with one difference: averages travel as they are, in the run's compression, and who has
+    # averaged them takes the same bytes. hivemind 1.1.12 (allreduce.py) sends differences, in the sender's compression.
+
     async def _communicate_with_peer(self, peer_id) -> None:
-        self._talks[self.ordered_peer_ids.index(peer_id)] = asyncio.current_task()
-        await super()._communicate_with_peer(peer_id)
+        index = self.ordered_peer_ids.index(peer_id)
+        self._talks[index] = asyncio.current_task()
+        if peer_id == self.peer_id:
+            await self._average_own_parts()
+            return
+        try:
+            await self._exchange_parts(peer_id, index)
+        except BaseException as error:
+            if isinstance(error, Exception):
+                failure_logger.debug("Caught %r when communicating to %s", error, peer_id)
+            self.tensor_part_container.register_failed_reducer(index)
+            raise
+
+    async def _average_own_parts(self) -> None:
+        loop, sender = asyncio.get_running_loop(), self.sender_peer_ids.index(self.peer_id)
+        for part_index, values in enumerate(self.parts_for_local_averaging):
+            average = await self.tensor_part_reducer.accumulate_part(sender, part_index, values, weight=self.weight)
+            packed = await asyncio.shield(self._pack(part_index, average))
+            average = await loop.run_in_executor(None, read_tensor, packed)
+            self.tensor_part_container.register_processed_part(self.own_index, part_index, average)
+
+    async def _exchange_parts(self, peer_id, index: int) -> None:
+        container, has_sent = self.tensor_part_container, asyncio.Event()
+        inputs = attach_event_on_finished(self._generate_input_for_peer(index), has_sent)
+        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(inputs)
+        if self.should_delay_results(self.peer_id):
+            await has_sent.wait()
+
+        def read(message: averaging_pb2.AveragingData) -> torch.Tensor:
+            if message.code != averaging_pb2.AVERAGED_PART:
+                raise AllreduceException(f"{peer_id} sent {averaging_pb2.MessageCode.Name(message.code)}")
+            return read_tensor(message.tensor_part)
+
+        messages, num_taken = aiter_with_timeout(stream, self.reducer_timeout), 0
+        async for average in amap_in_executor(read, messages, max_prefetch=container.prefetch):
+            container.register_processed_part(index, num_taken, average)
+            num_taken += 1
+        if num_taken != container.num_parts_by_peer[index]:
+            raise AllreduceException(
+                f"peer {peer_id} sent {num_taken} parts, but we expected {container.num_parts_by_peer[index]}"
+            )
+
+    async def _accumulate_parts_streaming(
+        self, stream, sender_index: int
+    ) -> AsyncIterator[averaging_pb2.AveragingData]:
+        reducer, num_averaged = self.tensor_part_reducer, 0
+        parts = amap_in_executor(
+            lambda message: (read_tensor(message.tensor_part), message.weight),
+            stream,
+            max_prefetch=self.tensor_part_container.prefetch,
+        )
+        try:
+            async for values, weight in parts:
+                try:
+                    average = await reducer.accumulate_part(sender_index, num_averaged, values, weight=weight)
+                except BannedException:
+                    break
+                packed = await asyncio.shield(self._pack(num_averaged, average))
+                num_averaged += 1
+                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=packed)
+        finally:
+            if num_averaged != reducer.num_parts:
+                await self._ban_sender(self.sender_peer_ids[sender_index])
 
     # hivemind 1.1.12 (allreduce.py, `rpc_aggregate_part` and `_communicate_with_peer`) limits the time between two
     # messages only: who sends one just before that time is up, again and again, holds a round for as long as it likes.
@@ -518,12 +618,17 @@ class JudgingAllReduce(AllReduceRunner):
 
     async def _parts_in(self, messages) -> AsyncIterator[averaging_pb2.AveragingData]:
         """The parts that a caller sends; its call stays open until it knows whether it objects to the averages."""
-        for _ in range(self.tensor_part_reducer.num_parts):
+        for info in self._own_infos:
             message = await anext(messages, None)
             if message is None:
                 return
             if message.code == averaging_pb2.PROTOCOL_VIOLATION:
                 raise AllreduceException(f"ended its call, as this peer {objection_in(message)}")
+            expected = compression_type(self.tensor_part_container.compression, info)
+            if message.HasField("tensor_part") and message.tensor_part.compression != expected:
+                raise AllreduceException(
+                    f"sent values in compression {message.tensor_part.compression}, not {expected} as all others"
+                )
             yield message
 
     @staticmethod

@@ -81,25 +81,42 @@ class OwnProcess:
             await self._p2p.shutdown()
 
 
+def read_introductions(members: dict | None) -> tuple[dict, bool]:
+    """({member: its epoch}, whether one of them says that its parameters are apart), of the result of a round.
+
+    They are when it has not got all averages of an earlier round; else those of all members are equal.
+    """
+    epochs, is_one_apart = dict(members or {}), False
+    for member, said in epochs.items():
+        if isinstance(said, (list, tuple)) and len(said) == 2 and said[1] is True:
+            epochs[member], is_one_apart = said[0], True
+    return epochs, is_one_apart
+
+
 class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
     """Averages gradients once an epoch; nobody can have computed more than ``target_batch_size`` samples of them.
 
-    Members of a group tell each other their ``local_epoch()``: the result of a step holds it by peer.
+    Members of a group tell each other their ``local_epoch()`` and whether they are ``is_apart()``: the result of a step
+    holds it by peer.
     """
 
     round_kind = "gradients"
 
-    def __init__(self, *args, target_batch_size: int = 2**20, **kwargs):
-        self.judge = Judge(max_weight=target_batch_size)
+    def __init__(self, *args, target_batch_size: int = 2**20, robust_averaging: str | None = None, **kwargs):
+        self.judge = Judge(max_weight=target_batch_size, robust_averaging=robust_averaging)
         super().__init__(*args, **{"allow_state_sharing": False, **kwargs})
 
     @staticmethod
     def local_epoch() -> int:
         return 0
 
-    def introduction(self):
-        """What this peer tells the others of a group."""
-        return self.local_epoch()
+    @staticmethod
+    def is_apart() -> bool:
+        return False
+
+    def introduction(self) -> int | list:
+        """What this peer tells the others of a group, see `read_introductions`."""
+        return [self.local_epoch(), True] if self.is_apart() else self.local_epoch()
 
     def accumulate_grads_(self, batch_size: int) -> None:
         """As hivemind's, which divides by the number of local steps, as if all had as many samples as the first."""
@@ -127,8 +144,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
     _search: asyncio.Task | None = None  # for a good state, in the averager's process
     averages_parameters = True
 
-    def __init__(self, *args, **kwargs):
-        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2)
+    def __init__(self, *args, robust_averaging: str | None = None, **kwargs):
+        self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2, robust_averaging=robust_averaging)
         self._expected_epoch = multiprocessing.Value("d", 0.0)
         super().__init__(*args, **kwargs)
 

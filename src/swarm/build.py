@@ -187,7 +187,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         delay_grad_averaging=collaboration.delay_grad_averaging and delay_step,
         delay_state_averaging=delay_step,
         reuse_grad_buffers=collaboration.reuse_grad_buffers or auxiliary,
-        grad_compression=gradient_compression(),
+        grad_compression=gradient_compression(collaboration.averaging_bits),
         state_averaging_compression=parameter_compression(),
         grad_averager_factory=partial(grad_averager, target_batch_size=collaboration.target_batch_size, **averaging),
         averager_opts={**averaging, "allow_state_sharing": None if shares_state else False},
@@ -226,6 +226,7 @@ def averager_options(
         "attendance": Attendance(),
         "vain_search": vain_search,
         "membership": None if identity is None else identity.membership,
+        "robust_averaging": collaboration.robust_averaging,
     }
 
 

@@ -9,11 +9,13 @@ import logging
 import math
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from statistics import median, median_high, median_low
 
 import torch
 from hivemind.averaging.partition import AllreduceException
+
+from src.swarm.robust_averaging import Clipping
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +81,10 @@ class Drift:
         return float((samples - self.left_at).norm() / samples.norm().clamp_min(1e-30))
 
 
-def most_weight(weights: Iterable[float]) -> float:
+def most_weight(weights: Iterable[float], *, ratio: float = MAX_WEIGHT_RATIO) -> float:
     """What a weight counts at most; of two, who has done more would lose most of it."""
     counted = [weight for weight in weights if weight > 0]
-    return MAX_WEIGHT_RATIO * median(counted) if len(counted) > 2 else math.inf
+    return ratio * median(counted) if len(counted) > 2 else math.inf
 
 
 class Judge:
@@ -97,6 +99,8 @@ class Judge:
     ``grows_with_weight``: as the sum of steps of one size does, while a mean of gradients does not. Then before each
     round ``own_weight`` must be set to that of this peer's contribution, 0 if it has none, and ``weight_of_average`` to
     that of which the average is at most, as far as the members say.
+    ``robust_averaging``: "clip" for what is left then to be averaged by `src.swarm.robust_averaging`, where nobody
+    counts more than the median, as samples can be claimed; None: the mean.
     """
 
     own_weight = weight_of_average = 0.0
@@ -108,16 +112,23 @@ class Judge:
         harmless_rms: float = 0.0,
         max_distance: float | None = None,
         grows_with_weight: bool = False,
+        robust_averaging: str | None = None,
     ):
         self.max_weight, self.harmless_rms, self.max_distance = max_weight, harmless_rms, max_distance
         self.grows_with_weight = grows_with_weight
+        self.clipping = Clipping(has_history=not self.judges_parameters) if robust_averaging == "clip" else None
         self.whole, self.parts = Usual(), defaultdict(Usual)  # by number of the part
         self.distances: dict[int, float] = defaultdict(float)  # the same
         self.drifts: dict[int, Drift] = {}
 
+    @property
+    def judges_parameters(self) -> bool:
+        """Those are nearly equal on all peers; gradients are not."""
+        return self.max_distance is not None
+
     def room_for_whole(self, own_norm: float) -> float:
         """Up to which norm a whole contribution is believed, to be asked once a round; infinite if nothing is known."""
-        if self.max_distance is not None:
+        if self.judges_parameters:
             return 0.0  # parameters hardly differ, in no part
         self.whole.remember(own_norm)
         if self.grows_with_weight and self.own_weight > 0:  # steps at a learning rate of zero lead nowhere, others' too
@@ -134,12 +145,14 @@ class Judge:
         harmless: float,
         small: float = 0.0,
         before: dict[int, float] | None = None,
+        names: Sequence[Hashable] | None = None,
     ) -> tuple[torch.Tensor, dict[int, str]]:
         """The weighted mean of the contributions to a part that can be believed, and why others cannot, by sender.
 
         ``own``: which contribution is this peer's; ``harmless``: a norm up to which a part is never too large;
         ``small``: one up to which a sender's parts of this round together are not, infinite if this peer's own values
-        say nothing of that; ``before``: what that norm is without this part, by sender, and is then with it.
+        say nothing of that; ``before``: what that norm is without this part, by sender, and is then with it; ``names``:
+        by which senders are known again in other rounds, by default their numbers.
         """
         before = {} if before is None else before
         refused, weights, norms = {}, {}, {}
@@ -164,16 +177,22 @@ class Judge:
         # the higher of two: else one who sends nothing but zeros would make the other's values look large
         self.parts[part].remember(norms[own] if weights.get(own) else median_high(norms.values()))
         is_trainer = bool(weights.get(own))
-        counted, limit = [weight for weight in weights.values() if weight > 0], most_weight(weights.values())
+        counted = [weight for weight in weights.values() if weight > 0]
+        limit = most_weight(weights.values(), ratio=MAX_WEIGHT_RATIO if self.clipping is None else 1.0)
         weights = {sender: min(weight, limit) for sender, weight in weights.items()}
         total = math.fsum(weights.values())
         if total == 0:  # all only tag along: nobody will use the result
             weights, total = dict.fromkeys(weights, 1.0), float(len(weights))
+        if self.clipping is not None:
+            known_as = {sender: sender if names is None else names[sender] for sender in weights}
+            counted = {known_as[sender]: (contributions[sender][0], weight) for sender, weight in weights.items()}
+            shares = self.clipping.shares(part, counted)
+            weights, total = {sender: shares[name] for sender, name in known_as.items()}, 1.0
         average = torch.zeros(shape)
         for sender, weight in weights.items():
             average.add_(contributions[sender][0], alpha=weight)
         average.div_(total)
-        if self.max_distance is not None and is_trainer and len(counted) > 1:
+        if self.judges_parameters and is_trainer and len(counted) > 1:
             self._remember_drift(part, contributions[own][0], average - contributions[own][0])
         return average, refused
 
@@ -214,7 +233,7 @@ class Judge:
 
     def _room_by_memory(self, part: int, middle: float) -> float:
         """For `small` where there are no own values: what was usual in all parts that this peer has averaged so far."""
-        if self.max_distance is not None:
+        if self.judges_parameters:
             return 0.0  # see `room_for_whole`
         known = math.hypot(*(usual.norm for usual in self.parts.values()))
         if known and self.parts[part].num_rounds:
@@ -227,7 +246,7 @@ class Judge:
 
     def _too_far(self, part, contributions, norms, weights, own) -> dict[int, str]:
         # hivemind lets an auxiliary peer take part with old values and a weight of zero: they say nothing of others'
-        if self.max_distance is None or not weights.get(own):
+        if not self.judges_parameters or not weights.get(own):
             return {}
         refused, shares, own_values = {}, [], contributions[own][0]
         for sender in (sender for sender, weight in weights.items() if weight > 0 and sender != own):
@@ -275,20 +294,20 @@ class Judge:
         self,
         part: int,
         own: torch.Tensor,
-        delta: torch.Tensor,
+        average: torch.Tensor,
         *,
         harmless: float,
         small: float = 0.0,
         before: float = 0.0,
     ) -> float:
-        """Raises AllreduceException if ``own + delta`` cannot be an honest average of the part ``own`` belongs to.
+        """Raises AllreduceException if ``average`` cannot be an honest one of the part ``own`` belongs to.
 
         ``harmless``, ``small`` and ``before`` as for `combine`, ``before`` for the one who sent it. An infinite
         ``harmless`` means that the own values say nothing. Returns what ``before`` is for the next part.
         """
-        if delta.shape != own.shape:
-            raise AllreduceException(f"sent an average of shape {list(delta.shape)} instead of {list(own.shape)}")
-        norm, own_norm = float((own + delta).norm()), float(own.norm())
+        if average.shape != own.shape:
+            raise AllreduceException(f"sent an average of shape {list(average.shape)} instead of {list(own.shape)}")
+        norm, own_norm = float(average.norm()), float(own.norm())
         if not math.isfinite(norm):
             raise AllreduceException("sent an average that is not finite")
         together = math.hypot(norm, before)
@@ -301,7 +320,8 @@ class Judge:
             reference, small = most * reference, most * small
         if not self._is_possible(norm, together, reference, harmless, small):
             raise AllreduceException(f"sent an average of norm {norm:.3g}, where {reference:.3g} is usual")
-        if self.max_distance is not None:
+        if self.judges_parameters:
+            delta = average - own
             if reason := self._distance_objection(part, own, delta):
                 raise AllreduceException(f"sent an average that {reason}")
             self._remember_distance(part, float(delta.norm()) / max(own_norm, 1e-30))

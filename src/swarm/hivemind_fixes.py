@@ -14,6 +14,7 @@ from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 
 import hivemind
+from hivemind.averaging.allreduce import AllReduceRunner
 from hivemind.averaging.averager import DecentralizedAverager
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.key_manager import GroupKeyManager
@@ -159,6 +160,16 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "rpc_download_state",
         "_get_current_state_from_host_process",
         "_load_state_from_peers",
+    ),
+    AllReduceRunner: (
+        "run",
+        "_get_peer_stub",
+        "_communicate_with_peer",
+        "_accumulate_parts_streaming",
+        "_generate_input_for_peer",
+        "should_delay_results",
+        "rpc_aggregate_part",
+        "_ban_sender",
     ),
     TensorPartContainer: ("register_processed_part", "register_failed_reducer", "iterate_output_tensors"),
     TrainingStateAverager: ("_load_local_tensors_into_averager_", "_do", "_apply_optimizer_parameters_"),

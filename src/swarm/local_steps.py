@@ -44,6 +44,7 @@ from src.swarm.optimizer import LeanOptimizer
 logger = logging.getLogger(__name__)
 
 KIND = "_local"
+LEN_INTRODUCTION = 5
 OTHERS_ARE_APART = "the group's other trainers go on from other parameters"
 # How far apart samples of two anchors may lie: as a share of how far local steps have moved the usual trainer from it,
 # and of the anchor's own size. Without the average of a whole epoch they are as far apart as local steps move, what
@@ -81,25 +82,26 @@ class DifferenceAverager(LeanGradientAverager):
 
     def __init__(self, *args, prefix: str, target_batch_size: int, **kwargs):
         self._target_batch_size = target_batch_size
-        self._is_apart = multiprocessing.Value("b", 0)
+        self._has_other_anchor = multiprocessing.Value("b", 0)
         prefix = f"{prefix.removesuffix('_grad_averager')}{KIND}_grad_averager"
+        self._robust_averaging = kwargs.get("robust_averaging")
         super().__init__(*args, prefix=prefix, target_batch_size=target_batch_size, **kwargs)
         self._judge_of_gradients = self.judge
 
     @property
-    def is_apart(self) -> bool:
+    def has_other_anchor(self) -> bool:
         """Whether most trainers of the last group had another anchor."""
-        return bool(self._is_apart.value)
+        return bool(self._has_other_anchor.value)
 
     def forget_group(self) -> None:
         """This peer has another anchor now."""
-        self._is_apart.value = 0
+        self._has_other_anchor.value = 0
 
     def introduction(self):
         if not self.averages_differences:
             return super().introduction()
         values, distance = self.work.sample()
-        return [self.local_epoch(), values.numpy().tobytes(), distance, self._weight()]
+        return [self.local_epoch(), values.numpy().tobytes(), distance, self._weight(), self.is_apart()]
 
     def _weight(self) -> int:
         # what has not found a round for long may have more samples than an epoch can have; others do not believe that
@@ -133,14 +135,19 @@ class DifferenceAverager(LeanGradientAverager):
         group_info = self._of_one_anchor(self._usable_members(group_info))
         result = await super()._aggregate_with_group(group_info, **kwargs)
         for peer, said in result.items():
-            result[peer] = said[0] if isinstance(said, (list, tuple)) and said else said
+            if isinstance(said, (list, tuple)) and len(said) == LEN_INTRODUCTION:
+                result[peer] = [said[0], said[-1]]  # as trainers say it that average gradients
         return result
 
     async def _run_allreduce_inplace_(self, tensors, group_info: GroupInfo, **kwargs):
         introductions = map(read_introduction, filter(is_trainer, group_info.gathered))
         weights = [said.weight for said in introductions if said is not None]
         if bool(weights) != self.judge.grows_with_weight:  # what is usual of gradients says nothing of differences
-            self.judge = judge_of_differences(self._target_batch_size) if weights else self._judge_of_gradients
+            self.judge = (
+                judge_of_differences(self._target_batch_size, self._robust_averaging)
+                if weights
+                else self._judge_of_gradients
+            )
         self.judge.own_weight = kwargs.get("weight") or 0.0
         self.judge.weight_of_average = min(max(weights, default=0.0), most_weight(weights))
         return await super()._run_allreduce_inplace_(tensors, group_info, **kwargs)
@@ -161,10 +168,10 @@ class DifferenceAverager(LeanGradientAverager):
         trainers = {peer: read_introduction(said) for peer, said in members.items() if is_trainer(said)}
         parts = parts_of(trainers)
         if len(parts) < 2:
-            self._is_apart.value = 0
+            self._has_other_anchor.value = 0
             return group_info
         own = next((part for part in parts if self.peer_id in part), parts[0])
-        self._is_apart.value = own is not parts[0]
+        self._has_other_anchor.value = own is not parts[0]
         if len(own) < 2:
             self._has_nobody = True
             raise MatchmakingException(OTHERS_ARE_APART)
@@ -176,8 +183,13 @@ class DifferenceAverager(LeanGradientAverager):
         return GroupInfo(group_info.group_id, tuple(kept), tuple(kept.values()))
 
 
-def judge_of_differences(target_batch_size: int) -> Judge:
-    return Judge(max_weight=target_batch_size, harmless_rms=HARMLESS_DIFFERENCE, grows_with_weight=True)
+def judge_of_differences(target_batch_size: int, robust_averaging: str | None = None) -> Judge:
+    return Judge(
+        max_weight=target_batch_size,
+        harmless_rms=HARMLESS_DIFFERENCE,
+        grows_with_weight=True,
+        robust_averaging=robust_averaging,
+    )
 
 
 class Introduction(NamedTuple):
@@ -195,7 +207,7 @@ def read_introduction(gathered: bytes) -> Introduction | None:
     ``gathered`` is what it says of itself: [bandwidth, mode, serialized introduction].
     """
     try:
-        _, samples, distance, weight = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
+        _, samples, distance, weight, _ = MSGPackSerializer.loads(MSGPackSerializer.loads(gathered)[2])
         values = torch.frombuffer(bytearray(samples), dtype=torch.float32)
     except Exception:  # msgpack has a dozen errors
         return None
@@ -317,7 +329,9 @@ class LocalStepsOptimizer(LeanOptimizer):
     def _should_load_state_from_peers(self) -> bool:
         if super()._should_load_state_from_peers():
             return True
-        return self.makes_local_steps and self.grad_averager.is_apart and self.local_epoch >= self._may_load_from
+        return (
+            self.makes_local_steps and self.grad_averager.has_other_anchor and self.local_epoch >= self._may_load_from
+        )
 
     def load_state_from_peers(self, **kwargs) -> None:
         """As usual, and once more if the others have gone on meanwhile: a difference from an old anchor is none.

@@ -15,6 +15,7 @@ from src.metrics.records import Round, StateDownload
 from src.swarm.averagers import (
     LeanGradientAverager,
     LeanStateAverager,
+    read_introductions,
 )
 from src.swarm.patience import Patience
 from src.swarm.progress import LeanProgressTracker
@@ -36,6 +37,8 @@ class LeanOptimizer(hivemind.Optimizer):
     kind = ""  # of averagers, in the names under which they find each other
     makes_local_steps, inner_steps = False, 0  # since the start, see `src.swarm.local_steps`
     _partner_is_ahead = _is_late = _was_left_behind = False
+    _is_apart = _are_apart = False  # this peer's parameters; those of some member of its rounds
+    _state_every = 1
     _partners: frozenset[PeerID] = frozenset()  # in the last round
 
     def __init__(self, *args, **kwargs):
@@ -45,9 +48,23 @@ class LeanOptimizer(hivemind.Optimizer):
         self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
 
+    # Members of a complete round hold equal gradients, so their parameters stay equal. Whoever has got only a part of
+    # the averages says so in its next round, and all members of that one average parameters as soon as they can.
+
+    @property
+    def average_state_every(self) -> int:
+        return 1 if self._are_apart else self._state_every
+
+    @average_state_every.setter
+    def average_state_every(self, epochs: int) -> None:
+        self._state_every = epochs
+
+    def _is_news_that_it_is_apart(self) -> bool:
+        return self._is_apart and not self._are_apart
+
     def _make_gradient_averager(self, *args, **kwargs) -> LeanGradientAverager:
         averager = super()._make_gradient_averager(*args, **kwargs)
-        averager.local_epoch = lambda: self.local_epoch
+        averager.local_epoch, averager.is_apart = lambda: self.local_epoch, self._is_news_that_it_is_apart
         return averager
 
     def _make_state_averager(self, **kwargs) -> LeanStateAverager:
@@ -100,8 +117,9 @@ class LeanOptimizer(hivemind.Optimizer):
         """From an assistant's round: the trainers among its members say in which epoch they are."""
         if step.cancelled() or step.exception() is not None:
             return
-        self._meet(step.result() or {})
-        epochs = [epoch for epoch in (step.result() or {}).values() if type(epoch) is int]
+        members, _ = read_introductions(step.result())
+        self._meet(members)
+        epochs = [epoch for epoch in members.values() if type(epoch) is int]
         if epochs:
             self.tracker.learn_epoch(min(epochs))
 
@@ -144,6 +162,8 @@ class LeanOptimizer(hivemind.Optimizer):
             self.before_epoch_ends()
             self._is_late = self.tracker.global_epoch > self.local_epoch
             super()._update_global_epoch(grad_scaler)
+            if self.local_epoch % self.average_state_every == 0:  # parameters are being averaged
+                self._is_apart = self._are_apart = False
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -158,8 +178,10 @@ class LeanOptimizer(hivemind.Optimizer):
     def _average_gradients_and_load_into_optimizer(self, maybe_step_control) -> None:
         received = 0.0
         try:
-            epochs = maybe_step_control.result(self.averaging_timeout)
-            received = getattr(epochs, "received", 1.0)
+            result = maybe_step_control.result(self.averaging_timeout)
+            received = getattr(result, "received", 1.0)
+            epochs, is_one_apart = read_introductions(result)
+            self._are_apart |= is_one_apart
             self._notice_partners_ahead(epochs)
             self._meet(epochs)
         except CancelledError:  # nobody was found, so nobody is there to average parameters with, either
@@ -167,6 +189,7 @@ class LeanOptimizer(hivemind.Optimizer):
             self._was_left_behind = self._is_late
         except BaseException as error:
             logger.debug("gradients were not averaged: %r", error)
+        self._is_apart |= received < 1.0
         self._take_averages(received)
 
     def _take_averages(self, received: float) -> None:
@@ -223,6 +246,7 @@ class LeanOptimizer(hivemind.Optimizer):
         was_apart = was_apart and self.local_epoch > epoch
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:
+            self._is_apart = False
             self.tracker.learn_epoch(self.local_epoch)
         self._check_claims(progressed=self.local_epoch > epoch)
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import hashlib
 import itertools
 import logging
 import math
@@ -23,6 +24,7 @@ from hivemind.averaging.allreduce import AveragingMode
 from hivemind.averaging.control import AveragingStage, StepControl
 from hivemind.averaging.group_info import GroupInfo
 from hivemind.averaging.matchmaking import MatchmakingException
+from hivemind.compression import CompressionInfo
 from hivemind.p2p import P2P, P2PContext, PeerID
 from hivemind.p2p.p2p_daemon_bindings.utils import P2PHandlerError
 from hivemind.proto import averaging_pb2
@@ -34,6 +36,7 @@ from src.access.membership import Membership
 from src.metrics.journal import append_record
 from src.metrics.records import Phase, Round, printable
 from src.swarm.allreduce import JudgingAllReduce, Schedule
+from src.swarm.compression import compression_type
 from src.swarm.contributions import Judge
 from src.swarm.matchmaking import Attendance, LeanMatchmaking, is_trainer
 from src.swarm.patience import Patience
@@ -42,6 +45,7 @@ from src.swarm.state_transfer import Handouts
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.02
+WAY_OF_AVERAGES = "averages as they are"  # before version 3 of the protocol, differences from what was sent
 CURRENT_STEP: contextvars.ContextVar[int] = contextvars.ContextVar("CURRENT_STEP", default=0)
 OWNER_WAITS: contextvars.ContextVar[list[float]] = contextvars.ContextVar("OWNER_WAITS")  # [since when], or empty
 # p2pd now and then loses the end of a stream that its writer closes right after the last message, most of all on a busy
@@ -298,6 +302,18 @@ class RoundReporting(Gated):
     # -- rounds
 
     @property
+    def schema_hash(self) -> bytes:
+        """Of the tensors, as hivemind's, and of how they travel: peers that differ in that find no group together."""
+        compression = self.allreduce_kwargs["compression"]
+        infos = map(CompressionInfo.from_tensor, self._averaged_tensors)
+        types = [compression_type(compression, info) for info in infos]
+        return hashlib.sha256(self._hash_of_shapes + f"{WAY_OF_AVERAGES} {types}".encode()).digest()
+
+    @schema_hash.setter
+    def schema_hash(self, hash_of_shapes: bytes) -> None:
+        self._hash_of_shapes = hash_of_shapes
+
+    @property
     def _matchmaking(self):
         return self._paced_matchmaking
 
@@ -387,7 +403,7 @@ class RoundReporting(Gated):
         )
         self._running_groups[group_id].set_result(runner)
         async for _ in runner:
-            pass  # differences are added to ``tensors`` as they come, see `CheckedContainer`
+            pass  # averages replace the ``tensors`` as they come, see `CheckedContainer`
         if runner.is_sender:  # an auxiliary peer has no values of its own that would change
             self.last_updated = get_dht_time()
             self._state_updated.set()

@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 # How values travel, how records are signed, and which remote calls there are; to be changed with any of them.
 PROTOCOL = (
-    "LeanALBERT 2: owned records; gradients in 8 bits by blocks from 65537 values, else float16; parameters float16"
+    "LeanALBERT 3: owned records; averages as they are; gradients in blocks from 65537 values, else float16; "
+    "parameters float16"
 )
 PUBLISH_SECONDS, EXPIRE_SECONDS = 30.0, 150.0
 ANSWER_SECONDS = 15.0  # the DHT's process may have ended: never wait for it for ever

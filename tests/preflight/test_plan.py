@@ -22,7 +22,8 @@ CONFIG = LeanAlbertConfig(
 )  # fmt: skip
 SETTINGS = {
     "target_batch_size": 16_384, "matchmaking_time": 60.0, "averaging_timeout": 600.0, "average_state_every": 5,
-    "delay_grad_averaging": True, "num_zero_lr_steps": 50, "warmup_steps": 3_000, "total_steps": 15_000,
+    "averaging_bits": 8, "delay_grad_averaging": True, "num_zero_lr_steps": 50, "warmup_steps": 3_000,
+    "total_steps": 15_000,
     "max_sequence_length": 512, "initial_sequence_length": 512, "sequence_length_warmup_steps": 0,
     "pad_to_multiple_of": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
     "pack_sequences": False,
@@ -137,13 +138,13 @@ def test_without_a_pace_nothing_is_claimed():
     assert plan.warnings == ()
 
 
-@pytest.mark.parametrize(("num_trainers", "share"), [(1, 0.0), (2, 1.0), (20, 1.9)])
-def test_bytes_are_those_that_travel(num_trainers, share):
+@pytest.mark.parametrize(("num_trainers", "share", "bits"), [(1, 0.0, 8), (2, 1.0, 8), (20, 1.9, 8), (20, 1.9, 4)])
+def test_bytes_are_those_that_travel(num_trainers, share, bits):
     """A trainer sends its values for the parts of the others, and the averages of its own: 2 (n - 1) / n of all."""
     parameters = [p.detach() for p in LeanAlbertForPreTraining(CONFIG).parameters()]
-    gradients, averages = gradient_compression(), parameter_compression()
+    gradients, averages = gradient_compression(bits), parameter_compression()
     sizes = [[len(how.compress(p, info(p)).buffer) for p in parameters] for how in (gradients, averages)]
-    plan = planned(num_trainers=num_trainers, bandwidth=8.0)
+    plan = planned({"averaging_bits": bits}, num_trainers=num_trainers, bandwidth=8.0)
     assert plan.gradient_bytes == pytest.approx(share * sum(sizes[0]), rel=0.02)
     assert plan.parameter_bytes == pytest.approx(share * sum(sizes[1]) / 5, rel=0.02)
     assert plan.round_seconds == pytest.approx((plan.gradient_bytes + plan.parameter_bytes) / 1e6)

@@ -30,6 +30,7 @@ from hivemind.utils.asyncio import as_aiter
 
 from src.swarm.allreduce import CheckedContainer, JudgingAllReduce, JudgingReducer, Schedule
 from src.swarm.averagers import LeanStateAverager, OwnProcess
+from src.swarm.compression import FourBitQuantization
 from src.swarm.contributions import FIRST_WHOLE_RATIO, MAX_WHOLE_RATIO, Judge
 from src.swarm.rounds import RoundReporting
 from src.swarm.wire import check_wire_tensor, checked_messages, objection_message
@@ -132,9 +133,9 @@ def test_old_parameters_of_an_auxiliary_peer_say_nothing_of_others():
         average, refused = judge.combine(0, contributions, shape=SHAPE, own=own, harmless=0.0)
         assert not refused
         torch.testing.assert_close(average, (trained[0] + trained[1]) / 2)
-    judge.check_average(0, old, trained[0] - old, harmless=math.inf)
+    judge.check_average(0, old, trained[0], harmless=math.inf)
     with pytest.raises(AllreduceException, match="lies"):
-        judge.check_average(0, old, trained[0] - old, harmless=0.0)
+        judge.check_average(0, old, trained[0], harmless=0.0)
 
 
 def test_part_may_be_anything_that_the_whole_of_a_contribution_justifies():
@@ -154,12 +155,12 @@ def test_part_may_be_anything_that_the_whole_of_a_contribution_justifies():
     assert all(refused[first:]) and first == pytest.approx((room / (2.0 * math.sqrt(SIZE))) ** 2, rel=0.1)
     assert 1 in judge.combine(0, {0: (like(0.1), 1.0), 1: (like(100.0), 1.0)}, **limits)[1], "beyond it at once"
     # the same for the averages that come back
-    before, delta = 0.0, like(2.0)
+    before, average = 0.0, like(2.0)
     for part in range(first - 20):
-        before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
+        before = judge.check_average(part, torch.zeros(SHAPE), average, harmless=0.0, small=room, before=before)
     with pytest.raises(AllreduceException, match="sent an average of norm"):
         for part in range(1000):
-            before = judge.check_average(part, torch.zeros(SHAPE), delta, harmless=0.0, small=room, before=before)
+            before = judge.check_average(part, torch.zeros(SHAPE), average, harmless=0.0, small=room, before=before)
 
 
 def test_usual_norm_needs_rounds_to_be_known_and_is_nobody_elses_to_move():
@@ -243,17 +244,17 @@ def test_parameters_far_from_the_own_are_refused(kind):
     refused = combine(judge, own, values)[1]
     assert list(refused) == ([] if good else [1])
     with contextlib.nullcontext() if good else pytest.raises(AllreduceException, match="lies"):
-        judge.check_average(0, own, values - own, harmless=0.02 * math.sqrt(SIZE))
+        judge.check_average(0, own, values, harmless=0.02 * math.sqrt(SIZE))
 
 
 @pytest.mark.parametrize(
-    "delta", [BAD["NaN"], BAD["infinite"], BAD["a thousand times the usual"], BAD["of another shape"]]
+    "average", [BAD["NaN"], BAD["infinite"], BAD["a thousand times the usual"], BAD["of another shape"]]
 )
-def test_average_that_comes_back_is_checked(delta):
+def test_average_that_comes_back_is_checked(average):
     judge = Judge(max_weight=1.0)
     judge.check_average(0, like(1.0), like(5.0, 1), harmless=math.sqrt(SIZE))
     with pytest.raises(AllreduceException, match="sent an average"):
-        judge.check_average(0, like(1.0), delta, harmless=math.sqrt(SIZE))
+        judge.check_average(0, like(1.0), average, harmless=math.sqrt(SIZE))
 
 
 def test_peer_that_tags_along_takes_any_finite_average():
@@ -281,7 +282,7 @@ def test_parameters_cannot_be_led_away_step_by_step(in_steps, way):
             own = combine(judge, own, theirs, own_rms=0.0)[0]
         else:
             with contextlib.suppress(AllreduceException):
-                judge.check_average(0, own, (theirs - own) / 2, harmless=0.0)
+                judge.check_average(0, own, (own + theirs) / 2, harmless=0.0)
                 own = (own + theirs) / 2
     assert float(own.norm() / like(0.2).norm()) < 1.3, "it was 1021 times"
 
@@ -293,7 +294,7 @@ def test_parameters_that_differ_as_usual_are_taken_for_ever():
         average, refused = combine(judge, own, theirs, own_rms=0.0)
         assert not refused
         own = average * 1.01
-        judge.check_average(1, own, like(0.001, seed + 200), harmless=0.0)
+        judge.check_average(1, own, own + like(0.001, seed + 200), harmless=0.0)
 
 
 def test_peers_that_have_gone_their_own_ways_are_not_apart_for_ever():
@@ -319,7 +320,7 @@ def test_two_colluders_of_three_are_bounded_in_the_first_round_as_well(way):
             assert set(refused) == (set() if passes else {1, 2})
         else:
             with contextlib.nullcontext() if passes else pytest.raises(AllreduceException):
-                judge.check_average(0, own, lies - own, harmless=0.0, small=room)
+                judge.check_average(0, own, lies, harmless=0.0, small=room)
 
 
 @pytest.mark.parametrize("num_liars", [1, 2])
@@ -333,7 +334,7 @@ def test_what_an_auxiliary_peer_lets_pass_in_its_first_round_is_refused_by_those
         average, _ = auxiliary.combine(0, contributions, shape=SHAPE, own=None, harmless=0.0, small=math.inf)
         room = trainer.room_for_whole(float(own.norm()))
         with contextlib.suppress(AllreduceException):
-            trainer.check_average(0, own, average - own, harmless=0.0, small=room)
+            trainer.check_average(0, own, average, harmless=0.0, small=room)
             most_that_passes = max(most_that_passes, float(average.norm() / own.norm()))
     assert 100.0 < most_that_passes < 500.0
 
@@ -383,24 +384,25 @@ def test_reducer_keeps_no_average_that_all_have():
 
 
 def test_round_holds_no_second_copy_of_what_it_averages():
-    """Differences are added as they come, whatever tensor they belong to, and not kept."""
+    """Averages replace the own values as they come, whatever tensor they belong to, and are not kept."""
 
     async def scenario():
         tensors, kept = [torch.zeros(50), torch.ones(100)], []
         container = CheckedContainer(tensors, (0.5, 0.5), part_size_bytes=100)
         for peer_index in (1, 0):
             for part_index, (own, _) in enumerate(list(container._input_parts_by_peer[peer_index])):
-                difference = torch.full_like(own, 2.0)
-                kept.append(weakref.ref(difference))
-                container.register_processed_part(peer_index, part_index, difference)
-                del difference
+                average = torch.full_like(own, 2.0) if peer_index else own + 2.0
+                kept.append(weakref.ref(average))
+                container.register_processed_part(peer_index, part_index, average)
+                del average
         assert [one() for one in kept] == [None] * len(kept)
         async for _ in container.iterate_output_tensors():
             pass
         return tensors
 
     zeros, ones = asyncio.run(scenario())
-    assert float(zeros.min()) == float(zeros.max()) == 2.0 and float(ones.min()) == float(ones.max()) == 3.0
+    assert set(torch.cat([zeros, ones]).tolist()) == {2.0, 3.0}
+    assert zeros.tolist() == [2.0] * 50 and ones.tolist() == [3.0] * 25 + [2.0] * 75
 
 
 def test_reducer_serves_the_others_when_one_that_waits_hangs_up():
@@ -538,7 +540,7 @@ def test_own_values_stand_in_for_averages_that_are_refused():
     container = CheckedContainer([tensor], (0.5, 0.5), part_size_bytes=40)
     checked, over = [], []
 
-    def check(peer_index, part_index, own, delta):
+    def check(peer_index, part_index, own, average):
         checked.append(part_index)
         if part_index == 1:
             raise AllreduceException("sent rubbish")
@@ -547,7 +549,7 @@ def test_own_values_stand_in_for_averages_that_are_refused():
     for part_index in range(5):
         container.register_processed_part(1, part_index, torch.full((10,), 7.0))
     assert checked == [0, 1] and over == [(1, "sent rubbish")]
-    assert [float(part.mean()) for part in tensor[50:].split(10)] == [8.0, 1.0, 1.0, 1.0, 1.0]
+    assert [float(part.mean()) for part in tensor[50:].split(10)] == [7.0, 1.0, 1.0, 1.0, 1.0]
     assert container.failed_size == 40
 
 
@@ -569,8 +571,8 @@ class SlowReducer:
             reading = asyncio.create_task(read())
             while await parts.get() is not None:
                 await asyncio.sleep(self.pause)
-                delta = serialize_torch_tensor(torch.ones(self.size))
-                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=delta)
+                average = serialize_torch_tensor(torch.full((self.size,), 2.0))
+                yield averaging_pb2.AveragingData(code=averaging_pb2.AVERAGED_PART, tensor_part=average)
             await reading
 
         return averages()
@@ -660,17 +662,25 @@ def test_members_that_are_ignored_are_not_waited_for(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1, 17, 4096, 4097])
-@pytest.mark.parametrize("compression", [BlockwiseQuantization(), Float16Compression(), NoCompression()], ids=repr)
+@pytest.mark.parametrize(
+    "compression",
+    [BlockwiseQuantization(), FourBitQuantization(), Float16Compression(), NoCompression()],
+    ids=lambda compression: type(compression).__name__,
+)
 def test_wire_check_takes_what_peers_send(compression, size):
     tensor = torch.randn(size)
     check_wire_tensor(compression.compress(tensor, CompressionInfo.from_tensor(tensor)))
 
 
-def blockwise(**changes):
+def blockwise(written_by=BlockwiseQuantization, **changes):
     tensor = torch.randn(5000)
-    message = BlockwiseQuantization().compress(tensor, CompressionInfo.from_tensor(tensor))
+    message = written_by().compress(tensor, CompressionInfo.from_tensor(tensor))
     for name, value in changes.items():
-        setattr(message, name, value(message.buffer) if name == "buffer" else value)
+        if name == "size":
+            message.ClearField("size")
+            message.size.extend(value)
+        else:
+            setattr(message, name, value(message.buffer) if name == "buffer" else value)
     return message
 
 
@@ -680,6 +690,13 @@ MALFORMED = {
     "missing codes": blockwise(buffer=lambda b: b[:-1]),
     "nothing": blockwise(buffer=lambda b: b""),
     "objects": blockwise(dtype="object"),
+    "a huge size": blockwise(size=[2**32 - 1] * 8),
+    "a million dimensions": blockwise(size=[2**32 - 1] * 10**6),
+    "an unknown compression": blockwise(compression=99),
+    "4 bits, missing codes": blockwise(FourBitQuantization, buffer=lambda b: b[:-1]),
+    "4 bits, nothing": blockwise(FourBitQuantization, buffer=lambda b: b""),
+    "4 bits, a huge size": blockwise(FourBitQuantization, size=[2**32 - 1] * 8),
+    "4 bits, of float64": blockwise(FourBitQuantization, dtype="float64"),
 }
 
 

@@ -83,7 +83,7 @@ def round_of(judges: list[Judge], contributions: list[tuple[list[torch.Tensor], 
             )
             for receiver, part in zip(trainers, parts, strict=True):
                 try:
-                    receiver._check_average(reducer.own_index, index, part, average - part)
+                    receiver._check_average(reducer.own_index, index, part, average)
                 except AllreduceException as error:
                     objections.append(f"{receiver.own_index} of {reducer.own_index}: {error}")
         objections.extend(f"{reducer.own_index} {refused}" for refused in reducer.refused)

@@ -252,7 +252,7 @@ def introduction(
     anchor: torch.Tensor | None, distance: float = 0.1, *, epoch: int = 7, mode=AveragingMode.NODE
 ) -> bytes:
     """What a member of a group says of itself."""
-    said = epoch if anchor is None else [epoch, anchor.numpy().tobytes(), distance, 8]
+    said = epoch if anchor is None else [epoch, anchor.numpy().tobytes(), distance, 8, False]
     said = None if mode == AveragingMode.AUX else said
     return MSGPackSerializer.dumps([None, mode.value, MSGPackSerializer.dumps(said)])
 
@@ -294,14 +294,14 @@ def test_group_falls_apart_by_anchors(anchors, distances, parts):
         7,
         [7],
         [7, ANCHOR.numpy().tobytes(), 0.1],
-        [7, b"", 0.1, 8],
-        [7, b"123", 0.1, 8],
-        [7, ANCHOR[:5].numpy().tobytes(), 0.1, 8],
-        [7, ANCHOR.numpy().tobytes(), "far", 8],
-        [7, ANCHOR.numpy().tobytes(), math.nan, 8],
-        [7, ANCHOR.numpy().tobytes(), 0.1, -1],
-        [7, ANCHOR.numpy().tobytes(), 0.1, math.inf],
-        [7, torch.full((NUM_SAMPLES,), math.inf).numpy().tobytes(), 0.1, 8],
+        [7, b"", 0.1, 8, False],
+        [7, b"123", 0.1, 8, False],
+        [7, ANCHOR[:5].numpy().tobytes(), 0.1, 8, False],
+        [7, ANCHOR.numpy().tobytes(), "far", 8, False],
+        [7, ANCHOR.numpy().tobytes(), math.nan, 8, False],
+        [7, ANCHOR.numpy().tobytes(), 0.1, -1, False],
+        [7, ANCHOR.numpy().tobytes(), 0.1, math.inf, False],
+        [7, torch.full((NUM_SAMPLES,), math.inf).numpy().tobytes(), 0.1, 8, False],
         {"epoch": 7},
     ],
 )
@@ -314,7 +314,7 @@ def test_introduction_that_makes_no_sense_is_that_of_no_anchor(said):
 def bare_averager() -> DifferenceAverager:
     """One without a process of its own."""
     averager = DifferenceAverager.__new__(DifferenceAverager)
-    averager._parent_pid, averager._is_apart, averager.remarks = None, SimpleNamespace(value=0), []
+    averager._parent_pid, averager._has_other_anchor, averager.remarks = None, SimpleNamespace(value=0), []
     averager._remark = averager.remarks.append
     return averager
 
@@ -331,7 +331,7 @@ def test_each_part_of_a_group_averages_by_itself_and_the_smaller_one_knows_that_
             "x": introduction(None, mode=AveragingMode.AUX)}  # fmt: skip
     averager = bare_averager()
     group = averager._of_one_anchor(GroupInfo(b"group", tuple(peer_ids("".join(said))), tuple(said.values())))
-    assert sorted(group.peer_ids, key=str) == sorted(peer_ids(kept), key=str) and averager.is_apart is apart
+    assert sorted(group.peer_ids, key=str) == sorted(peer_ids(kept), key=str) and averager.has_other_anchor is apart
     assert len(averager.remarks) == 2
 
 
@@ -341,12 +341,12 @@ def test_who_is_alone_with_its_anchor_does_not_look_for_the_same_group_again(mon
     said = {"a": introduction(ANCHOR), "b": introduction(ANCHOR), "c": introduction(OLD)}
     with pytest.raises(MatchmakingException, match="other parameters"):
         averager._of_one_anchor(GroupInfo(b"group", tuple(peer_ids("abc")), tuple(said.values())))
-    assert averager.is_apart
+    assert averager.has_other_anchor
     assert "other parameters" in averager._why_to_give_up(None, 0.0)
     monkeypatch.setattr(RoundReporting, "_why_to_give_up", lambda self, step, seconds: "")
     assert averager._why_to_give_up(None, 0.0) == "", "the next search is another one"
     averager.forget_group()
-    assert not averager.is_apart
+    assert not averager.has_other_anchor
 
 
 def test_epoch_of_an_introduction_is_read_by_whoever_leads():
@@ -425,7 +425,7 @@ class OneProcess:
         averager = optimizer.grad_averager = DifferenceAverager.__new__(DifferenceAverager)
         averager._parent_pid = None  # hivemind's __del__ leaves it alone
         averager.parameters, averager._local_accumulators, averager.reuse_grad_buffers = [self.parameter], None, True
-        averager._is_apart, averager.warn, averager.patience = SimpleNamespace(value=0), True, Patience()
+        averager._has_other_anchor, averager.warn, averager.patience = SimpleNamespace(value=0), True, Patience()
         averager._new_averaged_grads = False
         averager.reset_accumulated_grads_()
         averager.get_tensors = lambda: contextlib.nullcontext([self.average])
@@ -535,10 +535,10 @@ def test_state_that_is_old_when_it_has_come_is_taken_once_more_but_not_for_ever(
         optimizer.state_averager.local_epoch = 5
 
     monkeypatch.setattr(LeanOptimizer, "load_state_from_peers", load)
-    one.optimizer.grad_averager._is_apart.value = 1
+    one.optimizer.grad_averager._has_other_anchor.value = 1
     one.optimizer.load_state_from_peers()
-    assert len(taken) == downloads and not one.optimizer.grad_averager.is_apart
-    one.optimizer.grad_averager._is_apart.value = 1  # it has not helped
+    assert len(taken) == downloads and not one.optimizer.grad_averager.has_other_anchor
+    one.optimizer.grad_averager._has_other_anchor.value = 1  # it has not helped
     loads = []
     for epoch in range(5, 5 + pause + 2):
         one.optimizer.state_averager.local_epoch = one.optimizer.tracker.global_epoch = epoch

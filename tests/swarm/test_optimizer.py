@@ -16,7 +16,7 @@ from transformers import Trainer
 from arguments import CollaborationArguments, HFTrainerArguments, PeerArguments
 from src import LeanAlbertConfig, LeanAlbertForPreTraining
 from src.optim.parameter_groups import parameter_groups
-from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
+from src.swarm.averagers import LeanGradientAverager, LeanStateAverager, read_introductions
 from src.swarm.build import (
     make_collaborative_optimizer,
     make_groups,
@@ -485,6 +485,59 @@ def test_records_of_the_partners_of_a_round_are_kept_before_those_of_strangers(m
         result.set_result(members)
         optimizer._average_gradients_and_load_into_optimizer(result)
     assert kept == [("node", {"me", "other"}), ("node", {"auxiliary"})]
+
+
+class Round(dict):
+    def __init__(self, members: dict, received: float = 1.0):
+        super().__init__(members)
+        self.received = received
+
+
+@pytest.mark.parametrize("has_delay", [False, True])
+def test_parameters_are_averaged_after_a_round_that_one_member_did_not_get_all_of(monkeypatch, has_delay):
+    """It says so in its next round, so that all of them know, and do it in the same epoch; else every 20th."""
+    of_epochs = {1: 1.0, 2: 0.7, 3: 1.0, 4: 1.0, 5: None, 6: 1.0}  # what the first of two gets; None: no round
+    averaged, peers = {"one": [], "other": []}, {}
+    for name in averaged:
+        peers[name] = optimizer = bare_optimizer(num_peers=2)
+        optimizer.grad_averager.peer_id, optimizer.average_state_every = name, 20
+        optimizer.grad_averager.patience, optimizer.before_epoch_ends = Patience(), lambda: None
+        optimizer.delay_optimizer_step, optimizer.auxiliary, optimizer.dht = False, False, None
+        optimizer._partners = frozenset(averaged)
+    monkeypatch.setattr(LeanOptimizer, "_load_averaged_gradients_into_optimizer_", lambda self: None)
+    monkeypatch.setattr(LeanOptimizer, "_should_load_state_from_peers", lambda self: False)
+
+    def end_epoch(self, scaler):
+        """As hivemind's, but that delayed rounds are over at once."""
+        if not has_delay:
+            self._average_gradients_and_load_into_optimizer(self.under_way)
+        if (self.local_epoch + 1) % self.average_state_every == 0:
+            averaged[self.grad_averager.peer_id].append(self.local_epoch)
+        self.state_averager.local_epoch += 1
+
+    monkeypatch.setattr(hivemind.Optimizer, "_update_global_epoch", end_epoch)
+    for epoch, received in of_epochs.items():
+        said = {name: LeanGradientAverager.introduction(SimpleNamespace(local_epoch=lambda epoch=epoch: epoch,
+                is_apart=peer._is_news_that_it_is_apart)) for name, peer in peers.items()}  # fmt: skip
+        for name, peer in peers.items():
+            peer.state_averager.local_epoch = epoch
+            peer.under_way = Future()
+            if name == "other":
+                peer.under_way.set_result(Round(said))
+            elif received is None:
+                peer.under_way.set_exception(TimeoutError("lost"))
+            else:
+                peer.under_way.set_result(Round(said, received))
+            peer._update_global_epoch(None)
+            if has_delay:
+                peer._average_gradients_and_load_into_optimizer(peer.under_way)
+    assert averaged["one"] == averaged["other"] == ([4] if has_delay else [3, 6])
+
+
+def test_nonsense_that_a_member_says_of_itself_in_a_round_means_nothing():
+    members = {"a": 3, "b": [4, True], "c": [5, 1], "d": [1, True, 2], "e": None, "f": "x", "g": {}}
+    assert read_introductions(members) == ({**members, "b": 4}, True)
+    assert read_introductions(None) == ({}, False)
 
 
 def test_optimizer_tells_its_epoch_to_those_it_averages_with(start_optimizer):
