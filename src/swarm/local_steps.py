@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 KIND = "_local"
 LEN_INTRODUCTION = 5
+COMMON, OTHER_THAN_SOME, OTHER_THAN_MOST = range(3)  # the anchor, in the group that was found last
 OTHERS_ARE_APART = "the group's other trainers go on from other parameters"
 # How far apart samples of two anchors may lie: as a share of how far local steps have moved the usual trainer from it,
 # and of the anchor's own size. Without the average of a whole epoch they are as far apart as local steps move, what
@@ -82,7 +83,7 @@ class DifferenceAverager(LeanGradientAverager):
 
     def __init__(self, *args, prefix: str, target_batch_size: int, **kwargs):
         self._target_batch_size = target_batch_size
-        self._has_other_anchor = multiprocessing.Value("b", 0)
+        self._anchors = multiprocessing.Value("b", COMMON)
         prefix = f"{prefix.removesuffix('_grad_averager')}{KIND}_grad_averager"
         self._robust_averaging = kwargs.get("robust_averaging")
         super().__init__(*args, prefix=prefix, target_batch_size=target_batch_size, **kwargs)
@@ -91,11 +92,16 @@ class DifferenceAverager(LeanGradientAverager):
     @property
     def has_other_anchor(self) -> bool:
         """Whether most trainers of the last group had another anchor."""
-        return bool(self._has_other_anchor.value)
+        return self._anchors.value == OTHER_THAN_MOST
+
+    @property
+    def has_seen_others(self) -> bool:
+        """Whether some of them had."""
+        return self._anchors.value != COMMON
 
     def forget_group(self) -> None:
         """This peer has another anchor now."""
-        self._has_other_anchor.value = 0
+        self._anchors.value = COMMON
 
     def introduction(self):
         if not self.averages_differences:
@@ -168,10 +174,10 @@ class DifferenceAverager(LeanGradientAverager):
         trainers = {peer: read_introduction(said) for peer, said in members.items() if is_trainer(said)}
         parts = parts_of(trainers)
         if len(parts) < 2:
-            self._has_other_anchor.value = 0
+            self._anchors.value = COMMON
             return group_info
         own = next((part for part in parts if self.peer_id in part), parts[0])
-        self._has_other_anchor.value = own is not parts[0]
+        self._anchors.value = OTHER_THAN_SOME if own is parts[0] else OTHER_THAN_MOST
         if len(own) < 2:
             self._has_nobody = True
             raise MatchmakingException(OTHERS_ARE_APART)
@@ -318,6 +324,7 @@ class LocalStepsOptimizer(LeanOptimizer):
 
     def _take_averages(self, received: float) -> None:
         if self.grad_averager.averages_differences:
+            self._are_apart |= self.grad_averager.has_seen_others
             if received == 0.0:
                 self.state_averager.optimizer.contents = NOTHING
                 self.work.take_back()

@@ -26,6 +26,7 @@ from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
 from src.swarm.build import make_collaborative_optimizer
 from src.swarm.contributions import Judge
 from src.swarm.local_steps import (
+    OTHER_THAN_MOST,
     AnchorAverager,
     DifferenceAverager,
     LocalStepsOptimizer,
@@ -78,7 +79,7 @@ def settings(tmp_path, **options) -> dict:
 @pytest.fixture
 def start_optimizers(tmp_path, shut_down_at_end, monkeypatch):
     """Starts trainers of one run, without rounding on the way; each with a model of its own that begins alike."""
-    monkeypatch.setattr(build, "gradient_compression", NoCompression)
+    monkeypatch.setattr(build, "gradient_compression", lambda bits: NoCompression())
     monkeypatch.setattr(build, "parameter_compression", NoCompression)
 
     optimizers: list[LocalStepsOptimizer] = []
@@ -314,7 +315,7 @@ def test_introduction_that_makes_no_sense_is_that_of_no_anchor(said):
 def bare_averager() -> DifferenceAverager:
     """One without a process of its own."""
     averager = DifferenceAverager.__new__(DifferenceAverager)
-    averager._parent_pid, averager._has_other_anchor, averager.remarks = None, SimpleNamespace(value=0), []
+    averager._parent_pid, averager._anchors, averager.remarks = None, SimpleNamespace(value=0), []
     averager._remark = averager.remarks.append
     return averager
 
@@ -371,9 +372,9 @@ def test_difference_of_many_steps_may_be_as_much_larger():
     judge = Judge(max_weight=1000, grows_with_weight=True)
     judge.own_weight, judge.weight_of_average, own = 10.0, 300.0, torch.full((4,), 0.5)
     judge.parts[0].remember(1.0)
-    judge.check_average(0, own, 30 * own - own, harmless=0.0)
+    judge.check_average(0, own, 30 * own, harmless=0.0)
     with pytest.raises(AllreduceException, match="where"):
-        judge.check_average(0, own, 301 * own - own, harmless=0.0)
+        judge.check_average(0, own, 301 * own, harmless=0.0)
 
 
 def test_where_nothing_is_learned_nobody_else_has_learned_anything():
@@ -425,7 +426,7 @@ class OneProcess:
         averager = optimizer.grad_averager = DifferenceAverager.__new__(DifferenceAverager)
         averager._parent_pid = None  # hivemind's __del__ leaves it alone
         averager.parameters, averager._local_accumulators, averager.reuse_grad_buffers = [self.parameter], None, True
-        averager._has_other_anchor, averager.warn, averager.patience = SimpleNamespace(value=0), True, Patience()
+        averager._anchors, averager.warn, averager.patience = SimpleNamespace(value=0), True, Patience()
         averager._new_averaged_grads = False
         averager.reset_accumulated_grads_()
         averager.get_tensors = lambda: contextlib.nullcontext([self.average])
@@ -535,10 +536,10 @@ def test_state_that_is_old_when_it_has_come_is_taken_once_more_but_not_for_ever(
         optimizer.state_averager.local_epoch = 5
 
     monkeypatch.setattr(LeanOptimizer, "load_state_from_peers", load)
-    one.optimizer.grad_averager._has_other_anchor.value = 1
+    one.optimizer.grad_averager._anchors.value = OTHER_THAN_MOST
     one.optimizer.load_state_from_peers()
     assert len(taken) == downloads and not one.optimizer.grad_averager.has_other_anchor
-    one.optimizer.grad_averager._has_other_anchor.value = 1  # it has not helped
+    one.optimizer.grad_averager._anchors.value = OTHER_THAN_MOST  # it has not helped
     loads = []
     for epoch in range(5, 5 + pause + 2):
         one.optimizer.state_averager.local_epoch = one.optimizer.tracker.global_epoch = epoch
@@ -567,7 +568,7 @@ def test_difference_weighs_as_much_as_its_samples_and_nothing_where_there_is_non
     averager.step(reset_accumulators=True, wait=False)
     assert given == [(weight, {"reset_accumulators": False, "wait": False})]
     epoch, samples, *rest = averager.introduction()
-    assert (epoch, len(samples), rest) == (0, 4 * NUM_SAMPLES, [0.0, weight])
+    assert (epoch, len(samples), rest) == (0, 4 * NUM_SAMPLES, [0.0, weight, False])
 
 
 def test_state_is_labelled_with_the_epoch_of_its_anchor(monkeypatch):
