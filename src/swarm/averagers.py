@@ -27,6 +27,7 @@ from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 
 from src.access.ownership import names_in
 from src.process.watchdog import START_SECONDS, watch
+from src.swarm.client_state import ClientState
 from src.swarm.contributions import Judge
 from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
@@ -43,6 +44,8 @@ from src.swarm.wire import check_wire_tensor
 
 logger = logging.getLogger(__name__)
 
+MAX_KEPT_AGE = 30  # epochs by which the state that an auxiliary peer keeps may be behind the swarm
+TRAINER, CLIENT, KEEPER = range(3)  # who may send a state; a keeper is an auxiliary peer that has it from a client
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
 ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
 NUM_WITNESSES = 3
@@ -111,7 +114,7 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, StateSender, ClientState, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -126,6 +129,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
     def __init__(self, *args, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2)
         self._expected_epoch = multiprocessing.Value("d", 0.0)
+        self._source = multiprocessing.Value("i", TRAINER)  # who has sent the last state that was taken
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -141,6 +145,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
         is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
         if is_under_way and metadata["epoch"] >= self.final_epoch:
             metadata["epoch"] -= 1
+        if self.mode is AveragingMode.AUX:
+            metadata["kept"] = True
         return metadata, tensors, infos
 
     def load_state_from_peers(self, **kwargs):
@@ -153,6 +159,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
         try:
             super().load_state_from_peers(**kwargs)
             self.has_taken_state = some_parameter._version != version
+            self._go_on_from_kept_state()
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
         finally:
@@ -162,6 +169,22 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 rates = zip(groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
                 for group, base, factor in rates:
                     group["lr"] = base * factor(self.scheduler.last_epoch)
+
+    @property
+    def took_state_of_client(self) -> bool:
+        return self.has_taken_state and self._source.value == CLIENT
+
+    def _go_on_from_kept_state(self) -> None:
+        """An auxiliary peer has no newer state to give than it has taken: who joins counts it as the swarm's.
+
+        The next averaging of parameters brings what is missing. The last epoch must be trained by oneself: its state
+        is the run's result.
+        """
+        behind = self.swarm_epoch() - self.local_epoch
+        is_kept = self.has_taken_state and self._source.value == KEEPER and self.mode is not AveragingMode.AUX
+        if is_kept and 0 < behind <= MAX_KEPT_AGE:
+            self.local_epoch = min(self.swarm_epoch(), max(self.local_epoch, self.final_epoch - 1))
+            self._update_scheduler()
 
     # -- in the averager's process
 
@@ -235,14 +258,15 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
     async def _find_good_state(self) -> tuple[dict, list[torch.Tensor]] | None:
         """Download from donors until one's state is good."""
         try:
-            donors = await self._find_donors()
+            donors, clients = await self._find_donors()
         except TimeoutError as error:
             self._report_refusal("?", f"no state was asked for: {error}")
             return None
         to_ask, slow = list(donors), set()
         own = [*self._averaged_tensors, *dump_optimizer_state(self.optimizer)[1]]
-        # An auxiliary peer trains nothing: until it has taken a whole good state, nobody reads these tensors.
-        stage = Stage(own, in_place=self.mode is AveragingMode.AUX)
+        # An auxiliary peer trains nothing: until it has taken a whole good state, nobody reads these tensors, unless it
+        # hands on the last one.
+        stage = Stage(own, in_place=self.mode is AveragingMode.AUX and not self.allow_state_sharing)
         while to_ask:
             donor = to_ask.pop(0)
             try:
@@ -250,6 +274,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 metadata, tensors = await self._download(donor, stage, is_only_one=not to_ask)
                 check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
                 await self._compare_donors(donor, metadata["epoch"], tensors, donors)
+                self._source.value = CLIENT if donor in clients else KEEPER if metadata.get("kept") else TRAINER
                 return metadata, tensors
             except Exception as error:
                 rest = "asking the next donor" if to_ask else "there is no other donor"
@@ -260,21 +285,32 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
         return None
 
-    async def _find_donors(self) -> list[PeerID]:
-        """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""
-        key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
+    async def _find_donors(self) -> tuple[list[PeerID], set[PeerID]]:
+        """Those who offer their state, the newest first, and which of them are clients; nobody gets ahead of the others
+        by an absurd claim. A client is asked only by whom it is connected with, and where others are further back."""
+        prefix = self._matchmaking.group_key_manager.prefix
+        offers = await self._offers(f"{prefix}.all_averagers")
+        of_clients = await self._offers(self._clients_key)
+        connected = await self._is_connected_with() if of_clients else set()
+        clients = (of_clients.keys() & connected) - offers.keys()
+        offers.update((peer, of_clients[peer]) for peer in clients)
+        if not offers:
+            return [], set()
+        highest = max(median_low(offers.values()), self._expected_epoch.value) + 1.0
+        epochs = {peer: min(epoch, highest) + (peer not in clients) for peer, epoch in offers.items()}
+        return sorted(offers, key=lambda peer: (epochs[peer], random.random()), reverse=True), clients
+
+    async def _offers(self, key: str) -> dict[PeerID, float]:
+        """Others who offer their state under a key of the DHT, and the epochs that they claim."""
         found = await self._in_time(self.dht.get(key, latest=True, return_future=True), "the swarm's records")
         offers = found.value.items() if found is not None and isinstance(found.value, dict) else ()
-        priorities = {
+        epochs = {
             PeerID(peer): float(entry.value)
             for peer, entry in offers
             if isinstance(peer, bytes) and type(entry.value) in (int, float) and 0 <= entry.value < math.inf
         }
-        priorities.pop(self.peer_id, None)
-        if not priorities:
-            return []
-        highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
-        return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
+        epochs.pop(self.peer_id, None)
+        return epochs
 
     async def _in_time(self, answer, who: str, *, at_most: float = math.inf):
         """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""

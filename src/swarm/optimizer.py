@@ -141,6 +141,7 @@ class LeanOptimizer(hivemind.Optimizer):
             self.before_epoch_ends()
             self._is_late = self.tracker.global_epoch > self.local_epoch
             super()._update_global_epoch(grad_scaler)
+        self._tell_epoch()
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -186,9 +187,23 @@ class LeanOptimizer(hivemind.Optimizer):
         super().shutdown()
 
     def share_state(self) -> None:
-        """From now on hand this peer's state to those that join."""
-        if not (self.client_mode or self.auxiliary):
+        """From now on hand this peer's state to those that join; a client, to those whom it has called."""
+        if self.client_mode:
+            self.state_averager.offer_state(self.local_epoch)
+        elif not self.auxiliary:
             self.state_averager.allow_state_sharing = True
+
+    def _tell_epoch(self) -> None:
+        """Of a client's state; hivemind tells that of others."""
+        if self.client_mode and self.state_averager.allow_state_sharing:
+            self.share_state()
+
+    def keep_state(self, epoch: int) -> None:
+        """As an auxiliary peer that has just taken the state of ``epoch``: hand it on if it came from a client, whom
+        nobody else can call. Trainers that can be called have a newer one."""
+        averager = self.state_averager
+        averager.state_sharing_priority = epoch
+        averager.allow_state_sharing = averager.took_state_of_client
 
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
@@ -202,6 +217,7 @@ class LeanOptimizer(hivemind.Optimizer):
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:
             self.tracker.learn_epoch(self.local_epoch)
+        self._tell_epoch()
         self._check_claims(progressed=self.local_epoch > epoch)
 
     def _check_claims(self, *, progressed: bool) -> None:
