@@ -18,7 +18,6 @@ MAX_LEAD = 20  # epochs by which one half of the trainers may be ahead of the ot
 LOOKS_UNTIL_GONE, LOOKS_UNTIL_REWOUND = 5, 3
 NOTICE_END_SECONDS = 0.5
 LOOKS_FOR_LAST_REPORTS = 3  # a second apart: a trainer's report may come later than its state
-DOWNLOAD_SECONDS = 600.0
 KEPT_EPOCHS = 5  # by which the state for whoever joins a swarm of clients may be behind before it is taken anew
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts to get the last state
 
@@ -198,7 +197,7 @@ class Watch:
     def _store(self) -> None:
         before = self.store.last_epoch
         try:
-            epoch = self.store.update(timeout=DOWNLOAD_SECONDS)
+            epoch = self.store.update(timeout=self.swarm.optimizer.load_state_timeout)
         except (ValueError, OSError) as error:
             if not self.stop.is_set():
                 self._say_trouble(f"no checkpoint stored, will try again: {error}")

@@ -23,7 +23,6 @@ from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import DHTExpiration, MPFuture
-from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 
 from src.access.ownership import names_in
 from src.process.watchdog import START_SECONDS, watch
@@ -32,14 +31,8 @@ from src.swarm.contributions import Judge
 from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
 from src.swarm.state_check import check_state, far_apart, sample_parameters
-from src.swarm.state_transfer import (
-    LEAST_RATE,
-    LEAST_RATE_OF_ONLY_DONOR,
-    Intake,
-    Stage,
-    StateSender,
-    TooSlowError,
-)
+from src.swarm.state_download import StateReceiver
+from src.swarm.state_transfer import Stage, StateSender, TooSlowError
 from src.swarm.wire import check_wire_tensor
 
 logger = logging.getLogger(__name__)
@@ -47,7 +40,6 @@ logger = logging.getLogger(__name__)
 MAX_KEPT_AGE = 30  # epochs by which the state that an auxiliary peer keeps may be behind the swarm
 TRAINER, CLIENT, KEEPER = range(3)  # who may send a state; a keeper is an auxiliary peer that has it from a client
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
-ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
 NUM_WITNESSES = 3
 AVERAGING_PROCESS = "the process that averages {kind}"
 
@@ -114,7 +106,7 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(OwnProcess, RoundReporting, StateSender, ClientState, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, StateSender, StateReceiver, ClientState, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -160,6 +152,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, ClientState, Tr
             super().load_state_from_peers(**kwargs)
             self.has_taken_state = some_parameter._version != version
             self._go_on_from_kept_state()
+        except TimeoutError:  # hivemind's optimizer would begin anew, for ever
+            self._report_refusal("?", "no state came in the time that one takes at the slowest rate")
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
         finally:
@@ -311,54 +305,6 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, ClientState, Tr
         }
         epochs.pop(self.peer_id, None)
         return epochs
-
-    async def _in_time(self, answer, who: str, *, at_most: float = math.inf):
-        """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""
-        seconds = min(at_most, self.next_chunk_timeout or self.request_timeout)
-        try:
-            return await asyncio.wait_for(answer, seconds)
-        except TimeoutError as error:
-            raise TimeoutError(f"{who} did not answer within {seconds:.0f} s") from error
-
-    def _answer_seconds(self) -> float:
-        return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
-
-    async def _download(self, donor: PeerID, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
-        stub, stream = self.get_stub(self._p2p, donor, namespace=self.prefix), None
-
-        async def begin():
-            nonlocal stream
-            stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
-            first = await anext(stream, None)
-            if first is None:
-                raise ValueError("it hands out no state at present")
-            return first
-
-        try:
-            first = await self._in_time(begin(), "it", at_most=math.inf if is_only_one else self._answer_seconds())
-            return await self._read_state(first, stream, stage, is_only_one=is_only_one)
-        finally:
-            if stream is not None:
-                await stream.aclose()  # whatever else it would send is read by nobody
-
-    async def _read_state(self, first, stream, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
-        intake = Intake(
-            stage.expected,
-            window=self._answer_seconds(),
-            least_rate=LEAST_RATE_OF_ONLY_DONOR if is_only_one else LEAST_RATE,
-        )
-        silence = self.next_chunk_timeout or self.request_timeout
-        rest = aiter_with_timeout(stream, silence if is_only_one else min(silence, self._answer_seconds()))
-        metadata = None
-        stage.begin()
-        async for message in achain(as_aiter(first), rest):
-            intake.take(message)
-            if message.metadata:
-                metadata = self.serializer.loads(message.metadata)
-            stage.take(message.tensor_part)
-        if metadata is None:
-            raise ValueError("it sent none")
-        return metadata, stage.end()
 
     async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
         """Raises ValueError if more of the other donors contradict a state than confirm it.

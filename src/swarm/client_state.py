@@ -15,7 +15,7 @@ from hivemind.utils import get_dht_time
 
 logger = logging.getLogger(__name__)
 
-OF_CLIENT = "rpc_download_state", "rpc_sample_state"  # what a client answers
+OF_CLIENT = "rpc_download_state", "rpc_resume_state", "rpc_sample_state"  # what a client answers
 RENEW_SHARE = 0.7  # of the time for which an offer holds
 
 

@@ -41,6 +41,7 @@ class LeanOptimizer(hivemind.Optimizer):
         self._assisting: dict[str, StepControl] = {}  # by kind of round
         self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
+        self.load_state_timeout = self.state_averager.longest_download()
 
     def _make_gradient_averager(self, *args, **kwargs) -> LeanGradientAverager:
         averager = super()._make_gradient_averager(*args, **kwargs)
