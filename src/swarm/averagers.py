@@ -137,8 +137,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, StateReceiver, 
         is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
         if is_under_way and metadata["epoch"] >= self.final_epoch:
             metadata["epoch"] -= 1
-        if self.mode is AveragingMode.AUX:
-            metadata["kept"] = True
+        if self.mode is AveragingMode.AUX:  # while it takes the next state, it has no epoch of its own
+            metadata.update(kept=True, epoch=int(self.state_sharing_priority))
         return metadata, tensors, infos
 
     def load_state_from_peers(self, **kwargs):

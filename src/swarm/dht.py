@@ -178,11 +178,14 @@ def raise_open_file_limit(wanted: int = 16_384) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hivemind.DHT, bytes]:
+def start_dht(
+    peer: PeerArguments, identity: Identity | None = None, *, is_new: bool = True
+) -> tuple[hivemind.DHT, bytes]:
     """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and the subkey of its records.
 
     That names the key that signs them. It is the node's identity, too: nobody can have the one without the other.
     In a private run, only members get an answer from the node, and it publishes this peer's token from now on.
+    ``is_new``: nobody has looked yet whether another peer has this identity, see `find_reach`.
     Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
     """
     _prepare(peer)
@@ -200,7 +203,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
             client_mode=peer.is_client,
             **_where_to_listen(peer),
             use_ipfs=peer.use_ipfs,
-            use_relay=True,
+            use_relay=False,  # who cannot be called is a client; a relay would be open to strangers, too
             shutdown_timeout=LEAVE_SECONDS,
             record_validators=[
                 SchemaValidator(MetricsSchema, prefix=peer.run_id),
@@ -208,7 +211,7 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
                 records,
             ],
             authorizer=None if membership is None else MemberAuthorizer(membership),
-            **options,
+            **(options if is_new else {**options, "check_if_identity_free": False}),
         )
     if membership is not None:
         keeper = MembershipKeeper(membership, dht, records.local_public_key)
@@ -261,7 +264,7 @@ def find_reach(peer: PeerArguments, identity: Identity) -> Reach:
     async def find(options: dict) -> Reach:
         way_in = {"use_ipfs": True} if peer.use_ipfs else {"initial_peers": peer.initial_peers}
         try:
-            p2p = await P2P.create(**way_in, dht_mode="client", **_where_to_listen(peer), **options)
+            p2p = await P2P.create(**way_in, dht_mode="client", use_relay=False, **_where_to_listen(peer), **options)
         except P2PDaemonError:
             await asyncio.sleep(DAEMON_END_SECONDS)  # the loop that has started a process sees its end, or complains
             raise

@@ -147,9 +147,9 @@ def enter(
                 take_up_identity(peer)
             entry = replace(entry, identity=load_identity(peer))
         if peer.initial_peers:
-            if peer.client_mode == "auto" and not peer.check:
-                settle_reach(peer, entry.identity, may_be_client=reads_text, say=say)
-            dht, public_key = start_dht(peer, entry.identity)
+            finds_out = peer.client_mode == "auto" and not peer.check
+            has_asked = finds_out and settle_reach(peer, entry.identity, may_be_client=reads_text, say=say)
+            dht, public_key = start_dht(peer, entry.identity, is_new=not has_asked)
             entry = replace(entry, dht=dht, public_key=public_key, is_client=peer.is_client)
         return _with_settings(entry, peer, reads_text=reads_text, say=say)
     except BaseException:
@@ -158,19 +158,20 @@ def enter(
         raise
 
 
-def settle_reach(peer: PeerArguments, identity: Identity, *, may_be_client: bool, say: Callable[[str], None]) -> None:
+def settle_reach(peer: PeerArguments, identity: Identity, *, may_be_client: bool, say: Callable[[str], None]) -> bool:
     """Find out whether others can connect to this peer, say it, and let ``peer`` be a client if they cannot.
 
-    Raises ValueError as `start_dht`.
+    Returns whether somebody was asked, in the network. Raises ValueError as `start_dht`.
     """
     if all(nearness(address) == LOOPBACK for address in peer.initial_peers):
         say("the initial peers are on this machine: goes on as a peer that others can connect to")
-        return
+        return False
     reach = find_reach(peer, identity)
     say(describe(reach, may_be_client=may_be_client))
     peer.host_maddrs = reach.with_ports(peer.host_maddrs)
     peer.client_mode = bool(reach.missed) and may_be_client
     peer.announce_maddrs = peer.announce_maddrs or reach.announced()
+    return True
 
 
 def _with_settings(entry: Entry, peer: PeerArguments, *, reads_text: bool, say: Callable[[str], None]) -> Entry:

@@ -32,6 +32,7 @@ class LeanOptimizer(hivemind.Optimizer):
     all are there, and it consists of those who are there then.
     """
 
+    client_mode = False  # as long as hivemind has not set it
     _partner_is_ahead = _is_late = _was_left_behind = False
     _partners: frozenset[PeerID] = frozenset()  # in the last round
 

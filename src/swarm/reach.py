@@ -106,6 +106,8 @@ def describe(reach: Reach, *, may_be_client: bool) -> str:
 
 def describe_first(addresses: Sequence[str]) -> str:
     """The same for who begins a run, where nobody is there to knock. ``addresses``: what it tells others."""
+    if not addresses:
+        return "nobody can connect to this peer (--client_mode), and it connects to nobody: it trains alone"
     within = {PUBLIC: "", PRIVATE: ", in its own network", LOOPBACK: ", on its own machine"}[nearness(addresses[0])]
     return f"nobody is there yet to test whether others can connect to this peer: goes on as if they can{within}" + (
         " (elsewhere: forward a port to it and name the public address in --announce_maddrs)" if within else ""

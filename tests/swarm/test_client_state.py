@@ -97,7 +97,7 @@ def test_run_of_clients_behind_routers_keeps_its_state(tmp_path):
     reason = emulated_links.what_lacks()
     if reason:
         pytest.skip(f"links cannot be emulated: {reason}")
-    epochs = 20
+    epochs = 45
     with Network("45.77") as network, contextlib.ExitStack() as stack:
         names = ("helper", "anna", "boris", "vera")
         hosts = {name: network.add(name, Link(1000, 1000, nat=name != "helper")) for name in names}

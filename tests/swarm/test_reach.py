@@ -104,6 +104,10 @@ def test_others_are_told_the_addresses_that_reach_furthest(listening, told, wher
     assert where in describe_first(addresses) and ("--announce_maddrs" in describe_first(addresses)) == bool(where)
 
 
+def test_client_that_begins_a_run_is_told_that_it_is_alone():
+    assert describe_first([]).endswith("it trains alone")
+
+
 def test_others_are_told_where_a_client_has_joined():
     peer = PeerArguments(run_id="r", client_mode=True, initial_peers=[f"/ip4/{WORLD}/tcp/1/p2p/Qm"])
     assert addresses_for_others(None, peer) == peer.initial_peers
