@@ -27,6 +27,9 @@ OWN_FILE = re.compile(r"(--[\w-]+=)?@((?:demo|recipes)/.*)")
 # What a run trains. Whoever starts one names it; whoever joins one is told by the run, see `src.swarm.take_up`.
 WHAT_TO_TRAIN = ("model_config_path", "tokenizer_path", "dataset_sources")
 
+CLIENT_MODES = {"auto": "auto", **dict.fromkeys(("true", "yes", "t", "y", "1"), True),
+                **dict.fromkeys(("false", "no", "f", "n", "0"), False)}  # fmt: skip
+
 # Topics of --help, in this order.
 WHO = "who takes part, and how they reach each other"
 TEXT = "model, tokenizer and text"
@@ -95,10 +98,14 @@ class PeerArguments:
         "Addresses to tell others, if they differ from host_maddrs (behind a router: its public address).",
         topic=WHO,
     )
-    client_mode: bool = option(
-        False,
-        "Never accept incoming connections: for peers behind a firewall or gone within the hour.",
+    client_mode: str = option(
+        "auto",
+        "True, or without a value: never accept incoming connections, for peers behind a firewall or gone within the "
+        "hour; others average for them. False: accept them. auto: let the initial peers find out whether they can "
+        "connect to this trainer.",
         topic=WHO,
+        nargs="?",
+        const="True",
     )
     bandwidth: str | None = option(
         None,
@@ -164,6 +171,10 @@ class PeerArguments:
             if self.identity_path is None:
                 self.identity_path = str(Path(self.token_file).with_suffix(".key"))
         check_positive(self, "min_vector_size")
+        self.client_mode = str(self.client_mode).lower()
+        if self.client_mode not in CLIENT_MODES:
+            raise ValueError(f"--client_mode {self.client_mode}: must be True, False or auto")
+        self.client_mode = CLIENT_MODES[self.client_mode]
         if self.bandwidth is not None and self.bandwidth != "auto":
             try:
                 self.bandwidth = float(self.bandwidth)
@@ -172,6 +183,11 @@ class PeerArguments:
             check_positive(self, "bandwidth")
         if self.bandwidth == "auto" and not self.initial_peers:
             raise ValueError("--bandwidth auto needs --initial_peers to measure against; pass a number of Mbit/s")
+
+    @property
+    def is_client(self) -> bool:
+        """Whether nobody can connect to this peer; not as long as that is to be found out."""
+        return self.client_mode is True
 
     @property
     def token_file(self) -> str | None:
@@ -283,7 +299,7 @@ class AuxiliaryPeerArguments(PeerArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.client_mode:
+        if self.is_client:
             raise ValueError("--client_mode: an auxiliary peer must accept connections; open a port or run a trainer")
         check_positive(self, "refresh_period", "assist_refresh", "save_checkpoint_epoch_interval", "eval_batches",
                        "eval_pairs_each", "report_interval")  # fmt: skip

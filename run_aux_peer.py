@@ -27,8 +27,9 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
-    from src.swarm.dht import visible_addresses
+    from src.swarm.dht import addresses_for_others
     from src.swarm.join import enter, how_to_join
+    from src.swarm.reach import describe_first
     from src.swarm.reconnect import KeepInTouch
     from tasks.mlm import task
     from tasks.mlm.evaluate import checkpoint_scorer
@@ -71,7 +72,9 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     swarm, journal = program.swarm, program.journal
     # now, because hivemind has replaced the handlers
     install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    addresses = visible_addresses(swarm.dht)
+    addresses = addresses_for_others(swarm.dht, peer)
+    if not peer.initial_peers:
+        progress.say(describe_first(addresses))
     progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
     progress.say(f"trainers join with\n  {how_to_join(peer, addresses, program.manifest)}")
     ClockWatch(swarm.dht, say=progress.say, stop=stop).start()

@@ -36,8 +36,9 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
     from src.swarm.clock import ClockWatch
-    from src.swarm.dht import short_peer_name, visible_addresses
+    from src.swarm.dht import addresses_for_others, short_peer_name
     from src.swarm.join import enter, how_to_join
+    from src.swarm.reach import describe_first
     from src.swarm.reconnect import KeepInTouch
     from src.trainer.build import STOP_SECONDS, build, build_follower, check, follow_settings, train
     from src.trainer.local_workers import share_settings
@@ -83,7 +84,10 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     swarm, callback = program.swarm, program.callback
     # now, because hivemind has replaced the handlers
     install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    joining = how_to_join(peer, visible_addresses(swarm.dht), program.manifest)
+    addresses = addresses_for_others(swarm.dht, peer)
+    if not peer.initial_peers:
+        progress.say(describe_first(addresses))
+    joining = how_to_join(peer, addresses, program.manifest)
     progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
     progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
     program.outlook.begin()

@@ -154,10 +154,14 @@ def namespaces_named(prefix: str) -> list[str]:
 
 
 class Network:
-    """Hosts around one router, one network at a time; ``with`` removes it. Raises OSError if it cannot be made."""
+    """Hosts around one router, one network at a time; ``with`` removes it. Raises OSError if it cannot be made.
 
-    def __init__(self):
-        self.hosts: list[Host] = []
+    ``addresses``: what those of hosts begin with. libp2p treats private ones as such, so that what it does for the
+    internet's needs others; they exist within these namespaces only.
+    """
+
+    def __init__(self, addresses: str = "10.77"):
+        self.addresses, self.hosts = addresses, list[Host]()
         self.router = own_name("router")
         self._relays: list[subprocess.Popen] = []
 
@@ -186,7 +190,7 @@ class Network:
     def add(self, name: str, link: Link) -> Host:
         """A host at the router; its name has at most twelve letters, as those of network interfaces are short."""
         number, namespace = len(self.hosts) + 1, own_name(name)
-        near, far = f"10.77.{number}.1", f"10.77.{number}.2"
+        near, far = f"{self.addresses}.{number}.1", f"{self.addresses}.{number}.2"
         at_link = own_name(f"{name}-home") if link.nat else namespace
         self._add_namespace(namespace)
         if link.nat:

@@ -23,7 +23,7 @@ PEER = {
     "initial_peers": [],
     "host_maddrs": ["/ip4/0.0.0.0/tcp/0"],
     "announce_maddrs": [],
-    "client_mode": False,
+    "client_mode": "auto",
     "bandwidth": None,
     "min_vector_size": 4_000_000,
     "identity_path": None,

@@ -125,6 +125,7 @@ class CheckpointStore:
             raise ValueError("no trainer shares its state yet")
         if not all(map(is_finite, self.model.parameters())):
             raise ValueError("the downloaded parameters are not finite")
+        self.optimizer.keep_state(epoch)
         return epoch
 
     def _save(self, epoch: int) -> None:

@@ -18,7 +18,7 @@ MAX_LEAD = 20  # epochs by which one half of the trainers may be ahead of the ot
 LOOKS_UNTIL_GONE, LOOKS_UNTIL_REWOUND = 5, 3
 NOTICE_END_SECONDS = 0.5
 LOOKS_FOR_LAST_REPORTS = 3  # a second apart: a trainer's report may come later than its state
-DOWNLOAD_SECONDS = 600.0
+KEPT_EPOCHS = 5  # by which the state for whoever joins a swarm of clients may be behind before it is taken anew
 LONGEST_PAUSE_SECONDS = 60.0  # between two attempts to get the last state
 
 
@@ -184,13 +184,20 @@ class Watch:
         )
 
     def _store_if_due(self) -> None:
-        if self.store is not None and self.monitor.last_epoch > 0 and self.store.is_due(self.monitor.last_epoch):
+        epoch = self.monitor.last_epoch
+        if self.store is not None and epoch > 0 and (self.store.is_due(epoch) or self._is_wanted(epoch)):
             self._store()
+
+    def _is_wanted(self, epoch: int) -> bool:
+        """Whether whoever joins needs a newer state from this peer, since no trainer can be asked for one."""
+        present = self.swarm.optimizer.tracker.present
+        only_clients = bool(present) and all(present.values())
+        return only_clients and (self.store.last_epoch == 0 or epoch >= self.store.last_epoch + KEPT_EPOCHS)
 
     def _store(self) -> None:
         before = self.store.last_epoch
         try:
-            epoch = self.store.update(timeout=DOWNLOAD_SECONDS)
+            epoch = self.store.update(timeout=self.swarm.optimizer.load_state_timeout)
         except (ValueError, OSError) as error:
             if not self.stop.is_set():
                 self._say_trouble(f"no checkpoint stored, will try again: {error}")

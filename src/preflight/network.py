@@ -11,7 +11,7 @@ from statistics import median_low
 
 import hivemind
 
-from arguments import PeerArguments
+from arguments import PeerArguments, TrainerPeerArguments
 from src.access.membership import load_identity
 from src.preflight.check import FAILED, OK, WARNING, Check, attempt
 from src.swarm.dht import fetch_progress, start_dht, visible_addresses
@@ -156,6 +156,18 @@ def check_reachability(dht, address: str, *, announced: Sequence[str]) -> Check:
                  "port, --announce_maddrs with the public address), or run a trainer with --client_mode")  # fmt: skip
 
 
+def is_trainer(peer: PeerArguments) -> bool:
+    return isinstance(peer, TrainerPeerArguments)
+
+
+def or_client(found: Check) -> Check:
+    """What `check_reachability` has found, for who may go on as a client."""
+    if found.state != FAILED:
+        return found
+    return Check(found.name, WARNING, f"{found.found}; this trainer goes on as a client, others average for it",
+                 found.fix.replace(", or run a trainer with --client_mode", ""))  # fmt: skip
+
+
 def missing_protocol(tried: Sequence[Knock], own: Sequence[str]) -> str:
     """What to do where this peer was called under an address of the kind, IPv4 or IPv6, that it does not listen on."""
     called = {"ip6" if ":" in one.host else "ip4" for one in tried}
@@ -214,7 +226,7 @@ def check_network(
 
     ``fastest``: see `look_at_trainers`.
     """
-    listening = [] if peer.client_mode else [check_own_port(address) for address in peer.host_maddrs]
+    listening = [] if peer.is_client else [check_own_port(address) for address in peer.host_maddrs]
     knocks = [check_initial_peer(address) for address in peer.initial_peers]
     reached = [address for address, check in zip(peer.initial_peers, knocks, strict=True) if check.state == OK]
     for check in listening:
@@ -243,8 +255,9 @@ def check_network(
             if not peer.initial_peers:
                 say(Check("bandwidth, clock", OK, "no initial peer to compare with: this peer begins a run"))
             return Seen()
-        if not peer.client_mode:
-            say(check_reachability(dht, met[0], announced=peer.announce_maddrs))
+        if not peer.is_client:
+            found = check_reachability(dht, met[0], announced=peer.announce_maddrs)
+            say(found if peer.client_mode is False or not is_trainer(peer) else or_client(found))
         speed = measure_speed(dht, split_address(met[0])[1])
         say(describe_speed(speed, split_address(met[0])[0], peer.bandwidth))
         if card is not None:

@@ -23,7 +23,7 @@ def take_up_identity(peer: PeerArguments) -> None:
 
 def keep_ports(peer: PeerArguments, dht: hivemind.DHT) -> None:
     """Write down where this peer listens, for its next life."""
-    visible = [] if peer.client_mode or peer.announce_maddrs else map(str, dht.get_visible_maddrs())
+    visible = [] if peer.is_client or peer.announce_maddrs else map(str, dht.get_visible_maddrs())
     ports = {address.split("/")[4] for address in visible if address.split("/")[3] == "tcp"}
     if len(ports) == 1:
         listening = [address.replace("/tcp/0", f"/tcp/{next(iter(ports))}") for address in peer.host_maddrs]

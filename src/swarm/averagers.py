@@ -23,28 +23,23 @@ from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import DHTExpiration, MPFuture
-from hivemind.utils.asyncio import achain, aiter_with_timeout, as_aiter
 
 from src.access.ownership import names_in
 from src.process.watchdog import START_SECONDS, watch
+from src.swarm.client_state import ClientState
 from src.swarm.contributions import Judge
 from src.swarm.matchmaking import epoch_of, is_trainer
 from src.swarm.rounds import POLL_SECONDS, RoundReporting
 from src.swarm.state_check import check_state, far_apart, sample_parameters
-from src.swarm.state_transfer import (
-    LEAST_RATE,
-    LEAST_RATE_OF_ONLY_DONOR,
-    Intake,
-    Stage,
-    StateSender,
-    TooSlowError,
-)
+from src.swarm.state_download import StateReceiver
+from src.swarm.state_transfer import Stage, StateSender, TooSlowError
 from src.swarm.wire import check_wire_tensor
 
 logger = logging.getLogger(__name__)
 
+MAX_KEPT_AGE = 30  # epochs by which the state that an auxiliary peer keeps may be behind the swarm
+TRAINER, CLIENT, KEEPER = range(3)  # who may send a state; a keeper is an auxiliary peer that has it from a client
 MAX_LEAD = 20  # epochs by which a donor may be ahead of where the swarm was last seen
-ANSWER_SECONDS = 3.0  # in which a donor that lives begins to answer; or a third of next_chunk_timeout, if that is more
 NUM_WITNESSES = 3
 AVERAGING_PROCESS = "the process that averages {kind}"
 
@@ -132,7 +127,7 @@ class LeanGradientAverager(OwnProcess, RoundReporting, GradientAverager):
         """Nothing: gradients are no state. hivemind would download them from a peer and throw them away."""
 
 
-class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAverager):
+class LeanStateAverager(OwnProcess, RoundReporting, StateSender, StateReceiver, ClientState, TrainingStateAverager):
     """Averages parameters now and then, and hands the state to peers that join.
 
     A state is taken from another peer only if it fits, is finite and near to what a second donor has, if there is one;
@@ -141,12 +136,14 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
 
     round_kind = "parameters"
     has_taken_state, state_epoch = False, 0  # by the last `load_state_from_peers`, and of which epoch it was
+    lacks_epochs = False  # that state: parameters of others are newer
     _search: asyncio.Task | None = None  # for a good state, in the averager's process
     averages_parameters = True
 
     def __init__(self, *args, robust_averaging: str | None = None, **kwargs):
         self.judge = Judge(max_weight=1.0, harmless_rms=0.05, max_distance=0.2, robust_averaging=robust_averaging)
         self._expected_epoch = multiprocessing.Value("d", 0.0)
+        self._source = multiprocessing.Value("i", TRAINER)  # who has sent the last state that was taken
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -176,6 +173,8 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
         is_under_way = not all(update.done() for update in (*updates, *self.pending_updates))
         if is_under_way and metadata["epoch"] >= self.final_epoch:
             metadata["epoch"] -= 1
+        if self.mode is AveragingMode.AUX:  # while it takes the next state, it has no epoch of its own
+            metadata.update(kept=True, epoch=int(self.state_sharing_priority))
         return metadata, tensors, infos
 
     def load_state_from_peers(self, **kwargs):
@@ -189,6 +188,9 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
             super().load_state_from_peers(**kwargs)
             self.has_taken_state = some_parameter._version != version
             self.state_epoch = self.local_epoch
+            self._go_on_from_kept_state()
+        except TimeoutError:  # hivemind's optimizer would begin anew, for ever
+            self._report_refusal("?", "no state came in the time that one takes at the slowest rate")
         except ValueError as error:  # not reached as long as the check of the averager's process is as strict
             self._report_refusal("?", f"its state does not fit: {error}")
         finally:
@@ -198,6 +200,23 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 rates = zip(groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
                 for group, base, factor in rates:
                     group["lr"] = base * factor(self.scheduler.last_epoch)
+
+    @property
+    def took_state_of_client(self) -> bool:
+        return self.has_taken_state and self._source.value == CLIENT
+
+    def _go_on_from_kept_state(self) -> None:
+        """An auxiliary peer has no newer state to give than it has taken: who joins counts it as the swarm's.
+
+        The next averaging of parameters brings what is missing. The last epoch must be trained by oneself: its state
+        is the run's result.
+        """
+        behind = self.swarm_epoch() - self.local_epoch
+        is_kept = self.has_taken_state and self._source.value == KEEPER and self.mode is not AveragingMode.AUX
+        self.lacks_epochs = is_kept and 0 < behind <= MAX_KEPT_AGE
+        if self.lacks_epochs:
+            self.local_epoch = min(self.swarm_epoch(), max(self.local_epoch, self.final_epoch - 1))
+            self._update_scheduler()
 
     # -- in the averager's process
 
@@ -271,14 +290,15 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
     async def _find_good_state(self) -> tuple[dict, list[torch.Tensor]] | None:
         """Download from donors until one's state is good."""
         try:
-            donors = await self._find_donors()
+            donors, clients = await self._find_donors()
         except TimeoutError as error:
             self._report_refusal("?", f"no state was asked for: {error}")
             return None
         to_ask, slow = list(donors), set()
         own = [*self._averaged_tensors, *dump_optimizer_state(self.optimizer)[1]]
-        # An auxiliary peer trains nothing: until it has taken a whole good state, nobody reads these tensors.
-        stage = Stage(own, in_place=self.mode is AveragingMode.AUX)
+        # An auxiliary peer trains nothing: until it has taken a whole good state, nobody reads these tensors, unless it
+        # hands on the last one.
+        stage = Stage(own, in_place=self.mode is AveragingMode.AUX and not self.allow_state_sharing)
         while to_ask:
             donor = to_ask.pop(0)
             try:
@@ -286,6 +306,7 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 metadata, tensors = await self._download(donor, stage, is_only_one=not to_ask)
                 check_state(metadata, tensors, parameters=self._averaged_tensors, optimizer=self.optimizer)
                 await self._compare_donors(donor, metadata["epoch"], tensors, donors)
+                self._source.value = CLIENT if donor in clients else KEEPER if metadata.get("kept") else TRAINER
                 return metadata, tensors
             except Exception as error:
                 rest = "asking the next donor" if to_ask else "there is no other donor"
@@ -296,69 +317,32 @@ class LeanStateAverager(OwnProcess, RoundReporting, StateSender, TrainingStateAv
                 self._report_refusal(str(donor), f"its state was not taken: {reason}; {rest}")
         return None
 
-    async def _find_donors(self) -> list[PeerID]:
-        """Those who offer their state, the newest first; nobody gets ahead of the others by an absurd claim."""
-        key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
+    async def _find_donors(self) -> tuple[list[PeerID], set[PeerID]]:
+        """Those who offer their state, the newest first, and which of them are clients; nobody gets ahead of the others
+        by an absurd claim. A client is asked only by whom it is connected with, and where others are further back."""
+        prefix = self._matchmaking.group_key_manager.prefix
+        offers = await self._offers(f"{prefix}.all_averagers")
+        of_clients = await self._offers(self._clients_key)
+        connected = await self._is_connected_with() if of_clients else set()
+        clients = (of_clients.keys() & connected) - offers.keys()
+        offers.update((peer, of_clients[peer]) for peer in clients)
+        if not offers:
+            return [], set()
+        highest = max(median_low(offers.values()), self._expected_epoch.value) + 1.0
+        epochs = {peer: min(epoch, highest) + (peer not in clients) for peer, epoch in offers.items()}
+        return sorted(offers, key=lambda peer: (epochs[peer], random.random()), reverse=True), clients
+
+    async def _offers(self, key: str) -> dict[PeerID, float]:
+        """Others who offer their state under a key of the DHT, and the epochs that they claim."""
         found = await self._in_time(self.dht.get(key, latest=True, return_future=True), "the swarm's records")
         offers = found.value.items() if found is not None and isinstance(found.value, dict) else ()
-        priorities = {
+        epochs = {
             PeerID(peer): float(entry.value)
             for peer, entry in offers
             if isinstance(peer, bytes) and type(entry.value) in (int, float) and 0 <= entry.value < math.inf
         }
-        priorities.pop(self.peer_id, None)
-        if not priorities:
-            return []
-        highest = max(median_low(priorities.values()), self._expected_epoch.value) + 1.0
-        return sorted(priorities, key=lambda peer: (min(priorities[peer], highest), random.random()), reverse=True)
-
-    async def _in_time(self, answer, who: str, *, at_most: float = math.inf):
-        """Await an answer, but not for ever: between two peers that start at once it sometimes never comes."""
-        seconds = min(at_most, self.next_chunk_timeout or self.request_timeout)
-        try:
-            return await asyncio.wait_for(answer, seconds)
-        except TimeoutError as error:
-            raise TimeoutError(f"{who} did not answer within {seconds:.0f} s") from error
-
-    def _answer_seconds(self) -> float:
-        return max(ANSWER_SECONDS, (self.next_chunk_timeout or 0.0) / 3)
-
-    async def _download(self, donor: PeerID, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
-        stub, stream = self.get_stub(self._p2p, donor, namespace=self.prefix), None
-
-        async def begin():
-            nonlocal stream
-            stream = await stub.rpc_download_state(averaging_pb2.DownloadRequest())
-            first = await anext(stream, None)
-            if first is None:
-                raise ValueError("it hands out no state at present")
-            return first
-
-        try:
-            first = await self._in_time(begin(), "it", at_most=math.inf if is_only_one else self._answer_seconds())
-            return await self._read_state(first, stream, stage, is_only_one=is_only_one)
-        finally:
-            if stream is not None:
-                await stream.aclose()  # whatever else it would send is read by nobody
-
-    async def _read_state(self, first, stream, stage: Stage, *, is_only_one: bool) -> tuple[dict, list[torch.Tensor]]:
-        intake = Intake(
-            stage.expected,
-            window=self._answer_seconds(),
-            least_rate=LEAST_RATE_OF_ONLY_DONOR if is_only_one else LEAST_RATE,
-        )
-        silence = self.next_chunk_timeout or self.request_timeout
-        rest = aiter_with_timeout(stream, silence if is_only_one else min(silence, self._answer_seconds()))
-        metadata = None
-        stage.begin()
-        async for message in achain(as_aiter(first), rest):
-            intake.take(message)
-            if message.metadata:
-                metadata = self.serializer.loads(message.metadata)
-            stage.take(message.tensor_part)
-        if metadata is None:
-            raise ValueError("it sent none")
-        return metadata, stage.end()
+        epochs.pop(self.peer_id, None)
+        return epochs
 
     async def _compare_donors(self, donor: PeerID, epoch: int, tensors, donors: list[PeerID]) -> None:
         """Raises ValueError if more of the other donors contradict a state than confirm it.

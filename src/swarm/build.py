@@ -193,7 +193,7 @@ def make_collaborative_optimizer(  # noqa: PLR0913 (where all parts of the optim
         averager_opts={**averaging, "allow_state_sharing": None if shares_state else False},
         tracker_opts=tracker_options(dht, peer, collaboration, identity, vain_search),
         shutdown_timeout=LEAVE_SECONDS,
-        client_mode=peer.client_mode,
+        client_mode=peer.is_client,
         auxiliary=auxiliary,
         verbose=logger.isEnabledFor(logging.DEBUG),
     )

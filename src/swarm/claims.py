@@ -202,7 +202,12 @@ class BoundedProgressTracker(ProgressTracker):
         """hivemind leaves clients out of the swarm's epoch, since they hand over no state. So when one is the first to
         end an epoch, its samples would count no more, and the others would go on without them.
 
-        Here it counts as one epoch ahead at most: for that nobody needs a state."""
+        Here it counts as one epoch ahead at most: for that nobody needs a state. Where all are clients, they count as
+        others do: an auxiliary peer hands on their state, see `src.swarm.client_state`."""
+        if all(entry.value["client_mode"] for entry in records.values()):
+            for entry in records.values():
+                entry.value.update(client_mode=False)
+            return records
         highest = max(
             (entry.value["epoch"] for entry in records.values() if not entry.value["client_mode"]),
             default=self.local_progress.epoch,

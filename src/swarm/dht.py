@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import logging
 import math
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import hivemind
 import pydantic.v1 as pydantic  # hivemind validates records with pydantic's first interface
+from hivemind.dht import DHTNode
 from hivemind.dht.protocol import ValidationError
 from hivemind.dht.schema import BytesWithPublicKey, SchemaValidator
 from hivemind.optim.progress_tracker import LocalTrainingProgress
@@ -25,7 +25,7 @@ from hivemind.utils.multiaddr import Multiaddr
 from arguments import PeerArguments
 from src.access.gate import MemberAuthorizer
 from src.access.keys import write_key
-from src.access.membership import Identity, MembershipKeeper, read_identity
+from src.access.membership import EXPIRE_SECONDS, Identity, MembershipKeeper, read_identity
 from src.access.ownership import MAX_LIFETIME, OwnedRecords, name_of, names_in
 from src.access.record_limits import Acquaintances, know
 from src.metrics.records import printable
@@ -33,8 +33,9 @@ from src.process.sockets import socket_directory
 from src.process.watchdog import START_SECONDS, watch, watch_daemon
 from src.swarm import hivemind_fixes
 from src.swarm.clock import keep_time
-from src.swarm.probe import offer_probe
+from src.swarm.probe import MAX_ASKED, offer_probe
 from src.swarm.progress import REPORT_SECONDS
+from src.swarm.reach import Reach, ask_all, nearness
 from src.swarm.run_files import offer_run_files
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ MAX_REASON_LENGTH = 200
 # Leaving takes tenths of a second. What does not answer, of progress, parameters, gradients and the node itself, is
 # waited for so long each: with the supervisor's CLEANER_SECONDS, a peer is gone within the 10 seconds of a promise.
 LEAVE_SECONDS = 1.5
+DAEMON_END_SECONDS = 0.2  # for p2pd, after it has said why it does not start
 # For a look into the DHT, which asks many peers, or for what this peer asks of some, on a machine that is busy with
 # other things; seconds are usual. Whatever takes longer has got lost.
 LONGEST_ANSWER = 180.0
@@ -176,48 +178,41 @@ def raise_open_file_limit(wanted: int = 16_384) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hivemind.DHT, bytes]:
+def start_dht(
+    peer: PeerArguments, identity: Identity | None = None, *, is_new: bool = True
+) -> tuple[hivemind.DHT, bytes]:
     """Join the swarm, or begin one if ``initial_peers`` is empty. Returns the node and the subkey of its records.
 
     That names the key that signs them. It is the node's identity, too: nobody can have the one without the other.
     In a private run, only members get an answer from the node, and it publishes this peer's token from now on.
+    ``is_new``: nobody has looked yet whether another peer has this identity, see `find_reach`.
     Raises ValueError with one line on what to do: a bad address, an unreachable peer, a port that is taken.
     """
-    for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
-        for address in getattr(peer, flag):
-            _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
-    raise_open_file_limit()
-    hivemind_fixes.apply()  # before the node's process is forked
-    keep_time()
-    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
+    _prepare(peer)
     identity = identity if identity is not None else read_identity(peer)
     acquaintances = Acquaintances(PeerID.from_base58(name).to_bytes() for name in names_in(peer.initial_peers))
     membership = identity.membership
     is_revoked = (lambda owner: False) if membership is None else membership.is_revoked
     records = OwnedRecords(identity.private_key, peer.run_id, acquaintances, is_revoked)
     acquaintances.befriend([records.peer_id])
-    know(acquaintances, peer.run_id)  # this, too
-    try:
-        with _identity_file(peer, identity) as options:
-            dht = WatchedDHT(
-                start=True,
-                initial_peers=peer.initial_peers,
-                client_mode=peer.client_mode,
-                host_maddrs=peer.host_maddrs,
-                announce_maddrs=peer.announce_maddrs or None,
-                use_ipfs=peer.use_ipfs,
-                use_relay=True,
-                shutdown_timeout=LEAVE_SECONDS,
-                record_validators=[
-                    SchemaValidator(MetricsSchema, prefix=peer.run_id),
-                    SchemaValidator(CheckpointSchema, prefix=peer.run_id),
-                    records,
-                ],
-                authorizer=None if membership is None else MemberAuthorizer(membership),
-                **options,
-            )
-    except (P2PDaemonError, ValidationError, RuntimeError) as error:
-        raise ValueError(_explain(str(error), peer)) from error
+    know(acquaintances, peer.run_id)  # before the node's process is forked
+    with _explained(peer), _identity_file(peer, identity) as options:
+        dht = WatchedDHT(
+            start=True,
+            initial_peers=peer.initial_peers,
+            client_mode=peer.is_client,
+            **_where_to_listen(peer),
+            use_ipfs=peer.use_ipfs,
+            use_relay=False,  # who cannot be called is a client; a relay would be open to strangers, too
+            shutdown_timeout=LEAVE_SECONDS,
+            record_validators=[
+                SchemaValidator(MetricsSchema, prefix=peer.run_id),
+                SchemaValidator(CheckpointSchema, prefix=peer.run_id),
+                records,
+            ],
+            authorizer=None if membership is None else MemberAuthorizer(membership),
+            **(options if is_new else {**options, "check_if_identity_free": False}),
+        )
     if membership is not None:
         keeper = MembershipKeeper(membership, dht, records.local_public_key)
         keeper.update()  # before anybody is asked to average with this peer
@@ -225,6 +220,71 @@ def start_dht(peer: PeerArguments, identity: Identity | None = None) -> tuple[hi
     dht.run_coroutine(offer_probe)
     dht.run_coroutine(offer_run_files)
     return dht, records.local_public_key
+
+
+def _prepare(peer: PeerArguments) -> None:
+    """What comes before any node, also of another process, is started. Raises ValueError for a bad address."""
+    for flag in ("initial_peers", "host_maddrs", "announce_maddrs"):
+        for address in getattr(peer, flag):
+            _check_address(flag, address, needs_peer_id=flag == "initial_peers" and not peer.use_ipfs)
+    raise_open_file_limit()
+    hivemind_fixes.apply()
+    keep_time()
+    P2P._UNIX_SOCKET_PREFIX = f"/unix{socket_directory()}/"  # hivemind's own is /unix/tmp/hivemind-
+
+
+def _where_to_listen(peer: PeerArguments) -> dict:
+    """Options of p2pd: whoever cannot be reached tells nobody an address."""
+    if peer.is_client:
+        return {"no_listen": True}
+    return {"host_maddrs": peer.host_maddrs, "announce_maddrs": peer.announce_maddrs or None}
+
+
+@contextlib.contextmanager
+def _explained(peer: PeerArguments) -> Iterator[None]:
+    """What hivemind says of a node that does not start, as one line on what to do."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise ValueError(f"--initial_peers: the network had no answer within {LONGEST_ANSWER:.0f} s") from error
+    except (P2PDaemonError, ValidationError, RuntimeError) as error:
+        raise ValueError(_explain(str(error), peer)) from error
+
+
+def find_reach(peer: PeerArguments, identity: Identity) -> Reach:
+    """Let the initial peers knock at this peer, before it becomes part of the run; see `src.swarm.reach`.
+
+    That takes a node that nobody calls, in this process: the one that stays is started when it is known how. Raises
+    ValueError as `start_dht` does.
+    """
+    _prepare(peer)
+    membership = identity.membership
+    records = OwnedRecords(identity.private_key, peer.run_id)
+
+    async def find(options: dict) -> Reach:
+        way_in = {"use_ipfs": True} if peer.use_ipfs else {"initial_peers": peer.initial_peers}
+        try:
+            p2p = await P2P.create(**way_in, dht_mode="client", use_relay=False, **_where_to_listen(peer), **options)
+        except P2PDaemonError:
+            await asyncio.sleep(DAEMON_END_SECONDS)  # the loop that has started a process sees its end, or complains
+            raise
+        try:
+            node = await DHTNode.create(
+                p2p,
+                initial_peers=peer.initial_peers,
+                client_mode=True,
+                record_validator=records,
+                authorizer=None if membership is None else MemberAuthorizer(membership),
+            )
+            if membership is not None:  # whoever is to knock asks for it
+                until = get_dht_time() + EXPIRE_SECONDS
+                await node.store(membership.members_key, membership.record(), until, subkey=records.local_public_key)
+            return await ask_all(node, names_in(peer.initial_peers)[:MAX_ASKED], peer.announce_maddrs)
+        finally:
+            await p2p.shutdown()
+
+    with _explained(peer), _identity_file(peer, identity) as options:
+        return asyncio.run(asyncio.wait_for(find(options), LONGEST_ANSWER))
 
 
 @contextlib.contextmanager
@@ -292,16 +352,23 @@ def _explain(error: str, peer: PeerArguments) -> str:
 
 
 def visible_addresses(dht: hivemind.DHT) -> list[str]:
-    """Addresses others can use as ``--initial_peers``: public ones first, loopback ones last."""
+    """Addresses at which this peer listens: public ones first, loopback ones last; none of a client."""
+    try:
+        return sorted((str(address) for address in dht.get_visible_maddrs(latest=True)), key=nearness)
+    except ValueError:  # hivemind's, for no address
+        return []
 
-    def rank(address: str) -> int:
-        try:
-            host = ipaddress.ip_address(address.split("/")[2])
-        except ValueError:  # a name
-            return 0
-        return 2 if host.is_loopback else 1 if host.is_private else 0
 
-    return sorted((str(address) for address in dht.get_visible_maddrs(latest=True)), key=rank)
+def addresses_for_others(dht: hivemind.DHT, peer: PeerArguments) -> list[str]:
+    """What others can use as ``--initial_peers``: of a client, what it uses itself.
+
+    Of the others, those that reach furthest: who has a public address is found there from everywhere, and who has none
+    may still be found in its own network, or on this machine.
+    """
+    if peer.is_client:
+        return peer.initial_peers
+    addresses = visible_addresses(dht)
+    return [address for address in addresses if nearness(address) == nearness(addresses[0])]
 
 
 def store_metrics(

@@ -160,6 +160,9 @@ OVERRIDES: dict[type, tuple[str, ...]] = {
         "rpc_download_state",
         "_get_current_state_from_host_process",
         "_load_state_from_peers",
+        "_trigger_declare_load_state",
+        "_collect_rpc_handlers",
+        "_get_handle_name",
     ),
     AllReduceRunner: (
         "run",

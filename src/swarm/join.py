@@ -26,9 +26,10 @@ from src.process.same_peer import take_up_identity
 from src.settings.folder import SETTINGS, folder_of, write_folder
 from src.settings.manifest import Manifest
 from src.swarm.build import make_collaborative_optimizer
-from src.swarm.dht import start_dht
+from src.swarm.dht import find_reach, start_dht
 from src.swarm.optimizer import LeanOptimizer
 from src.swarm.probe import measure_bandwidth
+from src.swarm.reach import LOOPBACK, describe, nearness
 from src.swarm.run_card import RunCard, make_run_card
 from src.swarm.run_files import hand_over, hand_over_nothing, let_others_wait
 from src.swarm.take_up import Network, own_files, settings_of_own, take_up, words_of
@@ -51,6 +52,7 @@ class Entry:
     identity: Identity | None = None
     dht: hivemind.DHT | None = None
     public_key: bytes = b""
+    is_client: bool = False
 
     @property
     def settings_hash(self) -> str:
@@ -145,13 +147,31 @@ def enter(
                 take_up_identity(peer)
             entry = replace(entry, identity=load_identity(peer))
         if peer.initial_peers:
-            dht, public_key = start_dht(peer, entry.identity)
-            entry = replace(entry, dht=dht, public_key=public_key)
+            finds_out = peer.client_mode == "auto" and not peer.check
+            has_asked = finds_out and settle_reach(peer, entry.identity, may_be_client=reads_text, say=say)
+            dht, public_key = start_dht(peer, entry.identity, is_new=not has_asked)
+            entry = replace(entry, dht=dht, public_key=public_key, is_client=peer.is_client)
         return _with_settings(entry, peer, reads_text=reads_text, say=say)
     except BaseException:
         if peer.check:  # else the program ends at once, and its watchdog would take the node's end for an accident
             entry.leave()
         raise
+
+
+def settle_reach(peer: PeerArguments, identity: Identity, *, may_be_client: bool, say: Callable[[str], None]) -> bool:
+    """Find out whether others can connect to this peer, say it, and let ``peer`` be a client if they cannot.
+
+    Returns whether somebody was asked, in the network. Raises ValueError as `start_dht`.
+    """
+    if all(nearness(address) == LOOPBACK for address in peer.initial_peers):
+        say("the initial peers are on this machine: goes on as a peer that others can connect to")
+        return False
+    reach = find_reach(peer, identity)
+    say(describe(reach, may_be_client=may_be_client))
+    peer.host_maddrs = reach.with_ports(peer.host_maddrs)
+    peer.client_mode = bool(reach.missed) and may_be_client
+    peer.announce_maddrs = peer.announce_maddrs or reach.announced()
+    return True
 
 
 def _with_settings(entry: Entry, peer: PeerArguments, *, reads_text: bool, say: Callable[[str], None]) -> Entry:
@@ -206,6 +226,7 @@ def join_run(
     card = make_run_card(model.config, tokenizer, settings, trainer=trainer)
     run_card = RunCard(dht, peer.run_id, public_key, card, initial_peers=peer.initial_peers)
     run_card.join_run(trains=trainer)
+    peer.client_mode = entry.is_client or peer.is_client
     if run_card.initial_weights:
         settings = {**settings, "init_checkpoint": run_card.initial_weights}
     if peer.bandwidth == "auto":

@@ -33,6 +33,7 @@ class LeanOptimizer(hivemind.Optimizer):
     all are there, and it consists of those who are there then.
     """
 
+    client_mode = False  # as long as hivemind has not set it
     state_averager_class = LeanStateAverager
     kind = ""  # of averagers, in the names under which they find each other
     makes_local_steps, inner_steps = False, 0  # since the start, see `src.swarm.local_steps`
@@ -47,6 +48,7 @@ class LeanOptimizer(hivemind.Optimizer):
         self._assisting: dict[str, StepControl] = {}  # by kind of round
         self.before_epoch_ends = lambda: None
         super().__init__(*args, **kwargs)
+        self.load_state_timeout = self.state_averager.longest_download()
 
     # Members of a complete round hold equal gradients, so their parameters stay equal. Whoever has got only a part of
     # the averages says so in its next round, and all members of that one average parameters as soon as they can.
@@ -164,6 +166,7 @@ class LeanOptimizer(hivemind.Optimizer):
             super()._update_global_epoch(grad_scaler)
             if self.local_epoch % self.average_state_every == 0:  # parameters are being averaged
                 self._is_apart = self._are_apart = False
+        self._tell_epoch()
 
     def _begin_averaging_gradients(self, grad_scaler) -> bool:
         # With a handle that was used for the last epoch's round, hivemind would skip this one's.
@@ -231,9 +234,23 @@ class LeanOptimizer(hivemind.Optimizer):
         super().shutdown()
 
     def share_state(self) -> None:
-        """From now on hand this peer's state to those that join."""
-        if not (self.client_mode or self.auxiliary):
+        """From now on hand this peer's state to those that join; a client, to those whom it has called."""
+        if self.client_mode:
+            self.state_averager.offer_state(self.local_epoch)
+        elif not self.auxiliary:
             self.state_averager.allow_state_sharing = True
+
+    def _tell_epoch(self) -> None:
+        """Of a client's state; hivemind tells that of others."""
+        if self.client_mode and self.state_averager.allow_state_sharing:
+            self.share_state()
+
+    def keep_state(self, epoch: int) -> None:
+        """As an auxiliary peer that has just taken the state of ``epoch``: hand it on if it came from a client, whom
+        nobody else can call. Trainers that can be called have a newer one."""
+        averager = self.state_averager
+        averager.state_sharing_priority = epoch
+        averager.allow_state_sharing = averager.took_state_of_client
 
     def load_state_from_peers(self, **kwargs) -> None:
         self.give_up_waiting()  # whatever is searched for belongs to an epoch that the others have left behind
@@ -246,8 +263,9 @@ class LeanOptimizer(hivemind.Optimizer):
         was_apart = was_apart and self.local_epoch > epoch
         self._downloads.append(StateDownload(epoch, self.local_epoch, time.monotonic() - started, samples, was_apart))
         if self.local_epoch > epoch:
-            self._is_apart = False
+            self._is_apart = self.state_averager.lacks_epochs
             self.tracker.learn_epoch(self.local_epoch)
+        self._tell_epoch()
         self._check_claims(progressed=self.local_epoch > epoch)
 
     def _check_claims(self, *, progressed: bool) -> None:

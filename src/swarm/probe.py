@@ -226,7 +226,8 @@ def _knock_of(answer: dict) -> Knock:
                  float(answer["seconds"]), error)  # fmt: skip
 
 
-async def _ask_to_knock(dht, node, *, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:
+async def request_knocks(node, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:
+    """As `ask_to_knock`, where the node lives."""
     stub = ConnectionProbe.get_stub(node.p2p, PeerID.from_base58(peer_id))
     wait = 2 * MAX_PORTS * 2 * KNOCK_SECONDS
     try:
@@ -235,6 +236,10 @@ async def _ask_to_knock(dht, node, *, peer_id: str, ports: Sequence[int]) -> lis
     except Exception as error:  # whatever a stranger answers
         logger.debug("no answer to a request to knock: %r", error)
         return None
+
+
+async def _ask_to_knock(dht, node, *, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:
+    return await request_knocks(node, peer_id, ports)
 
 
 def ask_to_knock(dht, peer_id: str, ports: Sequence[int]) -> list[Knock] | None:

@@ -536,11 +536,20 @@ class RoundReporting(Gated):
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
     ) -> AsyncIterator[averaging_pb2.DownloadData]:
         """Hand this peer's state to another one."""
+        messages = self._hand_out(context, super().rpc_download_state(request, context))
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                yield message
+
+    async def _hand_out(self, context: P2PContext, state, *, again: bool = False):
+        """The messages of a ``state``, if the caller may have it; ``again``: it goes on where it was broken off."""
         if not await self._admits(context.remote_id) or self._is_shunned(context.remote_id):
             return
         if self._handouts is None:
             self._handouts = Handouts()
         peer = context.remote_id.to_bytes()
+        if again:
+            self._handouts.end(peer)
         if objection := self._handouts.objection(peer):
             logger.debug("no state for %s: %s", context.remote_id, objection)
             await asyncio.sleep(LINGER_SECONDS)  # it may ask again at once
@@ -549,7 +558,7 @@ class RoundReporting(Gated):
         self._enter("serving", peer=str(context.remote_id))
         admitted_at = time.monotonic()
         try:
-            handout = self._handouts.hand_out(peer, super().rpc_download_state(request, context))
+            handout = self._handouts.hand_out(peer, state)
             async with contextlib.aclosing(handout) as messages:
                 async for message in messages:
                     if time.monotonic() > admitted_at + ADMISSION_SECONDS:  # a slow one may be shut out meanwhile

@@ -28,11 +28,14 @@ WORKING_SHARE, WORKING_BURST = 0.02, 2.0
 BYTES_BURST, STATES_BURST = 2**30, 4
 
 
-def parts_of(tensor: torch.Tensor) -> Iterator[runtime_pb2.Tensor]:
-    """What hivemind sends of an uncompressed tensor, one part at a time; only the first says what it is a part of."""
+def parts_of(tensor: torch.Tensor, *, first: int = 0) -> Iterator[runtime_pb2.Tensor]:
+    """What hivemind sends of an uncompressed tensor, one part at a time; only the first says what it is a part of.
+
+    ``first``: the number of the part to begin with.
+    """
     values, dtype = bytes_of(tensor.detach().contiguous()), str(tensor.dtype).removeprefix("torch.")
     num_parts = -(-values.numel() // USUAL_CHUNK)
-    for number in range(max(1, num_parts)):
+    for number in range(first, max(1, num_parts)):
         part = runtime_pb2.Tensor(buffer=values[number * USUAL_CHUNK : (number + 1) * USUAL_CHUNK].numpy().tobytes())
         if number == 0:
             part.size.extend(tensor.shape)
@@ -49,13 +52,26 @@ class StateSender:
     """Mixin for a `TrainingStateAverager`: as hivemind's, but no tensor is copied as a whole to be sent."""
 
     async def rpc_download_state(self, request: averaging_pb2.DownloadRequest, context: P2PContext):
+        async for message in self.state_messages():
+            yield message
+
+    async def state_messages(self, first_tensor: int = 0, first_part: int = 0):
+        """All of the state, or what follows a part of a tensor; always with the state's metadata."""
         if not self.allow_state_sharing:
             return
         metadata, tensors, _ = await self._get_current_state_from_host_process()
-        for tensor in tensors:
-            for part in parts_of(tensor):
+        for number, tensor in enumerate(tensors[first_tensor:]):
+            for part in parts_of(tensor, first=0 if number else first_part):
                 yield averaging_pb2.DownloadData(tensor_part=part, metadata=metadata)
                 metadata = None
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+class IncompleteError(ValueError):
+    """What has come is good, as far as it goes."""
 
 
 class Stage:
@@ -74,6 +90,26 @@ class Stage:
     def begin(self) -> None:
         """Another donor's state is coming."""
         self._num_begun, self._memory, self._num_filled = 0, None, 0
+
+    @property
+    def num_bytes(self) -> int:
+        """What has come of the state."""
+        return sum(map(_num_bytes, self.expected[: max(0, self._num_begun - 1)])) + self._num_filled
+
+    @property
+    def is_complete(self) -> bool:
+        return self.num_bytes == sum(map(_num_bytes, self.expected)) and self._num_begun == len(self.expected)
+
+    def resume(self) -> tuple[int, int]:
+        """What is missing: a tensor's number, and that of its first part that has not come as a whole."""
+        part, is_whole = self._num_filled // USUAL_CHUNK, self._memory is None
+        if not is_whole:
+            is_whole = self._num_filled == self._memory.numel()
+        if is_whole or part > 0:
+            self._num_filled = self._num_filled if is_whole else part * USUAL_CHUNK
+            return (self._num_begun, 0) if is_whole else (self._num_begun - 1, part)
+        self._num_begun, self._memory, self._num_filled = self._num_begun - 1, None, 0  # it is told its type again
+        return self._num_begun, 0
 
     def take(self, part: runtime_pb2.Tensor) -> None:
         """Part of a tensor has come, of the next one if it has a type."""
@@ -104,7 +140,7 @@ class Stage:
 
     def _end_tensor(self) -> None:
         if self._memory is not None and self._num_filled < self._memory.numel():
-            raise ValueError(
+            raise IncompleteError(
                 f"tensor {self._num_begun - 1} has {self._num_filled} bytes instead of {self._memory.numel()}"
             )
 
@@ -112,7 +148,7 @@ class Stage:
         """The state's tensors, when all parts have come."""
         self._end_tensor()
         if self._num_begun < len(self.expected):
-            raise ValueError(f"it has {self._num_begun} tensors instead of {len(self.expected)}")
+            raise IncompleteError(f"it has {self._num_begun} tensors instead of {len(self.expected)}")
         return list(self._tensors)
 
 
@@ -131,6 +167,10 @@ class Intake:
         self.bytes_left = 2**20 + 2 * state_bytes
         self.messages_left = 100 + 4 * len(tensors) + 2 * state_bytes // USUAL_CHUNK
         self.window, self.least_rate = window, least_rate
+        self.window_began, self.useful_bytes = time.monotonic(), 0
+
+    def resume(self) -> None:
+        """Time that has passed without a connection does not count."""
         self.window_began, self.useful_bytes = time.monotonic(), 0
 
     def take(self, message) -> None:
@@ -212,12 +252,21 @@ class Handouts:
             return "too much of the state was handed out lately"
         return ""
 
+    def end(self, peer: bytes) -> None:
+        """Of a peer that asks again: the connection over which it was taking the state is gone."""
+        for number, handout in list(self.running.items()):
+            if handout.peer == peer:
+                self._end(number, handout)
+
+    def _end(self, number: int, handout: Handout) -> None:
+        del self.running[number]
+        if handout.task is not None:
+            handout.task.cancel()
+
     def _end_stalled(self) -> None:
         for number, handout in list(self.running.items()):
             if handout.is_stalled:
-                del self.running[number]
-                if handout.task is not None:
-                    handout.task.cancel()
+                self._end(number, handout)
 
     async def hand_out(self, peer: bytes, messages):
         """The messages of a state, which end when that peer stalls and another one asks."""
@@ -251,4 +300,5 @@ class Handouts:
         self.seconds.raise_burst(STATES_BURST * handout.working_seconds)
 
 
-__all__ = ["LEAST_RATE", "LEAST_RATE_OF_ONLY_DONOR", "Handouts", "Intake", "Stage", "StateSender", "TooSlowError"]
+__all__ = ["LEAST_RATE", "LEAST_RATE_OF_ONLY_DONOR", "Handouts", "IncompleteError", "Intake", "Stage", "StateSender",
+           "TooSlowError"]  # fmt: skip

@@ -25,12 +25,11 @@ def hand_over(
 ) -> None:
     """Until each auxiliary peer that stores checkpoints has stored the state of epoch ``total_steps``.
 
-    Waits for no other, not longer than ``limit`` seconds, and not after a stop. Who only connects to others shares
-    nothing.
+    Waits for no other, not longer than ``limit`` seconds, and not after a stop.
     """
     asked, looks_in_vain = False, 0
     give_up_at, announce_at = time.monotonic() + limit, 0.0
-    while not stop.is_set() and not swarm.optimizer.client_mode and looks_in_vain < LOOKS_BEFORE_LEAVING:
+    while not stop.is_set() and looks_in_vain < LOOKS_BEFORE_LEAVING:
         if time.monotonic() >= announce_at:
             _announce(swarm)
             announce_at = time.monotonic() + ANNOUNCE_SECONDS

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import multiprocessing
+import os
 import shutil
 import time
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from src.access.tokens import sign_revocations, sign_token, write_token_file
 from src.preflight.machine import Workload
 from src.preflight.run import run_checks
 from src.swarm.averagers import LeanGradientAverager, LeanStateAverager
-from src.swarm.dht import TrainerMetrics, start_dht, visible_addresses
+from src.swarm.dht import TrainerMetrics, find_reach, start_dht, visible_addresses
 from src.swarm.probe import ConnectionProbe, ask_to_knock, measure_speed
 from tests.reference.fake_swarm import tiny_model
 
@@ -450,6 +451,9 @@ async def call_averagers(p2p, target: PeerID) -> dict:
         answers[prefix, "join"] = await attempt(stub.rpc_join_group(join))
         answers[prefix, "part"] = await attempt(stub.rpc_aggregate_part(as_aiter(part)))
         answers[prefix, "state"] = await attempt(stub.rpc_download_state(averaging_pb2.DownloadRequest()))
+    beginning = averaging_pb2.AveragingData(group_id=MSGPackSerializer.dumps([0, 0]))
+    stub = LeanStateAverager.get_stub(p2p, target, namespace=f"{RUN}_state_averager")
+    answers["state", "resume"] = await attempt(stub.rpc_resume_state(beginning))
     return answers
 
 
@@ -492,7 +496,7 @@ def assert_refused(answers: dict) -> None:
         if name[-1] in ("join", "part"):
             assert not isinstance(answer, str), (name, answer)
             assert [message.code for message in answer] == [averaging_pb2.PROTOCOL_VIOLATION], (name, answer)
-        elif name[-1] == "state":
+        elif name[-1] in ("state", "resume"):
             assert answer == [], (name, "the state was handed out")
         elif name[0] == "probe":
             # a handler that does not read on hangs up on a caller that still sends, and its answer may be lost
@@ -574,7 +578,7 @@ def test_members_reach_each_other_and_average(members):
     for prefix in ("state", "grad"):
         assert [m.code for m in answers[prefix, "join"]] == [averaging_pb2.NOT_LOOKING_FOR_GROUP]
         assert [m.code for m in answers[prefix, "part"]] == [averaging_pb2.BAD_GROUP_ID]
-    assert answers["state", "state"], "no state"
+    assert answers["state", "state"] and answers["state", "resume"], "no state"
     assert answers["ping"].peer.node_id and len(answers["find"].results) == 3
     assert len(answers["store"].store_ok) == 1
     for attempts_left in (2, 1, 0):
@@ -608,6 +612,15 @@ def test_members_measure_with_each_other_and_with_nobody_else(members, tmp_path)
             await p2p.shutdown()
 
     assert asyncio.run(measure_with_a_stranger()) is None
+
+
+def test_members_knock_for_a_member_that_is_about_to_join(members, office):
+    anna, _ = members
+    peer = PeerArguments(run_id=RUN, authorize=str(office / "vera.token"), host_maddrs=[LOOPBACK],
+                         initial_peers=anna.addresses[:1])  # fmt: skip
+    identity = load_identity(peer)
+    assert [one.host for one in find_reach(peer, identity).reached] == ["127.0.0.1"]
+    os.close(identity.lock)
 
 
 @pytest.mark.timeout(240)

@@ -209,6 +209,15 @@ def test_watch_tries_again_until_it_has_the_last_state(tmp_path, monkeypatch):
     assert swarm.watch.stop.waits[1:3] == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(("present", "stored"), [({b"a": True}, [1, 6]), ({b"a": True, b"b": False}, [])])
+def test_watch_takes_the_state_of_clients_for_whoever_joins(tmp_path, monkeypatch, present, stored):
+    """Where all trainers are clients: at once, and every five epochs, whatever the interval of checkpoints."""
+    swarm = Swarm(tmp_path, every_epochs=20)
+    swarm.optimizer.tracker.present = present
+    swarm.look(*(swarm.report(epoch, shared=epoch) for epoch in range(1, 8)), monkeypatch=monkeypatch)
+    assert [record["epoch"] for record in swarm.records("checkpoint")] == swarm.optimizer.kept == stored
+
+
 def test_watch_notices_the_end_before_its_next_look_is_due(tmp_path):
     swarm = Swarm(tmp_path, every_epochs=20, total_steps=6)
     swarm.watch.stop, swarm.averager.epoch_of_peers = threading.Event(), 6

@@ -25,7 +25,7 @@ from src.access.membership import Identity, load_identity
 from src.models.memory import predict_memory
 from src.preflight import check as check_module
 from src.preflight import machine, network
-from src.preflight.check import FAILED, OK, WARNING
+from src.preflight.check import FAILED, OK, WARNING, Check
 from src.preflight.machine import Workload
 from src.preflight.network import describe_speed, explain_knock
 from src.preflight.run import run_checks, settings_for_check
@@ -333,6 +333,15 @@ def test_check_tells_what_others_see_of_the_own_port(monkeypatch, tried, state, 
     assert check.state == state
     for word in words:
         assert word in check.lines()
+
+
+def test_check_of_a_trainer_that_may_be_a_client_only_warns():
+    closed = Check("own port from outside", FAILED, "x cannot reach this machine",
+                   "this side: open the port, or run a trainer with --client_mode")  # fmt: skip
+    warned = network.or_client(closed)
+    assert (warned.state, warned.fix) == (WARNING, "this side: open the port")
+    assert "goes on as a client" in warned.found
+    assert network.or_client(Check("own port from outside", OK, "x reaches it")).state == OK
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class FakeOptimizer:
         self.model, self.samples_per_epoch = model, samples_per_epoch
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.steps, self.rounds, self.num_downloads, self.downloaded_value = [], [], 0, None
-        self.downloads, self.shares_state = [], False
+        self.downloads, self.shares_state, self.kept = [], False, []
+        self.load_state_timeout = 600.0
         self.client_mode = self.auxiliary = False
         self.refusals, self.waits = [], True
         lamb = CPULAMB8Bit(self.parameters, lr=0.5, min_8bit_size=4096)
@@ -106,6 +107,7 @@ class FakeOptimizer:
         )
         self.tracker = SimpleNamespace(
             global_epoch=epoch,
+            present={},
             samples_per_second=12.0,
             global_progress=SimpleNamespace(
                 num_peers=1, samples_accumulated=3, target_batch_size=samples_per_epoch, eta_next_epoch=0.0
@@ -163,6 +165,9 @@ class FakeOptimizer:
 
     def stop_waiting(self) -> None:
         self.waits = False
+
+    def keep_state(self, epoch: int) -> None:
+        self.kept.append(epoch)
 
     def share_state(self) -> None:
         self.shares_state = True

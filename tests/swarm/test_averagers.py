@@ -782,7 +782,7 @@ def test_state_averager_names_the_last_epoch_only_when_its_step_is_done(monkeypa
     monkeypatch.setattr(TrainingStateAverager, "get_current_state", lambda self: (dict(state[0]), *state[1:]))
     averager = LeanStateAverager.__new__(LeanStateAverager)
     averager._parent_pid, averager._ident = None, None
-    averager.final_epoch, averager.pending_updates = 20, {Future()}
+    averager.final_epoch, averager.pending_updates, averager.mode = 20, {Future()}, AveragingMode.NODE
     if is_done:
         next(iter(averager.pending_updates)).set_result(None)
     assert averager.get_current_state() == ({"epoch": named}, *state[1:])
@@ -792,7 +792,8 @@ def test_state_averager_names_the_last_epoch_only_when_its_step_is_done(monkeypa
 def test_remote_calls_stream_in_both_directions(averager_type):
     averager_type._collect_rpc_handlers()
     handlers = {handler.method_name: handler for handler in averager_type._rpc_handlers}
-    assert (handlers.pop("rpc_sample_state", None) is not None) == (averager_type is LeanStateAverager)  # our own
+    for own in ("rpc_sample_state", "rpc_resume_state"):
+        assert (handlers.pop(own, None) is not None) == (averager_type is LeanStateAverager)
     original = {handler.method_name: handler for handler in handlers_of(averager_type.__bases__[-1])}
     assert handlers == original  # the same messages and streams as in hivemind's own class
     part = handlers["rpc_aggregate_part"]

@@ -386,6 +386,14 @@ def test_forged_records_do_not_disturb_two_peers_of_a_running_swarm():
             node.shutdown()
 
 
+def test_epoch_of_a_swarm_of_clients_is_that_of_its_clients():
+    """A helper keeps their state; without one, a client that is behind would ask in vain, and then believe nobody."""
+    tracker = bare_tracker(epoch=5, client_mode=True)
+    tracker.epoch_since -= 1000.0
+    assert parse(tracker, client={"epoch": 9}).epoch == 9
+    assert parse(tracker, client={"epoch": 9}, other={"client_mode": False}).epoch == 6
+
+
 @pytest.mark.swarm
 def test_client_that_is_the_first_to_end_an_epoch_ends_it_for_the_others():
     tracker = bare_tracker(epoch=5)

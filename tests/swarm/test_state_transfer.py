@@ -222,6 +222,26 @@ MISFITS = {
 }
 
 
+@pytest.mark.parametrize("num_parts", range(5))
+@pytest.mark.parametrize("cut", [0, 100])
+def test_stage_says_where_a_state_goes_on(num_parts, cut):
+    """``cut``: bytes of the last part that are missing."""
+    stage, parts = Stage(OWN), [part for tensor in OWN for part in parts_of(tensor)]
+    if num_parts:
+        last = parts[num_parts - 1]
+        parts[num_parts - 1] = runtime_pb2.Tensor.FromString(last.SerializeToString())
+        parts[num_parts - 1].buffer = last.buffer[: len(last.buffer) - cut]
+    for part in parts[:num_parts]:
+        stage.take(part)
+    assert stage.is_complete == (num_parts == len(parts) and not cut)
+    tensor, first = stage.resume()
+    assert (tensor, first) != (0, 0) or num_parts <= (1 if cut else 0)
+    for number, own in enumerate(OWN[tensor:]):
+        for part in parts_of(own, first=0 if number else first):
+            stage.take(part)
+    assert all(torch.equal(*pair) for pair in zip(stage.end(), OWN, strict=True))
+
+
 @pytest.mark.parametrize("kind", MISFITS)
 def test_stage_takes_no_more_and_nothing_else_than_a_state(kind):
     stage, (parts, text) = Stage(OWN), MISFITS[kind]
@@ -240,6 +260,9 @@ class BadDonor(LeanStateAverager):
     fault = ""
 
     async def rpc_download_state(self, request: averaging_pb2.DownloadRequest, context: hivemind.p2p.P2PContext):
+        if self.fault == "breaks off":
+            async for message in self._some(super().rpc_download_state(request, context), 12):
+                yield message
         if self.fault == "is slow":
             async for message in super().rpc_download_state(request, context):
                 yield message
@@ -258,7 +281,19 @@ class BadDonor(LeanStateAverager):
                 await asyncio.sleep(1.0)
             await asyncio.sleep(0)
 
+    async def rpc_resume_state(self, request: averaging_pb2.AveragingData, context: hivemind.p2p.P2PContext):
+        async for message in self._some(super().rpc_resume_state(request, context), 7):
+            yield message
 
+    async def _some(self, messages, number: int):
+        async for message in messages:
+            yield message
+            number -= 1
+            if not number:
+                raise OSError("the cable was pulled")
+
+
+BadDonor.rpc_resume_state.__annotations__["return"] = LeanStateAverager.rpc_resume_state.__annotations__["return"]
 BadDonor.rpc_download_state.__annotations__["return"] = LeanStateAverager.rpc_download_state.__annotations__["return"]
 BadDonor.__name__ = "LeanStateAverager"  # or its remote calls would not be found
 
@@ -313,6 +348,20 @@ def test_donor_that_does_not_come_to_an_end_is_left_for_the_next_one(start_peers
     ((peer, reason),) = joining.take_refusals()
     assert peer == str(bad.peer_id) and "asking the next donor" in reason
     assert psutil.Process(joining.pid).memory_info().rss < memory + 2**27
+
+
+@pytest.mark.timeout(200)
+def test_download_goes_on_where_it_was_broken_off(start_peers):
+    """A part of 64 KiB at most is sent twice: the donor hands out 12 of them, then 7 at a time."""
+    donor, joining = start_peers(6, fault="breaks off", size=200_000), start_peers(0, size=200_000)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in donor.optimizer.param_groups[0]["params"]:
+        parameter.data.copy_(torch.randn(200_000, generator=generator))
+    seconds = join(joining)
+    assert joining.local_epoch == 6 and not joining.take_refusals()
+    pairs = zip(*(one.optimizer.param_groups[0]["params"] for one in (donor, joining)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert seconds < 20, "six breaks"
 
 
 def test_search_for_a_state_ends_another_one_whose_owner_has_given_up():

@@ -415,10 +415,9 @@ def test_callback_writes_no_last_backup_of_a_state_that_is_not_the_runs_yet(tmp_
 # -- the end of a run -------------------------------------------------------------------------------------------------
 
 
-def at_the_end(folder, *, stored=(), client_mode=False, **options):
+def at_the_end(folder, *, stored=(), **options):
     """A callback that has trained the last epoch, 3; auxiliary peers have stored the epochs ``stored``."""
     optimizer = FakeOptimizer(tiny_model(), epoch=3)
-    optimizer.client_mode = client_mode
     callback = make_callback(folder, optimizer, total_steps=3, **options)
     for number, epoch in enumerate(stored):
         store_checkpoint_epoch(callback.swarm.dht, "fake", b"aux %d" % number, epoch, expiration=60.0)
@@ -449,8 +448,7 @@ def test_callback_waits_at_the_end_until_every_auxiliary_peer_has_stored_the_sta
 
 @pytest.mark.parametrize(
     ("why", "options"),
-    [("nobody stores", {}), ("all is stored", {"stored": (3, 4)}),
-     ("it shares nothing itself", {"stored": (0,), "client_mode": True})],
+    [("nobody stores", {}), ("all is stored", {"stored": (3, 4)})],
 )  # fmt: skip
 def test_callback_leaves_at_once_at_the_end_when_there_is_nothing_to_wait_for(tmp_path, why, options):
     callback = at_the_end(tmp_path, **options)
