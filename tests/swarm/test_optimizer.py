@@ -283,7 +283,7 @@ def bare_optimizer(num_peers: int) -> LeanOptimizer:
     optimizer = LeanOptimizer.__new__(LeanOptimizer)
     optimizer._parent_pid = None  # hivemind's __del__ leaves it alone
     optimizer.grad_averager = SimpleNamespace()
-    optimizer.state_averager = SimpleNamespace(_update_scheduler=lambda: None)
+    optimizer.state_averager = SimpleNamespace(_update_scheduler=lambda: None, lacks_epochs=False)
     optimizer.tracker = SimpleNamespace(
         global_progress=SimpleNamespace(num_peers=num_peers), estimated_next_update_time=0.0, global_epoch=0
     )
@@ -562,7 +562,7 @@ def test_patience_leaves_time_for_a_round_after_a_whole_search(matchmaking_time,
 def test_optimizer_that_leaves_an_epoch_waits_for_no_search(monkeypatch, leave):
     optimizer, seen = LeanOptimizer.__new__(LeanOptimizer), []
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
-    optimizer.state_averager = SimpleNamespace(local_epoch=4, _update_scheduler=lambda: None)
+    optimizer.state_averager = SimpleNamespace(local_epoch=4, _update_scheduler=lambda: None, lacks_epochs=False)
     optimizer.scheduled_state = None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience(10.0))
     optimizer.tracker = SimpleNamespace(global_epoch=4, has_trained=True, is_apart=False)
