@@ -241,11 +241,13 @@ def _choose(query, attention_mask, dropout_prob):
     has_spans = isinstance(attention_mask, Spans)
     length = attention_mask.longest if has_spans else query.shape[-2]
     num_threads = torch.get_num_threads()
-    names = [] if has_spans else [TORCH]  # which would compute the whole square
+    names = []  # those that keep no number besides come first
     if length >= MIN_LENGTH_PER_THREAD * num_threads or (has_spans and length**2 > HEAD_SCORES_AT_ONCE):
         names.append(BLOCKS)
     if length**2 <= HEAD_SCORES_AT_ONCE:
         names.append(HEADS)
+    if not has_spans:  # it would compute the whole square
+        names.append(TORCH)
     if chosen_kernels() != MEASURE:
         return next(name for name in (BLOCKS, TORCH, HEADS) if name in names)
     return _find_fastest(tuple(names), query.dtype, length, query.shape[-1], num_threads)

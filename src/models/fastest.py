@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 MEASURE, TORCH, ONEDNN = CHOICES = ("measure", "torch", "onednn")
 VARIABLE = "LEANALBERT_CPU_KERNELS"  # for programs without a flag for it
 ROUNDS = 3
+MARGIN = 1.05  # so many times faster than the first one must be what is taken instead
 _choice = None  # of `use_cpu_kernels`
 _known: dict[str, str] | None = None  # what the file holds, and what has been measured since
-_lock = threading.Lock()
 
 
 def use_cpu_kernels(choice):
@@ -46,16 +46,16 @@ def chosen_kernels():
 def fastest(key, candidates):
     """The name of the fastest one for what `key` describes, from the file or measured: a fraction of a second.
 
-    candidates: a function that makes {name: function without arguments}; it is called only to measure.
+    candidates: a function that makes {name: function without arguments}, the preferred one first; it is called only to
+    measure.
     """
     global _known
     if _known is not None and key in _known:
         return _known[key]
-    with _lock:
-        _known = read() if _known is None else _known
-        if key not in _known:
-            _known[key] = measure(candidates)
-            write(_known)
+    _known = read() if _known is None else _known
+    if key not in _known:
+        _known[key] = measure(candidates)  # which may ask for what it needs itself
+        write(_known)
     return _known[key]
 
 
@@ -79,7 +79,8 @@ def measure(candidates):
 
 
 def pick(functions, clock):
-    """The name of the one with the shortest run; all of them run by turns, after a first time that does not count."""
+    """The name of the one with the shortest run, or of the first where that is nearly as fast. All of them run by turns,
+    after a first time that does not count."""
     shortest = dict.fromkeys(functions, float("inf"))
     for number in range(1 + ROUNDS):
         for name, function in functions.items():
@@ -87,7 +88,8 @@ def pick(functions, clock):
             function()
             if number:
                 shortest[name] = min(shortest[name], clock() - began)
-    return min(shortest, key=shortest.get)
+    first, best = next(iter(shortest)), min(shortest, key=shortest.get)
+    return best if shortest[first] > MARGIN * shortest[best] else first
 
 
 def cache_file():

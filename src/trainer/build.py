@@ -20,6 +20,7 @@ from transformers import PrinterCallback
 from arguments import FLAGS, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
+from src.models.fastest import use_cpu_kernels
 from src.preflight.check import OK, WARNING
 from src.preflight.machine import Workload, check_memory, needed_memory, require_shared_memory
 from src.preflight.network import Seen
@@ -62,6 +63,7 @@ def check(
     """Test this machine's set-up without joining in training; returns the exit code."""
 
     def make_model():
+        use_cpu_kernels(training.cpu_kernels)
         model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
         task.check_sequence_length(model, training.max_sequence_length)
         if peer.init_checkpoint is not None:
@@ -130,6 +132,7 @@ def build(
 
     ``entry``: from `src.swarm.join.enter`.
     """
+    use_cpu_kernels(training.cpu_kernels)
     model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     task.check_sequence_length(model, training.max_sequence_length)
     require_shared_memory(model)
@@ -270,6 +273,7 @@ def follow_settings(peer: TrainerPeerArguments, given: dict) -> list[str]:
 def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:
     """A process that computes gradients for rank 0 of the same peer, when torchrun has started several."""
     workers = LocalWorkers(rank=training.process_index, size=training.world_size, device=training.device)
+    use_cpu_kernels(training.cpu_kernels)
     model, tokenizer = task.build_model(peer, seed=training.seed, activation_memory=training.activation_memory)
     model.to(training.device)
     peer_seed = workers.share_bytes() + bytes([workers.rank])  # each rank reads data of its own

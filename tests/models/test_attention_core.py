@@ -148,9 +148,9 @@ def test_fastest_of_those_that_suit_is_used(monkeypatch):
     long, short, medium = torch.zeros(1, 1, 1024, 8), torch.zeros(1, 1, 511, 8), torch.zeros(1, 1, 512, 8)
     use_cpu_kernels("measure")
     try:
-        assert module._choose(long, None, 0.0) == (TORCH, BLOCKS)
-        assert module._choose(medium.bfloat16(), None, 0.0) == (TORCH, BLOCKS, HEADS)
-        assert module._choose(short, None, 0.0) == (TORCH, HEADS)
+        assert module._choose(long, None, 0.0) == (BLOCKS, TORCH)
+        assert module._choose(medium.bfloat16(), None, 0.0) == (BLOCKS, HEADS, TORCH)
+        assert module._choose(short, None, 0.0) == (HEADS, TORCH)
         assert module._choose(long, Spans((((0, 512), (512, 1024)),), 1024), 0.0) == (BLOCKS, HEADS)
         assert module._choose(long, Spans((((0, 1024),),), 1024), 0.0) == (BLOCKS,)
         for other in (long.double(), long.to("meta"), long[:0]):
