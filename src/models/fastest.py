@@ -79,8 +79,8 @@ def measure(candidates):
 
 
 def pick(functions, clock):
-    """The name of the one with the shortest run, or of the first where that is nearly as fast. All of them run by turns,
-    after a first time that does not count."""
+    """The name of the one with the shortest run, or of the first where that is nearly as fast. All of them run by
+    turns, after a first time that does not count."""
     shortest = dict.fromkeys(functions, float("inf"))
     for number in range(1 + ROUNDS):
         for name, function in functions.items():
