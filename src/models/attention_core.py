@@ -263,7 +263,7 @@ def _find_fastest(names, dtype, length, head_size, num_threads):
         return names[0]
     if key not in _found:
         text = f"attention by {' or '.join(names)}, {dtype}, length {length}, head {head_size}, {num_threads} threads"
-        _found[key] = fastest(text, lambda: _candidates(names, dtype, length, head_size, num_threads))
+        _found[key] = fastest(text, names, lambda: _candidates(names, dtype, length, head_size, num_threads))
     return _found[key]
 
 

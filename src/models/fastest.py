@@ -43,17 +43,14 @@ def chosen_kernels():
     return choice
 
 
-def fastest(key, candidates):
-    """The name of the fastest one for what `key` describes, from the file or measured: a fraction of a second.
+def fastest(key, names, candidates):
+    """Of `names` that of the fastest one for what `key` describes, from the file or measured: a fraction of a second.
 
-    candidates: a function that makes {name: function without arguments}, the preferred one first; it is called only to
-    measure.
+    names: the preferred one first. candidates: makes {name: function without arguments}; it is called only to measure.
     """
     global _known
-    if _known is not None and key in _known:
-        return _known[key]
     _known = read() if _known is None else _known
-    if key not in _known:
+    if _known.get(key) not in names:
         _known[key] = measure(candidates)  # which may ask for what it needs itself
         write(_known)
     return _known[key]

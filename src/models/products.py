@@ -68,7 +68,7 @@ def _find_fastest(sides, transposed, num_threads):
     if key not in _found:
         names = ["transposed" if is_transposed else "plain" for is_transposed in transposed]
         text = f"fp32 product of {sides}, {names[0]} by {names[1]}, {num_threads} threads"
-        _found[key] = fastest(text, lambda: _candidates(sides, transposed))
+        _found[key] = fastest(text, (TORCH, ONEDNN), lambda: _candidates(sides, transposed))
     return _found[key]
 
 

@@ -37,26 +37,26 @@ def test_shortest_run_wins(monkeypatch):
 
 
 def test_what_was_measured_is_read_by_the_next_process(cache, monkeypatch):
-    assert fastest("product", lambda: FUNCTIONS) == "fast"
-    assert fastest("product", refuse) == "fast"
+    assert fastest("product", FUNCTIONS, lambda: FUNCTIONS) == "fast"
+    assert fastest("product", FUNCTIONS, refuse) == "fast"
     monkeypatch.setattr(module, "_known", None)
-    assert fastest("product", refuse) == "fast"
+    assert fastest("product", FUNCTIONS, refuse) == "fast"
     (path,) = (cache / "leanalbert").iterdir()
     assert json.loads(path.read_text()) == {"product": "fast"}
 
 
 def test_what_another_process_wrote_meanwhile_is_kept(cache, monkeypatch):
-    fastest("product", lambda: FUNCTIONS)
+    fastest("product", FUNCTIONS, lambda: FUNCTIONS)
     monkeypatch.setattr(module, "_known", {})
-    fastest("attention", lambda: FUNCTIONS)
+    fastest("attention", FUNCTIONS, lambda: FUNCTIONS)
     assert module.read() == {"product": "fast", "attention": "fast"}
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{", '{"product": 3}', "\xff"])
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"product": 3}', "\xff", '{"product": "other"}'])
 def test_damaged_file_is_written_anew(cache, content):
     module.write({})
     module.cache_file().write_text(content, encoding="latin-1")
-    assert fastest("product", lambda: FUNCTIONS) == "fast"
+    assert fastest("product", FUNCTIONS, lambda: FUNCTIONS) == "fast"
     assert module.read() == {"product": "fast"}
 
 
@@ -64,7 +64,7 @@ def test_place_that_cannot_be_written_to_is_said(cache, monkeypatch, caplog):
     (cache / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
     with caplog.at_level("INFO"):
-        assert fastest("product", lambda: FUNCTIONS) == "fast"
+        assert fastest("product", FUNCTIONS, lambda: FUNCTIONS) == "fast"
     assert "cannot be kept" in caplog.text
 
 
@@ -77,22 +77,22 @@ def test_caller_is_not_disturbed(cache):
         return FUNCTIONS
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        fastest("product", candidates)
+        fastest("product", FUNCTIONS, candidates)
     assert seen == [(False, True, seen[0][2])] and seen[0][2] is not threading.current_thread()
 
 
 def test_what_is_measured_may_measure_what_it_needs(cache):
     def candidates():
-        fastest("product", lambda: FUNCTIONS)
+        fastest("product", FUNCTIONS, lambda: FUNCTIONS)
         return FUNCTIONS
 
-    assert fastest("attention", candidates) == "fast"
+    assert fastest("attention", FUNCTIONS, candidates) == "fast"
     assert module.read() == {"product": "fast", "attention": "fast"}
 
 
 def test_failure_reaches_the_caller(cache):
     with pytest.raises(AssertionError, match="measured again"):
-        fastest("product", refuse)
+        fastest("product", FUNCTIONS, refuse)
 
 
 def test_library_can_be_forced(monkeypatch):

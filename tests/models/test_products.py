@@ -40,7 +40,9 @@ def test_linear_product_leaves_other_types_and_empty_batches_to_torch():
 def test_each_kind_of_product_is_measured_once(monkeypatch):
     asked = []
     monkeypatch.setattr(products, "_found", {})
-    monkeypatch.setattr(products, "fastest", lambda key, candidates: asked.append((key, set(candidates()))) or TORCH)
+    monkeypatch.setattr(
+        products, "fastest", lambda key, names, candidates: asked.append((key, set(candidates()))) or TORCH
+    )
     use_cpu_kernels("measure")
     try:
         inputs, weight = torch.ones(70, 100), torch.ones(50, 100)
