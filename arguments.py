@@ -446,6 +446,14 @@ class HFTrainerArguments(TrainingArguments):
         scope=MINE,
         choices=["default", "lean", "checkpoint"],
     )
+    cpu_kernels: str | None = option(
+        None,
+        'Matrix products and attention without a GPU: "measure" (the default) takes what is fastest on this machine, '
+        'measured once and kept in the cache folder of the user; "torch" and "onednn" take those of one library.',
+        topic=MACHINE,
+        scope=MINE,
+        choices=["measure", "torch", "onednn"],
+    )
     gradient_checkpointing: bool = option(
         False, "The same as --activation_memory checkpoint.", topic=MACHINE, scope=MINE
     )

@@ -92,7 +92,7 @@ class Row:
 
     ``ratio`` is this side over the side called ``peer`` in the same case. ``target``, such as "<= 0.9" or ">= 3",
     is for the ratio if there is one, for the value otherwise; ``met`` follows from it. A claim about a ratio and
-    about a value (time and megabytes) takes two rows.
+    about a value (time and megabytes) takes two rows. A target may have a way out that `met` alone knows.
     """
 
     claim: str
@@ -104,6 +104,7 @@ class Row:
     target: str | None = None
     met: bool | None = None
     peer: str = ""
+    floor: float | None = None  # of the value: what cannot be done without, measured in the same run
 
     def __post_init__(self):
         if self.target is not None and self.met is None:

@@ -28,7 +28,8 @@ LIMITS = {
     "data_pipeline": 150,
     "butterfly": 60,
     "lamb_step": 130,
-    "encoder": 200,
+    "attention": 60,
+    "encoder": 330,
     "whole_trainer": 230,
     "averaging_wait": 220,
 }
@@ -43,6 +44,7 @@ SECTIONS = {
     "mlm_head": "Masked-LM head",
     "lamb_step": "8-bit LAMB step",
     "encoder": "Encoder",
+    "attention": "Attention and the last layer",
     "whole_trainer": "Whole trainer",
     "averaging_wait": "Averaging",
 }
@@ -127,7 +129,8 @@ def write_results(directory: Path, records: dict[str, dict], failures: dict[str,
         "bench_time.png": draw(directory / "bench_time.png", "time", rows, memory=False),
         "bench_memory.png": draw(directory / "bench_memory.png", "memory", rows, memory=True),
     }
-    lines = ["# Benchmarks", "", "Written by `make bench` (`python -m benchmarks.run_all`).", ""]
+    lines = [f"# Benchmarks on {processors(records)}", ""]
+    lines += ["Written by `make bench` (`python -m benchmarks.run_all`).", ""]
     lines += describe_machine(records)
     lines += [f"- **no result from `{name}`**: {failure}" for name, failure in failures.items()]
     missed = [(row, record["name"]) for row, record in rows if row.met is False]
@@ -151,6 +154,11 @@ def write_results(directory: Path, records: dict[str, dict], failures: dict[str,
     write_atomically(directory / "RESULTS.md", ("\n".join(lines) + "\n").encode())
 
 
+def processors(records: dict[str, dict]) -> str:
+    names = {f"{record['machine']['cpu']} ({record['machine'].get('simd', '?')})" for record in records.values()}
+    return ", ".join(sorted(names)) or "no machine yet"
+
+
 def describe_machine(records: dict[str, dict]) -> list[str]:
     """One line for each machine and set of versions, with the scripts it ran."""
     lines: dict[str, list[str]] = {}
@@ -166,16 +174,18 @@ def describe_machine(records: dict[str, dict]) -> list[str]:
 
 def claims_table(rows: list[Row]) -> list[str]:
     """What has a target: ours beside the peer."""
-    lines = ["| claim | case | ours | peer | ratio | target | |", "|---|---|---|---|---|---|---|"]
+    lines = ["| claim | case | ours | peer | floor | ratio | target | |", "|---|---|---|---|---|---|---|---|"]
     for row in rows:
         if row.target is None:
             continue
         other = peer_of(row, rows)
         peer = f"{other.side}: {number(other.value)} {other.unit}" if other else ""
         relative = "" if row.ratio is None else f"{row.ratio:.3g}"
+        floor = "" if row.floor is None else f"{number(row.floor)} {row.unit}"
         verdict = "met" if row.met else f"**{row.missed}**"
         ours = f"{row.side}: {number(row.value)} {row.unit}"
-        lines.append(f"| {row.claim} | {row.case} | {ours} | {peer} | {relative} | {row.target} | {verdict} |")
+        cells = row.claim, row.case, ours, peer, floor, relative, row.target, verdict
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -12,14 +12,9 @@ from benchmarks.encoder import computes_in_bf16
 from benchmarks.measure import Row, interleave, options, ratio, report
 from src.models import linear_cross_entropy
 from src.models.attention_core import BlockedAttention, attention_core
-from src.models.products import linear_product
+from src.models.products import by_onednn, linear_product
 
 HEAD_SIZE = 64
-
-
-def by_onednn(inputs, weight):
-    """inputs @ weight.T"""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
 
 
 def products(rows, out_features, in_features):

@@ -20,6 +20,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("LEANALBERT_SHARED", REPOSITORY.parent / "shared"))
 
 torch.set_num_threads(1)
+os.environ["LEANALBERT_CPU_KERNELS"] = "onednn"  # nothing is measured where other tests run: the same results each time
 
 # Fixtures in which two or more peers meet; modules and tests in which they do otherwise are marked where they stand.
 SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running", "start_optimizers", "start_peers",

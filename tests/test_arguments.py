@@ -90,6 +90,7 @@ DEFAULTS = {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 1,
         "activation_memory": None,
+        "cpu_kernels": None,
         "gradient_checkpointing": False,
         "fp16": False,
         "bf16": False,

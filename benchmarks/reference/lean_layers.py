@@ -26,9 +26,9 @@ def original_block(block, hidden_states, cos, sin, penalty=None):
 
     norm, first, second = ffn.layer_norm, ffn.dense_i2h, ffn.dense_h2o
     inner = PreparedLinear.apply(
-        ffn._normalise, hidden_states, first.shared_matrix.weight, first.bias, norm.weight, norm.bias
+        ffn._normalise, None, hidden_states, first.shared_matrix.weight, first.bias, norm.weight, norm.bias
     )
-    return hidden_states + PreparedLinear.apply(ffn._activate, inner, second.shared_matrix.weight, second.bias)
+    return hidden_states + PreparedLinear.apply(ffn._activate, None, inner, second.shared_matrix.weight, second.bias)
 
 
 def attention_core(states, cos, sin, penalty=None):

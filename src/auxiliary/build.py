@@ -21,6 +21,7 @@ from src.auxiliary.uploader import Uploader, make_public
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory
 from src.metrics.report import Reporter
+from src.models.fastest import use_cpu_kernels
 from src.models.hub import ASK_SECONDS, check_token, give_up_on_silence
 from src.preflight.machine import Workload, check_uploads, needed_memory, require_shared_memory
 from src.preflight.network import Seen
@@ -126,6 +127,7 @@ def build(
 
     ``entry``: from `src.swarm.join.enter`.
     """
+    use_cpu_kernels(training.cpu_kernels)
     model, tokenizer = task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)

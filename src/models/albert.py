@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .activations import get_activation
+from .attention_core import Spans
 from .butterfly import ButterflyMatrix
 from .config import LeanAlbertConfig
 from .linear_cross_entropy import linear_cross_entropy
@@ -146,10 +148,12 @@ class LeanAlbertModel(LeanAlbertPreTrainedModel):
         inputs_embeds=None,
         output_attentions=None,
         output_hidden_states=None,
+        wanted=None,
     ):
         """last_hidden_state [batch, length, hidden_size], pooler_output [batch, hidden_size] or None.
 
-        attention_mask and position_ids: see `LeanTransformer.forward`.
+        attention_mask and position_ids: see `LeanTransformer.forward`. With `wanted` positions (see there)
+        last_hidden_state is [wanted, hidden_size], and nothing is pooled.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds, and not both")
@@ -159,12 +163,22 @@ class LeanAlbertModel(LeanAlbertPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         embeddings = self.embeddings(input_ids, token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds)
         last_hidden_state, hidden_states = self.transformer(
-            embeddings, attention_mask, position_ids=position_ids, output_hidden_states=output_hidden_states
+            embeddings,
+            attention_mask,
+            position_ids=position_ids,
+            output_hidden_states=output_hidden_states,
+            wanted=wanted,
         )
-        pooler_output = None if self.pooler is None else torch.tanh(self.pooler(last_hidden_state[:, 0]))
+        pooler_output = None
+        if self.pooler is not None and wanted is None:
+            pooler_output = self.pool(last_hidden_state[:, 0])
         return BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state, pooler_output=pooler_output, hidden_states=hidden_states
         )
+
+    def pool(self, first_states):
+        """Of first tokens, [..., hidden_size] -> the same."""
+        return torch.tanh(self.pooler(first_states))
 
 
 def find_aliases(module):
@@ -239,11 +253,21 @@ def masked_lm_loss(head, hidden_states, labels, *, sparse):
     if not sparse:
         logits = head(hidden_states)
         return logits, mean_cross_entropy(logits.flatten(0, -2), labels.flatten())
-    labels = labels.flatten()
-    # The host waits for a GPU here: the number of labels is the size of all that follows.
-    labelled = (labels != IGNORED_LABEL).nonzero().squeeze(1)  # [num_labels]
-    labels = labels.index_select(0, labelled)
-    hidden_states = hidden_states.flatten(0, 1).index_select(0, labelled)  # [num_labels, hidden_size]
+    labelled = find_labelled(labels)
+    hidden_states = hidden_states.flatten(0, 1).index_select(0, labelled)
+    return labelled_loss(head, hidden_states, labels.flatten().index_select(0, labelled))
+
+
+def find_labelled(labels):
+    """[num_labels] positions, in the rows put end to end, of what is to be predicted.
+
+    The host waits for a GPU here: the number of labels is the size of all that follows.
+    """
+    return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
+
+
+def labelled_loss(head, hidden_states, labels):
+    """Logits [num_labels, vocab_size] (None while training) and loss of [num_labels, hidden_size] and [num_labels]."""
     if head.training and not torch.compiler.is_compiling():
         decoder = head.decoder
         return None, linear_cross_entropy(head.transform(hidden_states), decoder.weight, decoder.bias, labels)
@@ -284,12 +308,30 @@ class LeanAlbertForPreTrainingOutput(ModelOutput):
 
 
 def separate_instances(instance_index):
-    """Of packed rows: attention mask [batch, query, key]; positions and first tokens (True), both [batch, length]."""
-    attention_mask = instance_index[:, :, None] == instance_index[:, None, :]
+    """Of packed rows: attention mask [batch, query, key], or on CPU `Spans`, which leave out what no instance sees;
+    positions and first tokens (True), both [batch, length]."""
+    if instance_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        attention_mask = Spans.of(instance_index)
+    else:
+        attention_mask = instance_index[:, :, None] == instance_index[:, None, :]
     is_first = (instance_index != F.pad(instance_index, (1, 0))[:, :-1]) & (instance_index > 0)
     columns = torch.arange(instance_index.shape[1], device=instance_index.device).expand_as(instance_index)
     begins = torch.where(is_first, columns, 0).cummax(dim=1).values
     return attention_mask, torch.where(instance_index > 0, columns - begins, 0), is_first
+
+
+def find_first(labels, is_first):
+    """Positions, in rows [batch, length] put end to end, of their first tokens, or of those that `is_first` marks."""
+    if is_first is not None:
+        return is_first.flatten().nonzero().squeeze(1)
+    return torch.arange(0, labels.numel(), labels.shape[1], device=labels.device)
+
+
+def pad_positions(first, labelled):
+    """How many there are of both kinds and of padding, and all of them, a multiple of 64: oneDNN keeps code for every
+    number of rows that it meets, for good."""
+    padding = first.new_zeros(-(len(first) + len(labelled)) % 64)
+    return [len(first), len(labelled), len(padding)], torch.cat([first, labelled, padding])
 
 
 class LeanAlbertForPreTraining(MaskedLMMixin, LeanAlbertPreTrainedModel):
@@ -323,13 +365,22 @@ class LeanAlbertForPreTraining(MaskedLMMixin, LeanAlbertPreTrainedModel):
         is_first = None
         if instance_index is not None:
             attention_mask, kwargs["position_ids"], is_first = separate_instances(instance_index)
-        outputs = self.albert(input_ids, attention_mask, token_type_ids, **kwargs)
-        prediction_logits, mlm_loss = masked_lm_loss(
-            self.predictions, outputs.last_hidden_state, labels, sparse=self.config.sparse_prediction
-        )
-        pooler_output = outputs.pooler_output
-        if is_first is not None:
-            pooler_output = torch.tanh(self.albert.pooler(outputs.last_hidden_state[is_first]))  # [instances, ...]
+        encode = partial(self.albert, input_ids, attention_mask, token_type_ids, **kwargs)
+        if self._needs_few_positions(labels, kwargs):
+            first, labelled = find_first(labels, is_first), find_labelled(labels)
+            counts, wanted = pad_positions(first, labelled)
+            outputs = encode(wanted=wanted)
+            first_states, states, _ = outputs.last_hidden_state.split(counts)
+            pooler_output = self.albert.pool(first_states)
+            labels = labels.flatten().index_select(0, labelled)
+            prediction_logits, mlm_loss = labelled_loss(self.predictions, states, labels)
+        else:
+            outputs = encode()
+            states, pooler_output = outputs.last_hidden_state, outputs.pooler_output
+            if is_first is not None:
+                pooler_output = self.albert.pool(states[is_first])  # [instances, hidden_size]
+            sparse = self.config.sparse_prediction
+            prediction_logits, mlm_loss = masked_lm_loss(self.predictions, states, labels, sparse=sparse)
         sop_logits = self.sop_classifier(pooler_output)
         sop_loss = None
         if sentence_order_label is not None:
@@ -343,6 +394,12 @@ class LeanAlbertForPreTraining(MaskedLMMixin, LeanAlbertPreTrainedModel):
             sop_logits=sop_logits,
             hidden_states=outputs.hidden_states,
         )
+
+    def _needs_few_positions(self, labels, options):
+        """Whether the last layer's output is read at labels and first tokens only. A compiler would make code anew for
+        every number of labels."""
+        wants_all = options.get("output_hidden_states") or self.config.output_hidden_states
+        return labels is not None and self.config.sparse_prediction and not (wants_all or torch.compiler.is_compiling())
 
 
 class LeanAlbertForMaskedLM(MaskedLMMixin, LeanAlbertPreTrainedModel):

@@ -14,7 +14,8 @@ from .albert import LeanAlbertForPreTraining
 from .config import LeanAlbertConfig
 from .linear_cross_entropy import ROWS_AT_ONCE
 from .recompute import LEVELS
-from .shared_linear import dense_matrices
+from .shared_linear import SharedMatrix, dense_matrices
+from .weight_of_pass import ROWS_GATHERED
 
 MUON_8BIT, MUON_32BIT = 1 + 4 / 4096, 4  # the same of the matrices that Muon has, which keeps one moment
 LAMB_8BIT, LAMB_32BIT = 2 + 8 / 4096, 8  # bytes per parameter: two codes and a scale for each 4096 of them; two floats
@@ -101,6 +102,17 @@ def workspace_bytes(config, *, bf16=False):
     return repeated + narrow * config.intermediate_size * (6 if config.hidden_act_gated else 3) + 4 * config.hidden_size
 
 
+def gathered_bytes(config, num_tokens, *, bf16=False):
+    """Bytes of the inputs and output gradients that matrices of several layers gather for one product."""
+    if num_tokens >= ROWS_GATHERED or config.block_size:
+        return 0
+    gate = 2 if config.hidden_act_gated else 1
+    features = 8 * config.hidden_size + (1 + gate) * config.intermediate_size  # in and out, of all four matrices
+    num_blocks = config.num_hidden_layers * config.num_inner_groups
+    rows = num_tokens * min(num_blocks, -(-ROWS_GATHERED // num_tokens))
+    return (2 if bf16 else 4) * rows * features
+
+
 def logits_bytes(config, num_tokens, *, masked_share=0.15):
     """Bytes of the masked-LM loss at its peak: logits and probabilities, and the decoder's gradient."""
     if not config.sparse_prediction:
@@ -135,17 +147,20 @@ def predict_memory(config, *, batch_size, length, bf16=False, min_8bit_size=MIN_
     """
     with torch.device("meta"):
         model = LeanAlbertForPreTraining(config)
+    matrices = {module.weight for module in model.modules() if isinstance(module, SharedMatrix)}
+    matrix_parameters = sum(weight.numel() for weight in matrices)
     count = sum(parameter.numel() for parameter in model.parameters())
     state, step, products = optimizer_bytes(model, min_8bit_size=min_8bit_size, optimizer=optimizer)
     num_tokens = batch_size * length
     num_blocks = config.num_hidden_layers * config.num_inner_groups
+    narrow_matrices = 2 * matrix_parameters if bf16 else 0
     embeddings = 4 * 2 * config.embedding_size  # their sum, and that normalised
     return Memory(
         parameters=4 * count,
         gradients=4 * count,
         optimizer=state,
-        activations=num_tokens * (num_blocks * block_bytes(config, bf16=bf16) + embeddings),
-        workspace=num_tokens * workspace_bytes(config, bf16=bf16),
+        activations=num_tokens * (num_blocks * block_bytes(config, bf16=bf16) + embeddings) + narrow_matrices,
+        workspace=num_tokens * workspace_bytes(config, bf16=bf16) + gathered_bytes(config, num_tokens, bf16=bf16),
         logits=logits_bytes(config, num_tokens),
         step=step,
         products=products,

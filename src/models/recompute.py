@@ -8,6 +8,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from .weight_of_pass import current_weights, using
+
 # What a block keeps, in units of its input (hidden_size numbers per token), without gating, dropout and sandwich norm:
 # "default" 10 (no matrix product is repeated), "lean" 2 (all but the attention core and the last product), "checkpoint"
 # 1 (all but the last product). Where attention keeps its log-sum-exp, that is one more number per token and head.
@@ -35,19 +37,26 @@ def checkpointed(function, *inputs, draws_random_numbers=False, keep_attention=F
     """
     context = {}
     if not torch.compiler.is_compiling():  # a compiler accepts no such context and drops unused products by itself
-        context = {"context_fn": lambda: (nullcontext(), WhileRecomputing())}
+        weights = current_weights()
+        context = {"context_fn": lambda: (nullcontext(), WhileRecomputing(weights))}
     elif keep_attention:
         context = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION_KERNELS)}
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws_random_numbers, **context)
 
 
 class WhileRecomputing:
-    """Context in which `is_recomputing()` holds; entered once for each backward pass over the function."""
+    """Context in which `is_recomputing()` holds, with the weights of the forward pass that is repeated; entered once
+    for each backward pass over the function."""
+
+    def __init__(self, weights):
+        self.weights = weights
 
     def __enter__(self):
-        self.token = _recomputing.set(True)
+        self.token, self.use = _recomputing.set(True), using(self.weights)
+        self.use.__enter__()
 
     def __exit__(self, *exception):
+        self.use.__exit__(*exception)
         _recomputing.reset(self.token)
 
 
@@ -69,7 +78,7 @@ class RecomputedTensor:
 
     def __init__(self, tensor, function):
         self.storage_address = tensor.untyped_storage().data_ptr()
-        self.function = function
+        self.function, self.weights = function, current_weights()
         self.autocast_options = get_autocast_options(tensor.device.type)
         self.num_kept = self.num_left = 0
         self.computed = None
@@ -84,7 +93,7 @@ class RecomputedTensor:
         if isinstance(kept, torch.Tensor):
             return kept
         if self.num_left == 0:
-            with torch.no_grad(), torch.autocast(**self.autocast_options):
+            with torch.no_grad(), torch.autocast(**self.autocast_options), using(self.weights):
                 self.computed = self.function()
             self.num_left = self.num_kept
         view = self.computed.as_strided(*kept)

@@ -7,24 +7,26 @@ from torch.autograd.function import once_differentiable
 
 from .products import linear_product
 from .recompute import get_autocast_options
+from .weight_of_pass import weight_in_use
 
 
 class PreparedLinear(torch.autograd.Function):
     """Computes linear(prepare(inputs, *parameters), weight, bias), keeping `inputs` instead of what `prepare` returns.
 
     `prepare` is cheap and element- or row-wise (layer norm, activation): the backward pass runs it again and lets
-    autograd differentiate it, so any such function may be used. The matrix product is not repeated.
+    autograd differentiate it, so any such function may be used. The matrix product is not repeated. With a
+    `gradient_sum` the weight's gradient goes there, and autograd gets none.
     """
 
     @staticmethod
-    def forward(ctx, prepare, inputs, weight, bias, *parameters):
-        PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
+    def forward(ctx, prepare, gradient_sum, inputs, weight, bias, *parameters):
+        PreparedLinear.keep(ctx, prepare, gradient_sum, inputs, weight, bias, *parameters)
         return linear_product(prepare(inputs, *parameters), weight, bias)
 
     @staticmethod
-    def keep(ctx, prepare, inputs, weight, bias, *parameters):
+    def keep(ctx, prepare, gradient_sum, inputs, weight, bias, *parameters):
         ctx.autocast_options = get_autocast_options(inputs.device.type)
-        ctx.prepare = prepare
+        ctx.prepare, ctx.gradient_sum = prepare, gradient_sum
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(inputs, weight, *parameters)
 
@@ -32,7 +34,7 @@ class PreparedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_outputs):
         inputs, weight, *parameters = ctx.saved_tensors
-        _, needs_inputs, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad
+        _, _, needs_inputs, needs_weight, needs_bias, *needs_parameters = ctx.needs_input_grad
         sources = [
             tensor.detach().requires_grad_(needed)
             for tensor, needed in zip([inputs, *parameters], [needs_inputs, *needs_parameters], strict=True)
@@ -45,7 +47,10 @@ class PreparedLinear(torch.autograd.Function):
         grad_weight = grad_bias = None
         if needs_weight:
             prepared_rows = prepared.detach().flatten(0, -2).to(grad_rows.dtype)  # [rows, in_features]
-            grad_weight = linear_product(grad_rows.t(), prepared_rows.t()).to(weight.dtype)
+            if ctx.gradient_sum is None:
+                grad_weight = linear_product(grad_rows.t(), prepared_rows.t()).to(weight.dtype)
+            else:
+                ctx.gradient_sum.add(grad_rows, prepared_rows)
         if needs_bias:
             grad_bias = grad_rows.sum(0, dtype=ctx.bias_dtype)
 
@@ -56,15 +61,15 @@ class PreparedLinear(torch.autograd.Function):
             found = torch.autograd.grad(prepared, [sources[index] for index in needed], grad_prepared)
             for index, grad in zip(needed, found, strict=True):
                 grad_sources[index] = grad
-        return None, grad_sources[0], grad_weight, grad_bias, *grad_sources[1:]
+        return None, None, grad_sources[0], grad_weight, grad_bias, *grad_sources[1:]
 
 
 class PreparedLinearWithoutResult(PreparedLinear):
     """The same with any values for a result, for a checkpointed function that runs again: backward needs none."""
 
     @staticmethod
-    def forward(ctx, prepare, inputs, weight, bias, *parameters):
-        PreparedLinear.keep(ctx, prepare, inputs, weight, bias, *parameters)
+    def forward(ctx, prepare, gradient_sum, inputs, weight, bias, *parameters):
+        PreparedLinear.keep(ctx, prepare, gradient_sum, inputs, weight, bias, *parameters)
         cast = ctx.autocast_options["enabled"] and inputs.dtype != torch.float64
         dtype = ctx.autocast_options["dtype"] if cast else inputs.dtype
         return inputs.new_empty(*inputs.shape[:-1], weight.shape[0], dtype=dtype)
@@ -74,11 +79,12 @@ def identity(inputs):
     return inputs
 
 
-def prepared_linear(prepare, inputs, weight, bias, *parameters, result_is_unused=False):
+def prepared_linear(prepare, inputs, weight, bias, *parameters, gradient_sum=None, result_is_unused=False):
     """linear(prepare(inputs, *parameters), weight, bias) that does not keep its prepared input for backward.
 
-    With `result_is_unused` (a checkpointed function that runs again) the result has the right shape and any values.
-    torch.compile chooses by itself what to keep and what to compute again, so it sees the plain expression.
+    gradient_sum: see `weight_of_pass`. With `result_is_unused` (a checkpointed function that runs again) the result has
+    the right shape and any values. torch.compile chooses by itself what to keep and what to compute again, so it sees
+    the plain expression.
     """
     prepare = prepare or identity
     if torch.compiler.is_compiling():
@@ -86,7 +92,7 @@ def prepared_linear(prepare, inputs, weight, bias, *parameters, result_is_unused
     if not torch.is_grad_enabled():
         return linear_product(prepare(inputs, *parameters), weight, bias)
     function = PreparedLinearWithoutResult if result_is_unused else PreparedLinear
-    return function.apply(prepare, inputs, weight, bias, *parameters)
+    return function.apply(prepare, gradient_sum, inputs, weight, bias, *parameters)
 
 
 class SharedMatrix(nn.Module):
@@ -107,7 +113,9 @@ class SharedMatrix(nn.Module):
 
     def multiply(self, inputs, bias, *, prepare=None, parameters=(), result_is_unused=False):
         """Product with the matrix without its low-rank term: [..., in_features] -> [..., out_features]."""
-        return prepared_linear(prepare, inputs, self.weight, bias, *parameters, result_is_unused=result_is_unused)
+        weight, gradient_sum = weight_in_use(self)
+        options = {"gradient_sum": gradient_sum, "result_is_unused": result_is_unused}
+        return prepared_linear(prepare, inputs, weight, bias, *parameters, **options)
 
 
 def dense_matrices(model):

@@ -5,11 +5,13 @@ from torch import nn
 
 from .activations import get_activation
 from .attention import LeanSelfAttention
+from .attention_core import Spans
 from .butterfly import ButterflyMatrix
 from .ffn import LeanFFN
 from .recompute import checkpointed
 from .rotary import rotary_cos_sin
 from .shared_linear import SharedLinear, SharedMatrix, shared_matrix_index
+from .weight_of_pass import forward_pass
 
 
 class LeanBlock(nn.Module):
@@ -27,10 +29,12 @@ class LeanBlock(nn.Module):
         self.attention, self.ffn = attention, ffn
         self.activation_memory = activation_memory
 
-    def forward(self, hidden_states, rotary_angles, attention_mask):
+    def forward(self, hidden_states, rotary_angles, attention_mask, wanted=None):
+        """[batch, length, hidden_size] -> the same, or [wanted, hidden_size] at `wanted` positions of the rows put end
+        to end: every position is attended to, and only these are computed to the end."""
         level = "checkpoint" if self.gradient_checkpointing and self.training else self.activation_memory
         if level == "default" or not torch.is_grad_enabled():
-            return self._compute(hidden_states, rotary_angles, attention_mask)
+            return self._compute(hidden_states, rotary_angles, attention_mask, wanted)
         inputs = (hidden_states, rotary_angles, attention_mask)
         hidden_dropout = self.training and self.attention.hidden_dropout_prob > 0
         attention_dropout = self.training and self.attention.attention_probs_dropout_prob > 0
@@ -38,15 +42,24 @@ class LeanBlock(nn.Module):
         keep_attention = level == "lean" and not attention_dropout
         if keep_attention and not torch.compiler.is_compiling():
             attended = self.attention.attend(*inputs, recompute_states=True)
-            return checkpointed(self._finish, hidden_states, attended, draws_random_numbers=hidden_dropout)
+            parts = select(wanted, hidden_states, attended)
+            return checkpointed(self._finish, *parts, draws_random_numbers=hidden_dropout)
         random = hidden_dropout or attention_dropout
-        return checkpointed(self._compute, *inputs, draws_random_numbers=random, keep_attention=keep_attention)
+        return checkpointed(self._compute, *inputs, wanted, draws_random_numbers=random, keep_attention=keep_attention)
 
-    def _compute(self, hidden_states, rotary_angles, attention_mask):
-        return self._finish(hidden_states, self.attention.attend(hidden_states, rotary_angles, attention_mask))
+    def _compute(self, hidden_states, rotary_angles, attention_mask, wanted):
+        attended = self.attention.attend(hidden_states, rotary_angles, attention_mask)
+        return self._finish(*select(wanted, hidden_states, attended))
 
     def _finish(self, hidden_states, attended):
         return self.ffn(self.attention.add(hidden_states, attended))
+
+
+def select(wanted, *states):
+    """Of tensors [batch, length, size] the rows [wanted, size] at these positions; all as they are for None."""
+    if wanted is None:
+        return states
+    return tuple(state.flatten(0, 1).index_select(0, wanted) for state in states)
 
 
 class LeanLayerGroup(nn.Module):
@@ -54,10 +67,10 @@ class LeanLayerGroup(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, hidden_states, rotary_angles, attention_mask):
-        for layer in self.layers:
+    def forward(self, hidden_states, rotary_angles, attention_mask, wanted=None):
+        for layer in self.layers[:-1]:
             hidden_states = layer(hidden_states, rotary_angles, attention_mask)
-        return hidden_states
+        return self.layers[-1](hidden_states, rotary_angles, attention_mask, wanted)
 
 
 class MatrixPool:
@@ -131,12 +144,16 @@ class LeanTransformer(nn.Module):
         )
         self.post_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states, attention_mask=None, *, position_ids=None, output_hidden_states=False):
+    def forward(
+        self, hidden_states, attention_mask=None, *, position_ids=None, output_hidden_states=False, wanted=None
+    ):
         """[batch, length, hidden_size] -> the same after all layers, and with `output_hidden_states` a tuple of the
         input and the output of each group application, the last one normalised (otherwise None).
 
         attention_mask: 1 for real tokens and 0 for padding, [batch, length], or which keys each query may attend to,
-        [batch, query, key] or [batch, heads or 1, query, key]. position_ids: [batch or 1, length].
+        [batch, query, key] or [batch, heads or 1, query, key], or `Spans`. position_ids: [batch or 1, length].
+        wanted: positions in the rows put end to end; what comes after the last attention is computed there only,
+        [wanted, hidden_size].
         """
         attention_mask = make_attention_mask(attention_mask)
         rotary_angles = None
@@ -146,11 +163,15 @@ class LeanTransformer(nn.Module):
             rotary_angles = rotary_cos_sin(position_ids, self.head_size, self.rotary_base)
 
         all_hidden_states = [hidden_states]
-        for layer in range(self.num_hidden_layers):
-            group = layer * len(self.layer_groups) // self.num_hidden_layers
-            hidden_states = self.layer_groups[group](hidden_states, rotary_angles, attention_mask)
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+        with forward_pass():
+            for layer in range(self.num_hidden_layers):
+                group = layer * len(self.layer_groups) // self.num_hidden_layers
+                is_last = layer == self.num_hidden_layers - 1
+                hidden_states = self.layer_groups[group](
+                    hidden_states, rotary_angles, attention_mask, wanted if is_last else None
+                )
+                if output_hidden_states:
+                    all_hidden_states.append(hidden_states)
         hidden_states = self.post_layer_norm(hidden_states)
         return hidden_states, (*all_hidden_states[:-1], hidden_states) if output_hidden_states else None
 
@@ -164,14 +185,14 @@ def drop_idle_mask(inputs):
 
 
 def make_attention_mask(attention_mask):
-    """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], or None.
+    """Boolean mask for scaled_dot_product_attention that broadcasts to [batch, heads, query, key], `Spans`, or None.
 
     None, which allows the fastest kernels, is also the answer when nothing is masked, if the mask is on the CPU: for
     another device the host would have to wait, see `drop_idle_mask`. A query that may attend to nothing (a row of
     padding only) attends to everything, because the softmax of an empty set is NaN.
     """
-    if attention_mask is None:
-        return None
+    if attention_mask is None or isinstance(attention_mask, Spans):
+        return attention_mask
     attention_mask = attention_mask.bool()
     if attention_mask.device.type == "cpu" and not torch.compiler.is_compiling() and attention_mask.all():
         return None

@@ -19,6 +19,7 @@ from transformers import PrinterCallback
 from arguments import FLAGS, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments, run_settings
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, claim_run_directory, num_starts
+from src.models.fastest import use_cpu_kernels
 from src.preflight.check import OK, WARNING
 from src.preflight.machine import Workload, check_memory, needed_memory, require_shared_memory
 from src.preflight.network import Seen
@@ -107,6 +108,7 @@ def check(
 
 def build_model(peer: TrainerPeerArguments, training: HFTrainerArguments, task) -> tuple:
     """The model that this trainer begins with, and its tokenizer."""
+    use_cpu_kernels(training.cpu_kernels)
     return task.build_model(
         peer,
         seed=training.seed,

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import encoder
 from benchmarks.encoder import LEVELS, ORIGINAL, PEER, block_flops, make_lean, make_sides
 from benchmarks.reference.lean_layers import original_encoder
-from src.models.products import onednn_is_faster
+from src.models.fastest import ONEDNN, chosen_kernels
 
 
 def test_reference_of_the_original_layers_computes_what_our_block_computes():
@@ -19,7 +19,9 @@ def test_reference_of_the_original_layers_computes_what_our_block_computes():
 
 def test_bytes_kept_by_a_block_of_each_side():
     units = {row.side: row.value for row in encoder.byte_rows("cpu")}
-    log_sum_exp = 0 if onednn_is_faster() else round(1 / 64, 3)  # torch's attention kernel keeps it, ours does not
+    log_sum_exp = (
+        0 if chosen_kernels() == ONEDNN else round(1 / 64, 3)
+    )  # torch's attention kernel keeps it, ours does not
     assert units == {
         PEER: pytest.approx(28, abs=0.05),
         ORIGINAL: pytest.approx(11, abs=0.05),

@@ -252,3 +252,27 @@ def test_trainer_averages_the_loss_over_accumulated_batches(tiny_config, tmp_pat
     arguments = TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=2, report_to=[], use_cpu=True)
     trainer = Trainer(model_class(tiny_config()), arguments, train_dataset=[])
     assert not trainer.model_accepts_loss_kwargs
+
+
+@pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_last_layer_is_finished_where_a_loss_is_taken_only(tiny_config, randomise, batch, monkeypatch, packed, level):
+    options = {"num_hidden_groups": 1, "hidden_dropout_prob": 0.0, "classifier_dropout_prob": 0.0}
+    config = tiny_config(**options, num_inner_groups=2, sparse_prediction=True, activation_memory=level)
+    model = randomise(LeanAlbertForPreTraining(config)).train().double()
+    batch |= {"instance_index": (torch.arange(11) // 4 + 1).repeat(2, 1)} if packed else {}
+    batch["sentence_order_label"] = torch.tensor([1, -100, 0, 0, 1, 0] if packed else [1, -100])
+    computed = []
+    last = model.albert.transformer.layer_groups[0].layers[-1].ffn
+    last.register_forward_hook(lambda module, inputs, outputs: computed.append(outputs.shape))
+    found = model(**batch)
+    found.loss.backward()
+    assert computed[0] == (2, 11, 32) and computed[2] == (64, 32)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(model, "_needs_few_positions", lambda labels, options: False)
+    expected = model(**batch)
+    expected.loss.backward()
+    torch.testing.assert_close(found.sop_logits, expected.sop_logits)
+    torch.testing.assert_close([found.mlm_loss, found.sop_loss], [expected.mlm_loss, expected.sop_loss])
+    torch.testing.assert_close(gradients, [parameter.grad for parameter in model.parameters()], rtol=1e-10, atol=1e-10)

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries equals torch's kernel, and is used only where it is faster."""
+"""Our attention kernels equal torch's, and are used only where they are faster."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from benchmarks.kept_bytes import kept_bytes
 from src import LeanAlbertForPreTraining, LeanAlbertModel
 from src.models import attention_core as module
-from src.models.attention_core import BlockedAttention, attention_core
+from src.models.attention_core import BLOCKS, HEADS, KERNELS, BlockedAttention, Spans, attention_core
+from src.models.fastest import TORCH, use_cpu_kernels
 
 KEYS = torch.ones(3, 1, 1, 70, dtype=torch.bool)
 KEYS[1, ..., 40:] = False
@@ -18,11 +19,15 @@ MASKS["by head"] |= torch.eye(70, dtype=torch.bool)
 
 @pytest.fixture
 def blocks(monkeypatch) -> None:
-    """Blocks of a few queries for every sequence, on every processor."""
+    """Blocks of a few queries for every sequence, and few heads at a time, on every processor."""
     monkeypatch.setattr(module, "SCORES_AT_ONCE", 70 * 16)
+    monkeypatch.setattr(module, "HEAD_SCORES_AT_ONCE", 2 * 70 * 70)
     monkeypatch.setattr(module, "MIN_LENGTH_PER_THREAD", 0)
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request, blocks):
+    return KERNELS[request.param].apply
 
 
 def make_inputs(dtype, *, batch=3, heads=2, length=70, head_size=8):
@@ -37,9 +42,9 @@ def make_inputs(dtype, *, batch=3, heads=2, length=70, head_size=8):
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_blocks_give_attention_and_its_gradients(blocks, dtype, tolerance, mask):
+def test_kernels_give_attention_and_its_gradients(kernel, dtype, tolerance, mask):
     inputs, gradient = make_inputs(dtype)
-    outputs = BlockedAttention.apply(*inputs, MASKS[mask])
+    outputs = kernel(*inputs, MASKS[mask])
     assert outputs.dtype == dtype and outputs.stride() == inputs[0].stride()
     found = [outputs, *torch.autograd.grad(outputs, inputs, gradient)]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
@@ -59,11 +64,43 @@ def test_blocks_of_bf16_are_closer_to_the_exact_result_than_torchs_kernel(blocks
     assert errors[0] <= errors[1]
 
 
-def test_gradients_of_blocks_in_fp64(blocks):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [[[1] * 30 + [2] * 30 + [0] * 10, [1] * 70, [4, 5] * 35], [[1] * 70] * 3])
+def test_spans_are_what_their_mask_says(kernel, dtype, numbers):
+    spans, (inputs, gradient) = Spans.of(torch.tensor(numbers)), make_inputs(dtype)
+    mask = torch.tensor(numbers)[:, None, :, None] == torch.tensor(numbers)[:, None, None, :]
+    if numbers[2][:2] == [4, 5]:  # instances of one token: neighbours differ, so none sees another
+        mask[2] = torch.eye(70, dtype=torch.bool)
+    assert spans.mask(mask.device).equal(mask)
+    results = []
+    for function, each in ((kernel, spans), (F.scaled_dot_product_attention, mask)):
+        outputs = function(*inputs, each)
+        results.append([outputs, *torch.autograd.grad(outputs, inputs, gradient)])
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
+def test_packed_rows_train_as_with_a_mask(tiny_config, randomise, batch, blocks, level):
+    config = tiny_config(activation_memory=level, hidden_dropout_prob=0.0, classifier_dropout_prob=0.0)
+    model = randomise(LeanAlbertForPreTraining(config)).train()
+    batch["instance_index"] = torch.tensor([[1] * 6 + [2] * 5, [1] * 4 + [2] * 3 + [0] * 4])
+    batch["sentence_order_label"] = torch.tensor([0, 1, 1, 0])
+    loss, found = model_gradients(model, batch, autocast=False)
+    use_cpu_kernels(TORCH)
+    try:
+        expected_loss, expected = model_gradients(model, batch, autocast=False)
+    finally:
+        use_cpu_kernels(None)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_kernels_in_fp64(kernel):
     inputs, _ = make_inputs(torch.float64, batch=2, length=5, head_size=4)
     mask = torch.ones(2, 1, 1, 5, dtype=torch.bool)
     mask[1, ..., 3:] = False
-    assert torch.autograd.gradcheck(lambda *tensors: BlockedAttention.apply(*tensors, mask), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: kernel(*tensors, mask), inputs)
 
 
 def model_gradients(model, batch, *, autocast):
@@ -76,13 +113,15 @@ def model_gradients(model, batch, *, autocast):
 
 @pytest.mark.parametrize("level", ["default", "lean", "checkpoint"])
 @pytest.mark.parametrize(("autocast", "tolerance"), [(False, 1e-5), (True, 0.1)])
-def test_model_trains_the_same_in_blocks(tiny_config, randomise, batch, monkeypatch, level, autocast, tolerance):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_model_trains_the_same_by_each(tiny_config, randomise, batch, monkeypatch, level, autocast, tolerance, kernel):
     config = tiny_config(activation_memory=level, hidden_dropout_prob=0.0, classifier_dropout_prob=0.0)
     model = randomise(LeanAlbertForPreTraining(config)).train()
     loss, expected = model_gradients(model, batch, autocast=False)
     used = []
-    monkeypatch.setattr(module, "_suits_blocks", lambda query, dropout_prob: used.append(query.dtype) or True)
+    monkeypatch.setattr(module, "_choose", lambda query, *rest: used.append(query.dtype) or kernel)
     monkeypatch.setattr(module, "SCORES_AT_ONCE", 33)
+    monkeypatch.setattr(module, "HEAD_SCORES_AT_ONCE", 333)
     found_loss, found = model_gradients(model, batch, autocast=autocast)
     assert len(used) == config.num_hidden_layers * (2 if level == "checkpoint" else 1)
     assert set(used) == {torch.bfloat16 if autocast else torch.float32}
@@ -103,20 +142,41 @@ def test_blocks_keep_no_number_besides(tiny_config, blocks, level, units):
     assert kept[1] - kept[0] == units * 2 * 128 * 4 * 256
 
 
-def test_blocks_are_used_where_they_are_faster(monkeypatch):
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def test_fastest_of_those_that_suit_is_used(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    long, short = torch.zeros(1, 1, 512, 8), torch.zeros(1, 1, 511, 8)
-    assert module._suits_blocks(long, 0.0) and module._suits_blocks(long.bfloat16(), 0.0)
-    assert not module._suits_blocks(short, 0.0)
-    assert not module._suits_blocks(long, 0.1)
-    assert not module._suits_blocks(long.double(), 0.0)
-    assert not module._suits_blocks(long.to("meta"), 0.0)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert module._suits_blocks(long, 0.0) and not module._suits_blocks(long.bfloat16(), 0.0)
-    monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
-    assert not module._suits_blocks(long, 0.0)
+    monkeypatch.setattr(module, "_find_fastest", lambda names, *rest: names)
+    long, short, medium = torch.zeros(1, 1, 1024, 8), torch.zeros(1, 1, 511, 8), torch.zeros(1, 1, 512, 8)
+    use_cpu_kernels("measure")
+    try:
+        assert module._choose(long, None, 0.0) == (BLOCKS, TORCH)
+        assert module._choose(medium.bfloat16(), None, 0.0) == (BLOCKS, HEADS, TORCH)
+        assert module._choose(short, None, 0.0) == (HEADS, TORCH)
+        assert module._choose(long, Spans((((0, 512), (512, 1024)),), 1024), 0.0) == (BLOCKS, HEADS)
+        assert module._choose(long, Spans((((0, 1024),),), 1024), 0.0) == (BLOCKS,)
+        for other in (long.double(), long.to("meta"), long[:0]):
+            assert module._choose(other, None, 0.0) == TORCH
+        assert module._choose(long, None, 0.1) == TORCH
+        use_cpu_kernels(TORCH)
+        assert module._choose(long, None, 0.0) == TORCH
+        use_cpu_kernels("onednn")
+        assert module._choose(long, None, 0.0) == BLOCKS
+        assert module._choose(short, None, 0.0) == TORCH
+    finally:
+        use_cpu_kernels(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_measured(monkeypatch, dtype):
+    ran = []
+
+    def run_all(key, names, candidates):
+        ran.extend(name for name, run in candidates().items() if run() is None)
+        return HEADS
+
+    monkeypatch.setattr(module, "_found", {})
+    monkeypatch.setattr(module, "fastest", run_all)
+    assert module._find_fastest((TORCH, BLOCKS, HEADS), dtype, 60, 8, 1) == HEADS
+    assert ran == [TORCH, BLOCKS, HEADS] and [key[2] for key in module._found] == [64]
 
 
 def test_dropout_is_left_to_torch(blocks):

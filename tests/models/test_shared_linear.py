@@ -26,9 +26,11 @@ def random(*shape, dtype=torch.float64):
 
 def test_prepared_linear_gradients_match_finite_differences():
     norm = (random(3, 2, 6), random(5, 6), random(5), random(6), random(6))
-    assert torch.autograd.gradcheck(partial(PreparedLinear.apply, normalise), norm)
-    assert torch.autograd.gradcheck(partial(PreparedLinear.apply, gate), (random(3, 2, 6), random(5, 3), random(5)))
-    assert torch.autograd.gradcheck(partial(PreparedLinear.apply, F.gelu), (random(3, 6), random(5, 6), None))
+    assert torch.autograd.gradcheck(partial(PreparedLinear.apply, normalise, None), norm)
+    assert torch.autograd.gradcheck(
+        partial(PreparedLinear.apply, gate, None), (random(3, 2, 6), random(5, 3), random(5))
+    )
+    assert torch.autograd.gradcheck(partial(PreparedLinear.apply, F.gelu, None), (random(3, 6), random(5, 6), None))
 
 
 @pytest.mark.parametrize("frozen", range(5))
@@ -37,7 +39,7 @@ def test_prepared_linear_skips_gradients_that_nobody_needs(frozen):
     tensors[frozen].requires_grad_(False)
     inputs, weight, bias, *norm = tensors
     wanted = [tensor for tensor in tensors if tensor.requires_grad]
-    actual = torch.autograd.grad(PreparedLinear.apply(normalise, *tensors).square().sum(), wanted)
+    actual = torch.autograd.grad(PreparedLinear.apply(normalise, None, *tensors).square().sum(), wanted)
     expected = torch.autograd.grad(F.linear(normalise(inputs, *norm), weight, bias).square().sum(), wanted)
     torch.testing.assert_close(actual, expected)
 
@@ -49,7 +51,7 @@ def test_prepared_linear_under_autocast_equals_plain_linear(autocast_backward):
     inputs, weight, bias, *norm = tensors
     gradients = []
     for function in (
-        lambda: PreparedLinear.apply(normalise, *tensors),
+        lambda: PreparedLinear.apply(normalise, None, *tensors),
         lambda: F.linear(normalise(inputs, *norm), weight, bias),
     ):
         with torch.autocast("cpu", torch.bfloat16):
@@ -72,7 +74,7 @@ def test_prepared_linear_prepares_in_backward_under_the_autocast_of_forward(forw
 
     inputs, weight = random(3, 6, dtype=torch.float32), random(5, 6, dtype=torch.float32)
     with torch.autocast("cpu", torch.float16, enabled=forward_enabled):
-        outputs = PreparedLinear.apply(prepare, inputs, weight, None)
+        outputs = PreparedLinear.apply(prepare, None, inputs, weight, None)
     with torch.autocast("cpu", torch.bfloat16, enabled=not forward_enabled):
         outputs.float().sum().backward()
     assert len(seen) == 2
