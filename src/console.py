@@ -26,8 +26,8 @@ def quiet_libraries(*told: str) -> None:
     from transformers.utils import logging as transformers_logging  # takes seconds, and --help needs it not
 
     transformers_logging.disable_progress_bar()
-    if "HIVEMIND_LOGLEVEL" not in os.environ:  # hivemind's own switch, for whoever wants its tracebacks
-        os.environ["HIVEMIND_LOGLEVEL"] = "CRITICAL"  # read when it is imported
+    # hivemind's own switch, for whoever wants its tracebacks; it is read when hivemind is imported, here or by a child
+    if os.environ.setdefault("HIVEMIND_LOGLEVEL", "CRITICAL") == "CRITICAL":
         os.environ.setdefault("GOLOG_LOG_LEVEL", "INFO")  # p2pd would get the same, and not say why it does not start
         logging.getLogger("hivemind").setLevel(logging.CRITICAL)
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -99,6 +99,8 @@ def workspace_bytes(config, *, bf16=False):
         repeated = block_bytes(config, bf16=bf16, level="default") - block_bytes(config, bf16=bf16)
         if block_bytes(config, bf16=bf16) > 4 * config.hidden_size:  # "lean": queries, keys, values come later
             repeated -= narrow * 3 * config.hidden_size
+    if config.activation_memory == "checkpoint" and config.sparse_prediction:
+        repeated += 8 * config.hidden_size  # the last block, beside what it gathers for the positions with a loss
     return repeated + narrow * config.intermediate_size * (6 if config.hidden_act_gated else 3) + 4 * config.hidden_size
 
 
@@ -109,7 +111,7 @@ def gathered_bytes(config, num_tokens, *, bf16=False):
     gate = 2 if config.hidden_act_gated else 1
     features = 8 * config.hidden_size + (1 + gate) * config.intermediate_size  # in and out, of all four matrices
     num_blocks = config.num_hidden_layers * config.num_inner_groups
-    rows = num_tokens * min(num_blocks, -(-ROWS_GATHERED // num_tokens))
+    rows = num_tokens * min(num_blocks, -(-ROWS_GATHERED // max(1, num_tokens)))
     return (2 if bf16 else 4) * rows * features
 
 
