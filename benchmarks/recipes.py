@@ -257,7 +257,7 @@ class Run:
         return folder
 
     def _restore(self) -> None:
-        state = torch.load(self.state_path, weights_only=False)  # of this program
+        state = torch.load(self.state_path, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.dataset.load_state_dict(state["dataset"])

@@ -55,6 +55,7 @@ PARSED = {
     "benchmarks.rublimp_speed": "takes minutes",
     "benchmarks.data_pipeline": "takes minutes", "benchmarks.links": "needs root", "benchmarks.soak": "takes hours",
     "benchmarks.gpu": "needs a GPU; tests/benchmarks/test_gpu.py", "benchmarks.local_steps": "takes minutes",
+    "benchmarks.attention": "takes minutes", "benchmarks.encoder": "takes minutes",
     "benchmarks.published_size": "takes half an hour and 20 GB", "benchmarks.recipes": "takes hours",
     "benchmarks.robust_averaging": "takes minutes; tests/benchmarks/test_robust_averaging.py",
     "benchmarks.quantization": "measures; tests/swarm/test_compression.py",

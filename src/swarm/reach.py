@@ -65,7 +65,7 @@ def nearness(address: str) -> int:
     """From where an address can be used: PUBLIC, everywhere; PRIVATE, in its network only; LOOPBACK, on its machine."""
     try:
         host = ipaddress.ip_address(address.split("/")[2])
-    except ValueError:  # a name
+    except (ValueError, IndexError):  # a name; or no address at all, which whoever connects to it says
         return PUBLIC
     return LOOPBACK if host.is_loopback else PUBLIC if host.is_global else PRIVATE
 

@@ -42,7 +42,7 @@ def check_state(metadata, tensors: list[torch.Tensor], *, parameters, optimizer:
             raise ValueError("its optimizer state has other parameters")
     numbers = (number for group in own_state["param_groups"] for number in group["params"])
     for number, parameter in zip(numbers, tensors, strict=False):  # the first tensors are the parameters
-        _check_statistics(state["state"][number], parameter)
+        _check_statistics(state["state"].get(number, {}), parameter)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

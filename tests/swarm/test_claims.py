@@ -263,7 +263,7 @@ def test_optimizer_stops_asking_for_a_state_that_nobody_has(
     optimizer._parent_pid, optimizer._downloads, optimizer._failed_downloads = None, [], 0
     optimizer.scheduled_state = None
     optimizer.grad_averager = SimpleNamespace(local_samples_accumulated=0, patience=Patience())
-    optimizer.state_averager = SimpleNamespace(local_epoch=before, _update_scheduler=lambda: None)
+    optimizer.state_averager = SimpleNamespace(local_epoch=before, _update_scheduler=lambda: None, lacks_epochs=False)
     optimizer.tracker = SimpleNamespace(
         global_epoch=claimed,
         has_trained=trained,

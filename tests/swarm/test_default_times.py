@@ -146,7 +146,7 @@ def assert_averaged_every_epoch(swarm: SleepingSwarm, *, num_members: int, waiti
 
 @pytest.mark.parametrize("client_mode", [False, True], ids=["both can be reached", "one is a client"])
 def test_two_trainers_and_an_assistant_average_every_epoch(start_swarm, client_mode):
-    swarm = start_swarm()
+    swarm = start_swarm(average_state_every=5)
     swarm.add_peer(auxiliary=True)
     swarm.add_trainer(0.2)
     swarm.add_trainer(0.2, client_mode=client_mode)
