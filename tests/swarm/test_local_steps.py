@@ -167,9 +167,9 @@ def test_swarm_in_lockstep_equals_the_simulation(tmp_path, start_optimizers, num
     assert float((expected[-1] - expected[0]).abs().max()) > 0.02
     for epoch in range(epochs):
         train_epoch(optimizers, num_steps, epoch)
+        ended = [optimizer.finished_rounds() for optimizer in optimizers]
+        assert all(one.complete for rounds in ended for one in rounds), (epoch, ended)
         for optimizer in optimizers:
-            rounds = optimizer.finished_rounds()
-            assert all(one.complete for one in rounds), rounds
             torch.testing.assert_close(flat(optimizer.model.parameters()), expected[epoch], rtol=0, atol=1e-5)
     assert optimizers[0].grad_averager.prefix == "local_local_grad_averager", "whom the other mode does not find"
     assert optimizers[0].state_averager.prefix == "local_local_state_averager"
