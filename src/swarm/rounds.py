@@ -159,6 +159,12 @@ class RoundReporting(Gated):
     _handouts: Handouts | None = None
     judge = Judge(max_weight=1.0)
 
+    def __init_subclass__(cls, **kwargs):
+        """hivemind names calls after the class, and collects them once (servicer.py): in a process that has used the
+        class above, an averager would call another name than it answers to."""
+        super().__init_subclass__(**kwargs)
+        cls._rpc_handlers = cls._stub_type = None
+
     def __init__(
         self,
         *args,

@@ -177,6 +177,13 @@ def test_swarm_in_lockstep_equals_the_simulation(tmp_path, start_optimizers, num
     assert [optimizer.inner_steps for optimizer in optimizers] == [steps * local_epochs for steps in num_steps]
 
 
+@pytest.mark.parametrize("kind", [AnchorAverager, DifferenceAverager])
+def test_averagers_call_the_names_that_they_answer_to_whatever_else_the_process_has_used(kind):
+    for one in (*kind.__mro__[1:2], kind):
+        one._collect_rpc_handlers()
+    assert kind._stub_type.__name__ == f"{kind.__name__}Stub" != kind.__mro__[1]._stub_type.__name__
+
+
 def assert_in_step(optimizers) -> None:
     for optimizer in optimizers:
         anchor = flat(optimizer._anchor())
