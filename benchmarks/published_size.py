@@ -93,9 +93,11 @@ def flags_of(options: argparse.Namespace, folder: Path) -> tuple[list[str], list
         *("--target_batch_size", str(options.target_batch_size), "--total_steps", "1000000"),
         *("--matchmaking_time", "60", "--next_chunk_timeout", "60", "--averaging_timeout", "300"),
         *("--learning_rate", "1e-4", "--warmup_steps", "0", "--num_zero_lr_steps", "0", "--average_state_every", "2"),
+        *("--tokenizer_path", str(REPOSITORY / "demo" / "tokenizer")),
     ]
     length = str(options.length)
     trainer = [
+        *("--dataset_sources", str(REPOSITORY / "demo" / "corpus" / "*.txt")),
         *("--per_device_train_batch_size", str(options.batch_size), "--max_sequence_length", length),
         *("--initial_sequence_length", length, "--sequence_length_warmup_steps", "0", "--pad_to_multiple_of", "8"),
         *("--backup_every_epochs", "1000000"),
