@@ -83,8 +83,8 @@ def read_introductions(members: dict | None) -> tuple[dict, bool]:
     """
     epochs, is_one_apart = dict(members or {}), False
     for member, said in epochs.items():
-        if isinstance(said, (list, tuple)) and len(said) == 2 and said[1] is True:
-            epochs[member], is_one_apart = said[0], True
+        if isinstance(said, (list, tuple)) and len(said) == 2 and type(said[1]) is bool:
+            epochs[member], is_one_apart = said[0], is_one_apart or said[1]
     return epochs, is_one_apart
 
 

@@ -535,8 +535,9 @@ def test_parameters_are_averaged_after_a_round_that_one_member_did_not_get_all_o
 
 
 def test_nonsense_that_a_member_says_of_itself_in_a_round_means_nothing():
-    members = {"a": 3, "b": [4, True], "c": [5, 1], "d": [1, True, 2], "e": None, "f": "x", "g": {}}
-    assert read_introductions(members) == ({**members, "b": 4}, True)
+    members = {"a": 3, "b": [4, True], "h": [6, False], "c": [5, 1], "d": [1, True, 2], "e": None, "f": "x", "g": {}}
+    assert read_introductions(members) == ({**members, "b": 4, "h": 6}, True)
+    assert read_introductions({"h": [6, False]}) == ({"h": 6}, False)
     assert read_introductions(None) == ({}, False)
 
 
