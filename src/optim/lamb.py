@@ -181,7 +181,7 @@ class CPULAMB8Bit(torch.optim.Optimizer):
         return _total_norm(p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
 
     def _grad_scale(self, grad_norm: float) -> float | None:
-        """What gradients of this norm are multiplied by to clip them; None, counted as a skipped step, if any is not
+        """What gradients of this norm are multiplied by, to clip them; None, counted as a skipped step, if it is not
         finite."""
         if not math.isfinite(grad_norm):
             self.num_skipped_steps += 1

@@ -1,6 +1,6 @@
 """A swarm of clients, to whom nobody can connect, keeps its state: auxiliary peers take it from them and hand it on.
 
-The long test is a whole run behind routers (`make test-all`; skipped without the rights to emulate them).
+The long test is a whole run behind routers (`pytest -m slow`; skipped without the rights to emulate them).
 """
 
 import contextlib
