@@ -54,14 +54,17 @@ class PeerMemory:
 
     at_rest: int  # between two batches
     batch: int  # on top of that, while it computes
-    taken: int  # on top of that, while it starts and takes another peer's state; not while it computes
+    taken: int  # on top of that, while it takes another peer's state; not while it computes
+    gradients: int = 0  # part of what it holds at rest that is not there before its first batch
 
     @property
     def joining(self) -> int:
-        return self.at_rest + self.taken
+        """While it starts."""
+        return self.at_rest - self.gradients + self.taken
 
     @property
     def peak(self) -> int:
+        """While it computes, or takes a state again because it fell behind."""
         return self.at_rest + max(self.batch, self.taken)
 
 
@@ -172,7 +175,8 @@ def predict_memory(config, *, batch_size, length, bf16=False, min_8bit_size=MIN_
 def peer_memory(memory, *, trains=True):
     """A `PeerMemory` from the `Memory` of its batches; an auxiliary peer computes none, and has no gradients.
 
-    Averaging needs a copy of the parameters and one of the gradients, which offloaded LAMB works on; a round adds none.
+    Averaging needs a copy of the parameters and one of the gradients, which offloaded LAMB works on. A round holds some
+    copies of the largest tensor besides, for a moment: at published size 1.75 GB, a little less than ``taken``.
     """
     at_rest = 3 * memory.parameters + memory.optimizer
     if not trains:  # a state comes in place; before that, hivemind makes gradients that are not needed
@@ -181,6 +185,7 @@ def peer_memory(memory, *, trains=True):
         at_rest=int(at_rest + memory.gradients + memory.step + memory.products + TRAINER_LIBRARIES),
         batch=memory.device - memory.parameters - memory.gradients,
         taken=memory.parameters + memory.optimizer,
+        gradients=memory.gradients,
     )
 
 
@@ -248,7 +253,8 @@ def main(argv=None):
         print(f"{name:>12} {getattr(memory, name) / 1e9:10.3f} GB  {note}".rstrip())
     for name, trains in (("trainer", True), ("auxiliary", False)):
         peer = peer_memory(memory, trains=trains)
-        note = f"at rest, {peer.joining / 1e9:.3f} GB while it joins: all processes of a peer without a GPU"
+        most = f"{peer.joining / 1e9:.3f} GB while it joins, {peer.peak / 1e9:.3f} GB at most"
+        note = f"at rest, {most}: all processes of a peer without a GPU"
         print(f"{name:>12} {peer.at_rest / 1e9:10.3f} GB  {note}")
     if arguments.budget is not None:
         batch_size = largest_batch(config, budget=arguments.budget * 1e9, **options)

@@ -117,7 +117,8 @@ def test_peer_holds_four_copies_at_rest_and_takes_one_more_with_its_statistics_t
     memory = predict_memory(tiny_config(), batch_size=2, length=8)
     trainer, auxiliary = (subject.peer_memory(memory, trains=trains) for trains in (True, False))
     assert trainer.at_rest == int(4 * memory.parameters + memory.optimizer + subject.TRAINER_LIBRARIES)
-    assert trainer.joining - trainer.at_rest == memory.parameters + memory.optimizer
+    before_its_first_batch = trainer.at_rest - memory.gradients
+    assert trainer.joining - before_its_first_batch == memory.parameters + memory.optimizer
     assert trainer.peak == trainer.at_rest + max(trainer.batch, memory.parameters + memory.optimizer)
     assert auxiliary.at_rest == int(3 * memory.parameters + memory.optimizer + subject.AUXILIARY_LIBRARIES)
 
