@@ -66,11 +66,9 @@ class SplitAndRotate(torch.autograd.Function):
 def write_rotated(source, target, cos, sin):
     """target = rotate(source)"""
     first, second = source.chunk(2, dim=-1)
-    rotated_first = torch.addcmul(first * cos, second, sin, value=-1)
-    rotated_second = torch.addcmul(second * cos, first, sin)
     target_first, target_second = target.chunk(2, dim=-1)
-    target_first.copy_(rotated_first)
-    target_second.copy_(rotated_second)
+    torch.mul(first, cos, out=target_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=target_second).addcmul_(first, sin)
 
 
 def split_and_rotate(projected, num_heads, cos=None, sin=None):

@@ -15,6 +15,7 @@ from .products import linear_product
 
 ROWS_GATHERED = 512  # of inputs and of gradients: with fewer, a product waits for memory rather than computes
 ROWS_AT_ONCE = 256  # of a weight, on CPU: what is added to the sum is in the caches still
+LARGEST_TURNED = 2**22  # numbers of a weight whose gradient may be summed the other way round: it is copied at the end
 _current = ContextVar("weights of the forward pass", default=None)
 
 
@@ -34,6 +35,9 @@ class GradientSum:
         if self.task != torch._C._current_graph_task_id():
             self._forget()
             self.task = torch._C._current_graph_task_id()
+        if len(grad_rows) >= ROWS_GATHERED:
+            self._add_product(grad_rows, input_rows)
+            return
         self.gathered.append((grad_rows, input_rows))
         if sum(len(rows) for rows, _ in self.gathered) >= ROWS_GATHERED:
             self._add_gathered()
@@ -45,6 +49,8 @@ class GradientSum:
         if self.gathered:
             self._add_gathered()
         total = self.total
+        if total is not None and self.is_turned:
+            total = total.t().contiguous()
         self._forget()
         return total
 
@@ -52,29 +58,43 @@ class GradientSum:
         columns = zip(*self.gathered, strict=True)
         grad_rows, input_rows = (rows[0] if len(rows) == 1 else torch.cat(rows) for rows in columns)
         self.gathered = []
+        self._add_product(grad_rows, input_rows)
+
+    def _add_product(self, grad_rows, input_rows):
+        if self.total is None:
+            self.is_turned = _is_better_turned(grad_rows, input_rows)
+        operands = (input_rows, grad_rows) if self.is_turned else (grad_rows, input_rows)
         with torch.autocast(grad_rows.device.type, enabled=False):
-            self.total = add_product(self.total, grad_rows, input_rows)
+            self.total = add_product(self.total, *operands)
 
     def _forget(self):
-        self.task, self.total, self.gathered = None, None, []
+        self.task, self.total, self.gathered, self.is_turned = None, None, [], False
 
 
-def add_product(total, grad_rows, input_rows):
-    """total + grad_rows.T @ input_rows, in place, where total (None: zeros) may be of a wider type than the rows."""
-    dtype = torch.promote_types(grad_rows.dtype, torch.float32)
-    gradients, inputs = grad_rows.t(), input_rows.t()
-    if total is None and dtype == grad_rows.dtype:
-        return linear_product(gradients, inputs)
-    if grad_rows.is_cuda:
-        wider = {} if dtype == grad_rows.dtype else {"out_dtype": dtype}
+def _is_better_turned(grad_rows, input_rows):
+    """Whether input_rows.T @ grad_rows is quicker: oneDNN wants the first fp32 operand as it lies, so the one with the
+    fewer columns is the one to transpose."""
+    num_numbers = grad_rows.shape[1] * input_rows.shape[1]
+    is_fp32 = grad_rows.device.type == "cpu" and grad_rows.dtype == torch.float32
+    return is_fp32 and input_rows.shape[1] < grad_rows.shape[1] and num_numbers <= LARGEST_TURNED
+
+
+def add_product(total, first_rows, second_rows):
+    """total + first_rows.T @ second_rows, in place, where total (None: zeros) may be of a wider type than the rows."""
+    dtype = torch.promote_types(first_rows.dtype, torch.float32)
+    if total is None and dtype == first_rows.dtype:
+        return linear_product(first_rows.t(), second_rows.t())
+    if first_rows.is_cuda:
+        wider = {} if dtype == first_rows.dtype else {"out_dtype": dtype}
         if total is None:
-            return torch.mm(gradients, input_rows, **wider)
-        return torch.addmm(total, gradients, input_rows, out=total, **wider)
+            return torch.mm(first_rows.t(), second_rows, **wider)
+        return torch.addmm(total, first_rows.t(), second_rows, out=total, **wider)
     is_first = total is None
     if is_first:
-        total = grad_rows.new_empty(len(gradients), len(inputs), dtype=dtype)
-    for part, some in zip(total.split(ROWS_AT_ONCE), gradients.split(ROWS_AT_ONCE), strict=True):
-        product = linear_product(some, inputs)
+        total = first_rows.new_empty(first_rows.shape[1], second_rows.shape[1], dtype=dtype)
+    for part, some in zip(total.split(ROWS_AT_ONCE), first_rows.split(ROWS_AT_ONCE, dim=1), strict=True):
+        some = some.contiguous() if some.dtype == torch.float32 else some  # torch transposes it much quicker then
+        product = linear_product(some.t(), second_rows.t())
         part.copy_(product) if is_first else part.add_(product)
     return total
 

@@ -126,3 +126,19 @@ def test_product_is_added_in_place_on_a_gpu(dtype):
     assert add_product(total, grad_rows, input_rows) is total
     exact = 2 * grad_rows.double().t() @ input_rows.double()
     torch.testing.assert_close(total.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out_features", "in_features"), [(600, 40), (40, 600), (40, 40)])
+def test_sum_of_rows_in_any_order_and_number(out_features, in_features, dtype):
+    """Few rows wait for each other, many do not; a wide weight's fp32 gradient is summed the other way round."""
+    pairs = [(torch.randn(rows, out_features).to(dtype), torch.randn(rows, in_features).to(dtype))
+             for rows in (30, 700, 500, 20, 600, 10)]  # fmt: skip
+    gradients = GradientSum()
+    for pair in pairs:
+        gradients.add(*pair)
+    total = gradients.take()
+    expected = sum(grad_rows.double().t() @ input_rows.double() for grad_rows, input_rows in pairs)
+    assert total.dtype == torch.promote_types(dtype, torch.float32) and total.is_contiguous()
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=0.5 if dtype == torch.bfloat16 else 1e-3)
+    assert gradients.take() is None
