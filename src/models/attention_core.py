@@ -12,7 +12,7 @@ from .fastest import MEASURE, TORCH, chosen_kernels, fastest
 from .products import linear_product
 
 SCORES_AT_ONCE = 2**19  # 2 MB in fp32: whole rows of them stay in the caches
-HEAD_SCORES_AT_ONCE = 2**18  # of whole heads: the copies of their queries, keys and values stay there, too
+HEAD_SCORES_AT_ONCE = 2**18  # of whole heads, for each thread: copies of their queries, keys and values stay there, too
 MIN_LENGTH_PER_THREAD = 256  # for blocks of queries: shorter ones take longer to begin than to compute
 LONGEST_MEASURED = 2048
 BLOCKS, HEADS = "blocks of queries", "whole heads"
@@ -212,7 +212,7 @@ def _parts(query, attention_mask):
 
 
 def _groups(count, num_scores):
-    size = max(1, HEAD_SCORES_AT_ONCE // num_scores)
+    size = max(1, HEAD_SCORES_AT_ONCE * torch.get_num_threads() // num_scores)
     return [slice(start, start + size) for start in range(0, count, size)]
 
 

@@ -1,15 +1,16 @@
 """The fastest of several functions is found once on a machine."""
 
 import json
-import threading
 import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.models import fastest as module
 from src.models.fastest import fastest, use_cpu_kernels
 
+PICK = module.pick
 FUNCTIONS = {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
 
 
@@ -68,17 +69,40 @@ def test_place_that_cannot_be_written_to_is_said(cache, monkeypatch, caplog):
     assert "cannot be kept" in caplog.text
 
 
-def test_caller_is_not_disturbed(cache):
-    """Neither its random numbers, nor autocast, nor what a checkpoint counts."""
-    seen = []
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_caller_is_not_disturbed(cache, mode):
+    """Neither its modes, nor autocast, nor what a checkpoint or a count of operations sees."""
+    seen, saved = [], []
 
     def candidates():
-        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), threading.current_thread()))
+        weight = torch.ones(3, requires_grad=True)
+        torch.autograd.grad((weight * weight).sum(), weight)
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
         return FUNCTIONS
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.append, lambda kept: kept)
+    with Dispatched() as dispatched, mode(), torch.autocast("cpu", torch.bfloat16), hooks:
         fastest("product", FUNCTIONS, candidates)
-    assert seen == [(False, True, seen[0][2])] and seen[0][2] is not threading.current_thread()
+        assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+    assert seen == [(False, True)] and not saved and not dispatched.functions
+
+
+class Dispatched(TorchDispatchMode):
+    """Notes what reaches it."""
+
+    def __init__(self):
+        super().__init__()
+        self.functions = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_first_that_is_nearly_as_fast_is_taken():
+    functions = dict.fromkeys(("slow", "near", "best"), lambda: None)
+    seconds = [second for _ in range(module.ROUNDS) for took in (1.2, 1.04, 1.0) for second in (0.0, took)]
+    assert PICK(functions, iter([0.0] * len(functions) + seconds).__next__) == "near"
 
 
 def test_what_is_measured_may_measure_what_it_needs(cache):
