@@ -132,18 +132,18 @@ def test_list_of_revoked_keys_has_room(own, keys):
 
 def test_name_of_an_owner_is_the_peer_id_of_its_key(keys):
     assert name_of(owner_of(keys[0])) == peer_id_of(public_key(keys[0])).to_base58()
-    started = time.perf_counter()
+    started = time.process_time()
     for other in (b"\xff" * 250_000, b"[owner:" + bytes(250_000) + b"]", b"", b"[owner:ssh-rsa AAAA]", 7):
         assert name_of(other) == "?" and peer_of(other) is None
-    assert time.perf_counter() - started < 0.1
+    assert time.process_time() - started < 0.1
 
 
 def test_checking_a_record_again_is_cheap(own, keys):
     checker, stored = OwnedRecords(keys[1], "r"), signed(own, record(own.peer_id))
     checker.validate(stored)
-    started = time.perf_counter()
+    started = time.process_time()
     assert all(checker.validate(stored) for _ in range(1000))
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 # -- a dictionary of them ---------------------------------------------------------------------------------------------

@@ -692,7 +692,8 @@ def test_strangers_look_together_and_no_member_waits_for_their_number(monkeypatc
         await ask(gate, "known")
         directory.members.add("new")
         took = await ask(gate, *STRANGERS, "new", "known")
-        assert took["known"] < 0.1 and took["new"] < 1.0 and max(took.values()) < 1.0
+        assert took["known"] < min(took[stranger] for stranger in STRANGERS), "it waits for none of them"
+        assert max(took.values()) < 5.0, "one after the other, they would take 6 s"
         await ask(gate, *STRANGERS)
         return directory.num_looks
 

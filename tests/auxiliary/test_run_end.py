@@ -3,8 +3,8 @@
 import io
 import shlex
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +13,7 @@ from src.auxiliary.run_end import RunEnd
 from src.metrics.console import Progress
 from src.metrics.report import Reporter
 from tests.auxiliary.test_auxiliary import SCORES, FakeHub, make_evaluator, make_store, make_uploader
+from tests.reference.clock import Clock
 
 
 def make_end(folder, *, store=None, evaluator=None, uploader=None):
@@ -99,16 +100,18 @@ def test_end_for_a_peer_that_stores_nothing_is_one_line_and_a_report(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
-def test_end_waits_for_an_upload_after_a_stop_and_names_what_is_missing(tmp_path, store):
+def test_end_waits_for_an_upload_after_a_stop_and_names_what_is_missing(tmp_path, store, monkeypatch):
     hub, goes_on = FakeHub(), threading.Event()
     uploader = make_uploader(tmp_path, hub, interval=43_200.0)
     hub.upload_folder = lambda **kwargs: goes_on.wait(30.0)
     end = make_end(tmp_path, store=store, uploader=uploader)
     end.stop.set()
-    started = time.monotonic()
+    clock = Clock()
+    monkeypatch.setattr("src.auxiliary.run_end.time", clock)
+    hung = SimpleNamespace(join=clock.advance)
     try:
-        end.wait_for([uploader, uploader], seconds=0.5)
-        assert 0.4 < time.monotonic() - started < 0.9, "for all of them together"
+        end.wait_for([hung, hung], seconds=0.5)
+        assert clock.now == 1000.5, "for all of them together"
         assert "no time left: epoch 7 is not uploaded" in end.progress.stream.getvalue()
     finally:
         goes_on.set()

@@ -596,10 +596,10 @@ def test_probe_waits_for_nobody_who_is_silent(monkeypatch, silent_callers):
         async for chunk in probe.rpc_send(Tensor(), SimpleNamespace(remote_id="honest")):
             assert len(chunk.buffer) == CHUNK_BYTES
             break
-        assert time.monotonic() - started < 1.9, "before the silent ones are given up"
+        assert not any(call.done() for call in held), "before the silent ones are given up"
         answers = await asyncio.gather(*held)
         assert [answer.buffer for answer in answers] == [b"3"] * silent_callers
-        assert time.monotonic() - started < 4.0
+        assert time.monotonic() - started < 20.0, "one after the other, 20 silent ones would take 40 s"
 
     asyncio.run(scenario())
 

@@ -217,9 +217,9 @@ def test_peer_is_named_by_its_key_and_not_by_what_it_claims():
     tracker, owner = bare_tracker(epoch=5), owner_of(RSAPrivateKey())
     for peer_id in (b"victim", b"\xff" * 250_000):
         record = {**tracker.local_progress.dict(), "peer_id": peer_id, "epoch": 10**6}
-        started = time.perf_counter()
+        started = time.process_time()
         tracker._parse_swarm_progress_data({owner: ValueWithExpiration(record, get_dht_time() + 30)})
-        assert time.perf_counter() - started < 0.1
+        assert time.process_time() - started < 0.1
     assert set(tracker.take_refusals()) == {name_of(owner)}
 
 

@@ -22,6 +22,7 @@ from src.trainer import callback as callback_module
 from src.trainer.backup import read_backup, save_backup
 from src.trainer.epoch_report import describe_incomplete
 from src.trainer.hf_trainer import LossScaler
+from tests.reference.clock import Clock
 from tests.reference.fake_swarm import FakeOptimizer, make_trainer, stack, tiny_items, tiny_model
 
 SAMPLES_PER_EPOCH = 8  # two local steps of 4
@@ -212,19 +213,20 @@ def test_callback_says_that_a_newer_state_replaces_the_backup_s(tmp_path):
     assert "joined at epoch 9; its state replaces the backup's of epoch 4, 5 behind" in said_by(callback)
 
 
-def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path):
-    optimizer = FakeOptimizer(tiny_model())
+def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path, monkeypatch):
+    clock, optimizer = Clock(), FakeOptimizer(tiny_model())
+    monkeypatch.setattr("src.trainer.callback.time", clock)
     callback, step = make_callback(tmp_path, optimizer), optimizer.step
 
     def wait_and_step(batch_size):
-        time.sleep(0.3 if len(optimizer.steps) % 2 else 0.1)
+        clock.advance(0.3 if len(optimizer.steps) % 2 else 0.1)
         step(batch_size)
 
     optimizer.step = wait_and_step
     for _ in range(4):
         local_step(callback)
     for record in journal_of(tmp_path, "epoch"):
-        assert 0.3 <= record["longest_wait"] < 0.39 < record["waited_seconds"] < 0.6
+        assert (record["longest_wait"], record["waited_seconds"]) == (0.3, 0.4)
 
 
 def test_callback_counts_rounds_that_failed_and_rounds_that_were_partial(tmp_path):
@@ -454,7 +456,7 @@ def test_callback_leaves_at_once_at_the_end_when_there_is_nothing_to_wait_for(tm
     callback = at_the_end(tmp_path, **options)
     started = time.monotonic()
     run(callback.on_train_end)
-    assert time.monotonic() - started < 3.0
+    assert time.monotonic() - started < 30, "waiting would take a minute"
     assert "waiting" not in said_by(callback)
 
 
@@ -474,7 +476,7 @@ def test_callback_waits_for_no_checkpoint_before_the_last_epoch(tmp_path):
     store_checkpoint_epoch(callback.swarm.dht, "fake", b"aux", 0, expiration=60.0)
     started = time.monotonic()
     run(callback.on_train_end)
-    assert time.monotonic() - started < 0.4 and said_by(callback) == ""
+    assert time.monotonic() - started < 30 and said_by(callback) == "", "waiting would take a minute"
 
 
 def test_callback_gives_up_waiting_for_a_checkpoint_and_says_where_the_state_is(tmp_path, monkeypatch):
