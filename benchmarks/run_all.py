@@ -34,7 +34,12 @@ LIMITS = {
     "averaging_wait": 220,
 }
 # Tables too long for `make bench`; what an earlier run of theirs wrote to the same folder is shown with its date.
-EXTRAS = {"averaging_growth": "averaging_wait --growth", "tried_designs": "tried_designs"}
+EXTRAS = {
+    "averaging_growth": "averaging_wait --growth",
+    "revisions": "revisions",
+    "revisions_bf16": "revisions --precision bf16",
+    "tried_designs": "tried_designs",
+}
 TOTAL_SECONDS = 14.5 * 60
 # Where NOTES.md says which designs were tried for the claims of a script.
 SECTIONS = {
@@ -46,6 +51,8 @@ SECTIONS = {
     "encoder": "Encoder",
     "attention": "Attention and the last layer",
     "whole_trainer": "Whole trainer",
+    "revisions": "Whole trainer",
+    "revisions_bf16": "Whole trainer",
     "averaging_wait": "Averaging",
 }
 GRACE_SECONDS = 20.0  # for a script that is told to end, and ends its own programs first
