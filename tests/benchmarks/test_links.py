@@ -75,7 +75,8 @@ for number in range(3000):
         time.sleep(0.01)
 """
 MAKE_A_NETWORK = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # programs in the background of a shell ignore it
 from benchmarks.emulated_links import Link, Network
 with Network() as network:
     network.add("left", Link(10, 10, delay=10, nat=True))
