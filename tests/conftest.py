@@ -27,11 +27,11 @@ SWARM_FIXTURES = {"group", "joined", "member_and_restart", "members", "running",
                   "start_swarm", "swarm", "two_nodes"}  # fmt: skip
 
 
-# Files of half a minute and more. They come first, so that no worker is left alone with one of them at the end.
+# Files of ten seconds and more. They come first, so that no worker is left alone with one of them at the end.
 LONG_FILES = [
-    "test_swarm_faults.py", "test_default_times.py", "test_state_transfer.py", "test_hand_over.py", "test_join.py",
-    "test_watchdog.py", "test_finetune_scripts.py", "test_bad_input.py", "test_pages.py", "test_averagers.py",
-    "test_readme.py", "test_local_workers.py", "test_gpu.py", "test_training.py", "test_memory.py",
+    "test_finetune_scripts.py", "test_watchdog.py", "test_bad_input.py", "test_readme.py", "test_gpu.py",
+    "test_memory.py", "test_training.py", "test_overfit.py", "test_scripts.py", "test_transformer.py",
+    "test_callback.py", "test_layering.py", "test_text_ends.py", "test_upload_to_hub.py", "test_history.py",
 ]  # fmt: skip
 
 

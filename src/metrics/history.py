@@ -44,7 +44,10 @@ class Peer:
     samples_per_second: float = 0.0
     failed_rounds: int = 0
     lone_epochs: int = 0  # stepped with its own gradients alone, although others trained
+    computing: float | None = None  # share of its time in which it did not wait for the swarm
     failure: str = ""
+    seconds: float = 0.0  # of this file's own trainer, and those in which it waited
+    waited_seconds: float = 0.0
     reported_total: float = 0.0
 
 
@@ -148,6 +151,9 @@ class RunHistory:
         peer.last_seen, peer.epoch = time, record.epoch
         peer.samples += record.samples
         peer.samples_per_second, peer.lone_epochs = record.samples_per_second, record.lone_epochs
+        peer.seconds += record.seconds
+        peer.waited_seconds += record.waited_seconds
+        peer.computing = records.share_computing(peer.seconds, peer.waited_seconds)
 
     def _add_peer(self, time: float, record: records.PeerReport) -> None:
         name = printable(record.peer, MAX_NAME_LENGTH)
@@ -158,6 +164,7 @@ class RunHistory:
         peer.samples += total - peer.reported_total if total >= peer.reported_total else total
         peer.reported_total = total
         peer.samples_per_second, peer.lone_epochs = record.samples_per_second, record.lone_epochs
+        peer.computing = None if record.computing is None else min(1.0, max(0.0, record.computing))
         peer.failed_rounds += record.failed_rounds
         if record.failed_rounds:
             peer.failure = record.failure or "no reason given"

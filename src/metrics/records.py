@@ -94,6 +94,7 @@ class PeerReport(Record):
     samples_per_second: float = 0.0
     failed_rounds: int = 0
     lone_epochs: int = 0  # since its start
+    computing: float | None = None  # share of the time since its start in which it did not wait for the swarm
     failure: str = ""  # the newest one
 
 
@@ -277,3 +278,8 @@ def printable(text: object, limit: int = MAX_TEXT_LENGTH) -> str:
     shown = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * limit])
     shown = " ".join(shown.split())
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def share_computing(seconds: float, waited_seconds: float) -> float | None:
+    """Of a trainer's time that in which it did not wait for the swarm; None before any has passed."""
+    return round(min(1.0, max(0.0, 1.0 - waited_seconds / seconds)), 4) if seconds > 0 else None

@@ -186,10 +186,12 @@ def contributions(history: RunHistory) -> str:
             f"<tr><td>{escape(peer.name)}</td><td>{share(part)}<span class='bar'>"
             f"<i style='width:{100 * part:.1f}%'></i></span></td><td>{short_number(peer.samples)}</td>"
             f"<td>{short_number(peer.samples_per_second)}</td><td class='wide'>{peer.epoch}</td>"
-            f"<td>{escape(seen)}</td><td>{peer.lone_epochs}</td><td>{failed}</td></tr>"
+            f"<td>{escape(seen)}</td><td class='wide'>{'' if peer.computing is None else share(peer.computing)}</td>"
+            f"<td>{peer.lone_epochs}</td><td>{failed}</td></tr>"
         )
     more = f"<p class='soft'>and {len(ranked) - SHOWN_PEERS} more</p>" if len(ranked) > SHOWN_PEERS else ""
     head = "<th>trainer</th><th>share</th><th>samples</th><th>per s</th><th class='wide'>epoch</th><th>last seen</th>"
+    head += "<th class='wide' title='share of its time in which it did not wait for the swarm'>computing</th>"
     head += "<th>epochs alone</th><th>failed rounds</th>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from src.metrics.console import Progress
 from src.metrics.journal import Journal, report_refusals
-from src.metrics.records import LoneEpoch, Round, TrainerEpoch
+from src.metrics.records import LoneEpoch, Round, TrainerEpoch, share_computing
 from src.swarm.dht import MAX_REASON_LENGTH, TrainerMetrics, store_metrics
 from src.swarm.join import Swarm
 from src.swarm.memory_watch import MemoryWatch
@@ -38,6 +38,7 @@ class EpochReport:
         self.rounds: list[Round] = []
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.total_samples = self.lone_epochs = 0  # since the start
+        self.total_seconds = self.total_waited = 0.0
         self.last_inner_steps = 0
         self.num_downloads, self.epoch_started = 0, time.monotonic()
         self.joined_at = 0  # the epoch at which this trainer last had the state of others
@@ -98,8 +99,10 @@ class EpochReport:
     def finish(self, *, sequence_length: int) -> None:
         """Report the epoch that has just ended, and begin to count for the next one."""
         self.total_samples += self.meter.samples
-        self._publish()
         record = self._record(sequence_length)
+        self.total_seconds += record.seconds
+        self.total_waited += record.waited_seconds
+        self._publish()
         self.journal.record(record)
         self.progress.epoch_finished(record, self.total_steps, self.rounds)
         self.memory.note(record.epoch)
@@ -122,6 +125,7 @@ class EpochReport:
             failed_rounds=len(failed),
             total_samples=self.total_samples,
             lone_epochs=self.lone_epochs,
+            computing=share_computing(self.total_seconds, self.total_waited),
             failure=describe_incomplete(failed[-1])[:MAX_REASON_LENGTH] if failed else "",
         )
         store_metrics(self.swarm.dht, self.run_id, self.swarm.public_key, metrics, expiration=self.expiration)

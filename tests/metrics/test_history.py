@@ -55,6 +55,14 @@ def test_history_of_a_trainers_own_file():
     ]
 
 
+def test_history_knows_how_long_each_trainer_computed():
+    own = [{"event": "epoch", "time": 10.0, "epoch": 1, "seconds": 10.0, "waited_seconds": 1.0},
+           {"event": "epoch", "time": 30.0, "epoch": 2, "seconds": 30.0, "waited_seconds": 9.0}]  # fmt: skip
+    others = [row("a", 8, computing=0.5), row("a", 16, computing=0.75), row("b", 8), row("liar", 8, computing=2.0)]
+    computing = {name: peer.computing for name, peer in RunHistory([*own, *others]).peers.items()}
+    assert computing == {THIS_PEER: 0.75, "a": 0.75, "b": None, "liar": 1.0}
+
+
 def test_history_finds_stalls_and_what_was_reported_in_them():
     times = [0, 20, 40, 60, 80, 280, 300, 340]  # 200 s instead of 20; 40 s is less than three times as long
     records = [epoch(number, 1e9 + time) for number, time in enumerate(times, 1)]

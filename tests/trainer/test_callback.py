@@ -97,7 +97,8 @@ def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
         callback.meter.sop_loss += 0.5
         callback.report.rounds.append(callback_round)
         local_step(callback)
-    stored = callback.swarm.dht.records["fake_metrics"][b"key"].value
+    stored = dict(callback.swarm.dht.records["fake_metrics"][b"key"].value)
+    assert 0.9 < stored.pop("computing") <= 1.0, "no swarm has kept it waiting"
     assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
                       "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8, "lone_epochs": 0,
                       "failure": describe_incomplete(callback_round)}  # fmt: skip
@@ -216,6 +217,7 @@ def test_callback_says_that_a_newer_state_replaces_the_backup_s(tmp_path):
 def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path, monkeypatch):
     clock, optimizer = Clock(), FakeOptimizer(tiny_model())
     monkeypatch.setattr("src.trainer.callback.time", clock)
+    monkeypatch.setattr("src.trainer.epoch_report.time", clock)
     callback, step = make_callback(tmp_path, optimizer), optimizer.step
 
     def wait_and_step(batch_size):
@@ -224,9 +226,11 @@ def test_callback_records_how_long_the_swarm_kept_it_waiting(tmp_path, monkeypat
 
     optimizer.step = wait_and_step
     for _ in range(4):
+        clock.advance(0.3)
         local_step(callback)
     for record in journal_of(tmp_path, "epoch"):
         assert (record["longest_wait"], record["waited_seconds"]) == (0.3, 0.4)
+    assert fetch_metrics(callback.swarm.dht, "fake")[b"key"].computing == 0.6
 
 
 def test_callback_counts_rounds_that_failed_and_rounds_that_were_partial(tmp_path):
