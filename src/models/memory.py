@@ -176,7 +176,7 @@ def peer_memory(memory, *, trains=True):
     """A `PeerMemory` from the `Memory` of its batches; an auxiliary peer computes none, and has no gradients.
 
     Averaging needs a copy of the parameters and one of the gradients, which offloaded LAMB works on. A round holds some
-    copies of the largest tensor besides, for a moment: at published size 1.75 GB, a little less than ``taken``.
+    copies of the largest tensor besides, for a moment: at published size 1.3 to 1.8 GB, no more than ``taken``.
     """
     at_rest = 3 * memory.parameters + memory.optimizer
     if not trains:  # a state comes in place; before that, hivemind makes gradients that are not needed

@@ -64,11 +64,13 @@ class SplitAndRotate(torch.autograd.Function):
 
 
 def write_rotated(source, target, cos, sin):
-    """target = rotate(source)"""
+    """target = rotate(source), rounded once where the angles are of a wider type."""
     first, second = source.chunk(2, dim=-1)
-    target_first, target_second = target.chunk(2, dim=-1)
-    torch.mul(first, cos, out=target_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=target_second).addcmul_(first, sin)
+    for part, own, other, sign in zip(target.chunk(2, dim=-1), (first, second), (second, first), (-1, 1), strict=True):
+        if part.dtype == cos.dtype:
+            torch.mul(own, cos, out=part).addcmul_(other, sin, value=sign)
+        else:
+            part.copy_((own * cos).addcmul_(other, sin, value=sign))
 
 
 def split_and_rotate(projected, num_heads, cos=None, sin=None):

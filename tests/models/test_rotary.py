@@ -65,3 +65,11 @@ def test_rotary_angles_keep_their_precision_in_low_precision_models():
     exact = split_and_rotate(projected.double(), HEADS, cos.double(), sin.double())[0]
     assert rotated.dtype == torch.bfloat16
     torch.testing.assert_close(rotated.double(), exact, rtol=2**-8, atol=2**-9)  # one rounding of the result
+
+
+def test_rotated_states_of_a_narrow_type_are_rounded_once():
+    cos, sin = rotary_cos_sin(torch.arange(40)[None], SIZE, 100)  # in fp32
+    projected = random(2, 40, 3 * HEADS * SIZE).to(torch.bfloat16)
+    exact = split_and_rotate(projected.float(), HEADS, cos, sin)
+    for narrow, wide in zip(split_and_rotate(projected, HEADS, cos, sin), exact, strict=True):
+        assert torch.equal(narrow, wide.to(torch.bfloat16))

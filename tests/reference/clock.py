@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 
 class Clock(SimpleNamespace):
-    """Stands in for the module ``time`` of the module under test: `sleep` and `advance` take no time."""
+    """Stands in for the module ``time`` of the module under test."""
 
     def __init__(self, now: float = 1000.0):
         super().__init__(now=now)
@@ -12,9 +12,5 @@ class Clock(SimpleNamespace):
     def monotonic(self) -> float:
         return self.now
 
-    time = perf_counter = monotonic
-
     def advance(self, seconds: float) -> None:
         self.now += seconds
-
-    sleep = advance
