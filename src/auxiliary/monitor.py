@@ -147,7 +147,8 @@ class Watch:
             self.journal.record(PeerReport(
                 peer=name, epoch=record.epoch, samples=record.samples, total_samples=record.total_samples,
                 samples_per_second=round(record.samples_per_second, 3), failed_rounds=record.failed_rounds,
-                lone_epochs=record.lone_epochs, computing=record.computing, failure=printable(record.failure),
+                lone_epochs=record.lone_epochs, computing=record.computing, bytes_sent=record.bytes_sent,
+                bytes_received=record.bytes_received, failure=printable(record.failure),
             ))  # fmt: skip
         report_refusals(self.swarm.optimizer.take_refusals(), self.journal, self.progress.say)
         possible = self.swarm.optimizer.tracker.highest_plausible_epoch()

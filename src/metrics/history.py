@@ -33,6 +33,11 @@ class Epoch:
     num_peers: int
 
 
+def grown(total: int, before: int) -> int:
+    """By how much a count went up since the last report; one that fell is that of a trainer that was started anew."""
+    return total - before if total >= before else total
+
+
 @dataclass
 class Peer:
     """A trainer as far as this file has seen it; ``samples`` are of all its reports, ``failure`` the newest one."""
@@ -48,6 +53,10 @@ class Peer:
     failure: str = ""
     seconds: float = 0.0  # of this file's own trainer, and those in which it waited
     waited_seconds: float = 0.0
+    bytes_sent: int = 0  # in rounds of averaging
+    bytes_received: int = 0
+    reported_sent: int = 0
+    reported_received: int = 0
     reported_total: float = 0.0
 
 
@@ -153,16 +162,19 @@ class RunHistory:
         peer.samples_per_second, peer.lone_epochs = record.samples_per_second, record.lone_epochs
         peer.seconds += record.seconds
         peer.waited_seconds += record.waited_seconds
+        peer.bytes_sent += record.bytes_sent
+        peer.bytes_received += record.bytes_received
         peer.computing = records.share_computing(peer.seconds, peer.waited_seconds)
 
     def _add_peer(self, time: float, record: records.PeerReport) -> None:
         name = printable(record.peer, MAX_NAME_LENGTH)
         peer = self.peers.setdefault(name, Peer(name, time))
         peer.last_seen, peer.epoch = time, record.epoch
-        total = record.total_samples
-        # a total that fell is that of a trainer that was started anew
-        peer.samples += total - peer.reported_total if total >= peer.reported_total else total
-        peer.reported_total = total
+        peer.samples += grown(record.total_samples, peer.reported_total)
+        peer.bytes_sent += grown(record.bytes_sent, peer.reported_sent)
+        peer.bytes_received += grown(record.bytes_received, peer.reported_received)
+        peer.reported_total = record.total_samples
+        peer.reported_sent, peer.reported_received = record.bytes_sent, record.bytes_received
         peer.samples_per_second, peer.lone_epochs = record.samples_per_second, record.lone_epochs
         peer.computing = None if record.computing is None else min(1.0, max(0.0, record.computing))
         peer.failed_rounds += record.failed_rounds

@@ -63,6 +63,8 @@ class TrainerEpoch(Record):
     partial_rounds: int = 0
     lone_epochs: int = 0  # since the start, see `LoneEpoch`
     state_downloads: int = 0
+    bytes_sent: int = 0  # in rounds of averaging
+    bytes_received: int = 0
     learning_rate: float = 0.0
     sequence_length: int = 0  # tokens, at most
 
@@ -95,6 +97,8 @@ class PeerReport(Record):
     failed_rounds: int = 0
     lone_epochs: int = 0  # since its start
     computing: float | None = None  # share of the time since its start in which it did not wait for the swarm
+    bytes_sent: int = 0  # in rounds of averaging, since its start
+    bytes_received: int = 0
     failure: str = ""  # the newest one
 
 
@@ -112,6 +116,8 @@ class Round(Record):
     error: str = ""  # why there was no round at all
     reasons: tuple[str, ...] = ()  # what went wrong between this peer and others
     num_refused: int = 0  # members of whose values some were left out as bad
+    bytes_sent: int = 0  # values to those who average them, and averages to those who take them
+    bytes_received: int = 0
     epoch: int = 0
 
     @property

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from src.console import counted, format_seconds
+from src.console import counted, format_bytes, format_seconds
 from src.files import write_atomically
-from src.metrics.history import Failure, RunHistory, read_history
+from src.metrics.history import Failure, Peer, RunHistory, read_history
 from src.metrics.records import END_OF_TIME
 from src.metrics.svg_chart import Series, line_chart, short_number
 
@@ -187,13 +187,20 @@ def contributions(history: RunHistory) -> str:
             f"<i style='width:{100 * part:.1f}%'></i></span></td><td>{short_number(peer.samples)}</td>"
             f"<td>{short_number(peer.samples_per_second)}</td><td class='wide'>{peer.epoch}</td>"
             f"<td>{escape(seen)}</td><td class='wide'>{'' if peer.computing is None else share(peer.computing)}</td>"
-            f"<td>{peer.lone_epochs}</td><td>{failed}</td></tr>"
+            f"<td class='wide'>{traffic(peer)}</td><td>{peer.lone_epochs}</td><td>{failed}</td></tr>"
         )
     more = f"<p class='soft'>and {len(ranked) - SHOWN_PEERS} more</p>" if len(ranked) > SHOWN_PEERS else ""
     head = "<th>trainer</th><th>share</th><th>samples</th><th>per s</th><th class='wide'>epoch</th><th>last seen</th>"
     head += "<th class='wide' title='share of its time in which it did not wait for the swarm'>computing</th>"
+    head += "<th class='wide' title='in rounds of averaging'>sent, received</th>"
     head += "<th>epochs alone</th><th>failed rounds</th>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}"
+
+
+def traffic(peer: Peer) -> str:
+    """Empty for a trainer that does not say, as earlier versions do not."""
+    known = peer.bytes_sent or peer.bytes_received
+    return f"{format_bytes(peer.bytes_sent)}, {format_bytes(peer.bytes_received)}" if known else ""
 
 
 def troubles(history: RunHistory) -> str:

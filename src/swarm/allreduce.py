@@ -274,7 +274,7 @@ class JudgingAllReduce(AllReduceRunner):
     """One round of averaging under the eyes of a `Judge`; ``refused`` says what was left out, one line a peer.
 
     ``ignored``: members whose values are not waited for; ``on_violation(peer, reason)`` is called when a member sends
-    what no honest peer sends.
+    what no honest peer sends. ``traffic``: the bytes of all messages are added to its "sent" and "received".
     """
 
     def __init__(
@@ -286,10 +286,12 @@ class JudgingAllReduce(AllReduceRunner):
         schedule: Schedule | None = None,
         ignored=frozenset(),
         on_violation=lambda peer, reason: None,
+        traffic: Counter | None = None,
         **kwargs,
     ):
         super().__init__(tensors=tensors, peer_fractions=peer_fractions, **kwargs)
         self.judge, self.schedule, self.ignored, self.on_violation = judge, schedule, ignored, on_violation
+        self.traffic = Counter() if traffic is None else traffic
         self.tensor_part_reducer.finished.set()  # replaced below; it would complain of having received nothing
         options = {name: kwargs[name] for name in ("compression", "part_size_bytes", "tensor_infos") if name in kwargs}
         self.own_index = self.ordered_peer_ids.index(self.peer_id)
@@ -485,7 +487,7 @@ class JudgingAllReduce(AllReduceRunner):
     async def _exchange_parts(self, peer_id, index: int) -> None:
         container, has_sent = self.tensor_part_container, asyncio.Event()
         inputs = attach_event_on_finished(self._generate_input_for_peer(index), has_sent)
-        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(inputs)
+        stream = await self._get_peer_stub(peer_id).rpc_aggregate_part(self._counted(inputs, "sent"))
         if self.should_delay_results(self.peer_id):
             await has_sent.wait()
 
@@ -494,7 +496,7 @@ class JudgingAllReduce(AllReduceRunner):
                 raise AllreduceException(f"{peer_id} sent {averaging_pb2.MessageCode.Name(message.code)}")
             return read_tensor(message.tensor_part)
 
-        messages, num_taken = aiter_with_timeout(stream, self.reducer_timeout), 0
+        messages, num_taken = aiter_with_timeout(self._counted(stream, "received"), self.reducer_timeout), 0
         async for average in amap_in_executor(read, messages, max_prefetch=container.prefetch):
             container.register_processed_part(index, num_taken, average)
             num_taken += 1
@@ -502,6 +504,11 @@ class JudgingAllReduce(AllReduceRunner):
             raise AllreduceException(
                 f"peer {peer_id} sent {num_taken} parts, but we expected {container.num_parts_by_peer[index]}"
             )
+
+    async def _counted(self, messages, way: str) -> AsyncIterator[averaging_pb2.AveragingData]:
+        async for message in messages:
+            self.traffic[way] += message.ByteSize()
+            yield message
 
     async def _accumulate_parts_streaming(
         self, stream, sender_index: int
@@ -591,7 +598,7 @@ class JudgingAllReduce(AllReduceRunner):
         if peer not in self.sender_peer_ids:
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
-        messages = checked_messages(stream, partial(self.on_violation, peer))
+        messages = checked_messages(self._counted(stream, "received"), partial(self.on_violation, peer))
         self._num_served += 1
         self._nobody_served.clear()
         try:
@@ -600,6 +607,7 @@ class JudgingAllReduce(AllReduceRunner):
                 num_sent, code = num_sent + 1, message.code
                 if code == averaging_pb2.AVERAGED_PART and peer in self._untold:
                     message.MergeFrom(objection_message(code, self._untold.pop(peer)))
+                self.traffic["sent"] += message.ByteSize()
                 with self._limit_reading(peer):
                     yield message
             if code != averaging_pb2.AVERAGED_PART:

@@ -56,7 +56,7 @@ class TrainerMetrics(pydantic.BaseModel):
     Losses are sums over ``mini_steps`` forward passes. ``total_samples`` counts from the trainer's start, so that the
     shares of the work are right although nobody sees every report; so does ``lone_epochs``: those that it stepped with
     its own gradients alone although others trained; so does ``computing``: the share of its time in which it did not
-    wait for the swarm. ``failure`` is why its last failed round failed.
+    wait for the swarm, and the bytes of all its rounds. ``failure`` is why its last failed round failed.
     """
 
     epoch: pydantic.conint(ge=0, strict=True)
@@ -70,6 +70,8 @@ class TrainerMetrics(pydantic.BaseModel):
     total_samples: pydantic.conint(ge=0, strict=True) = 0
     lone_epochs: pydantic.conint(ge=0, strict=True) = 0
     computing: pydantic.confloat(ge=0.0, le=1.0, strict=True) | None = None
+    bytes_sent: pydantic.conint(ge=0, strict=True) = 0
+    bytes_received: pydantic.conint(ge=0, strict=True) = 0
     failure: pydantic.constr(max_length=MAX_REASON_LENGTH, strict=True) = ""
 
     @pydantic.validator("loss", "mlm_loss", "sop_loss", "samples_per_second")

@@ -13,6 +13,7 @@ import logging
 import math
 import multiprocessing
 import time
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
@@ -186,6 +187,7 @@ class RoundReporting(Gated):
         self._num_refusals_unread = multiprocessing.Value("i", 0)
         self._membership, self._num_active_steps = membership, 0
         self._failures: _FailureCollector | None = None
+        self._traffic: Counter = Counter()  # bytes "sent" and "received" in rounds, since the last one that ended
         super().__init__(*args, **kwargs)
 
     def _enter(self, phase: str, **details) -> None:
@@ -399,6 +401,7 @@ class RoundReporting(Gated):
             schedule=self._schedule(group_info),
             ignored=frozenset(filter(self._is_shunned, group_info.peer_ids)),
             on_violation=self._shun,
+            traffic=self._traffic,
             p2p=self._p2p,
             servicer_type=type(self),
             prefix=self.prefix,
@@ -473,29 +476,28 @@ class RoundReporting(Gated):
                 result = step._result
                 if not is_trainer(step.data_for_gather):  # an assistant has been looking since its last round
                     seconds = time.monotonic() - result.began
-                num_refused, reasons = len(result.refused), result.refused + reasons
-                self._rounds_sender.send(
-                    Round(
-                        self.round_kind,
-                        seconds,
-                        len(result),
-                        result.received,
-                        result.num_lost,
-                        "",
-                        reasons,
-                        num_refused,
-                    )
+                self._report(
+                    seconds,
+                    num_peers=len(result),
+                    received=result.received,
+                    num_lost=result.num_lost,
+                    reasons=result.refused + reasons,
+                    num_refused=len(result.refused),
                 )
             elif given_up == LEAVING:
                 pass  # no failure
             elif given_up:
-                self._rounds_sender.send(Round(self.round_kind, seconds, error=given_up, reasons=reasons))
+                self._report(seconds, error=given_up, reasons=reasons)
             elif not step.cancelled():
                 error = step._exception
                 message = (
                     printable(str(error) or repr(error), MAX_REASON_LENGTH) if error is not None else "no group found"
                 )
-                self._rounds_sender.send(Round(self.round_kind, seconds, error=message, reasons=reasons))
+                self._report(seconds, error=message, reasons=reasons)
+
+    def _report(self, seconds: float, **figures) -> None:
+        sent, received = self._traffic.pop("sent", 0), self._traffic.pop("received", 0)
+        self._rounds_sender.send(Round(self.round_kind, seconds, bytes_sent=sent, bytes_received=received, **figures))
 
     async def _limit_search(self, step: StepControl) -> str:
         """Cancel a step whose owner waits for it in vain; returns why, or nothing if the search was over before.

@@ -39,6 +39,7 @@ class EpochReport:
         self.waits: list[float] = []  # seconds inside the swarm's optimizer, by local step
         self.total_samples = self.lone_epochs = 0  # since the start
         self.total_seconds = self.total_waited = 0.0
+        self.total_sent = self.total_received = 0  # bytes
         self.last_inner_steps = 0
         self.num_downloads, self.epoch_started = 0, time.monotonic()
         self.joined_at = 0  # the epoch at which this trainer last had the state of others
@@ -102,6 +103,8 @@ class EpochReport:
         record = self._record(sequence_length)
         self.total_seconds += record.seconds
         self.total_waited += record.waited_seconds
+        self.total_sent += record.bytes_sent
+        self.total_received += record.bytes_received
         self._publish()
         self.journal.record(record)
         self.progress.epoch_finished(record, self.total_steps, self.rounds)
@@ -126,6 +129,8 @@ class EpochReport:
             total_samples=self.total_samples,
             lone_epochs=self.lone_epochs,
             computing=share_computing(self.total_seconds, self.total_waited),
+            bytes_sent=self.total_sent,
+            bytes_received=self.total_received,
             failure=describe_incomplete(failed[-1])[:MAX_REASON_LENGTH] if failed else "",
         )
         store_metrics(self.swarm.dht, self.run_id, self.swarm.public_key, metrics, expiration=self.expiration)
@@ -150,6 +155,8 @@ class EpochReport:
             partial_rounds=sum(not one.complete and not one.error for one in self.rounds),
             lone_epochs=self.lone_epochs,
             state_downloads=self.num_downloads,
+            bytes_sent=sum(one.bytes_sent for one in self.rounds),
+            bytes_received=sum(one.bytes_received for one in self.rounds),
             learning_rate=self.optimizer.state_averager.optimizer.param_groups[0]["lr"],
             sequence_length=sequence_length,
         )

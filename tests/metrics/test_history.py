@@ -63,6 +63,17 @@ def test_history_knows_how_long_each_trainer_computed():
     assert computing == {THIS_PEER: 0.75, "a": 0.75, "b": None, "liar": 1.0}
 
 
+def test_history_adds_up_what_each_trainer_sent_and_received_whatever_was_missed_or_started_anew():
+    own = [{"event": "epoch", "time": 10.0 * number, "epoch": number, "bytes_sent": 100, "bytes_received": 10}
+           for number in (1, 2)]  # fmt: skip
+    others = [row("a", 8, bytes_sent=5, bytes_received=1), row("a", 24, bytes_sent=20, bytes_received=4),
+              row("a", 8, bytes_sent=7, bytes_received=2), row("b", 8)]  # fmt: skip
+    traffic = {
+        name: (peer.bytes_sent, peer.bytes_received) for name, peer in RunHistory([*own, *others]).peers.items()
+    }
+    assert traffic == {THIS_PEER: (200, 20), "a": (27, 6), "b": (0, 0)}
+
+
 def test_history_finds_stalls_and_what_was_reported_in_them():
     times = [0, 20, 40, 60, 80, 280, 300, 340]  # 200 s instead of 20; 40 s is less than three times as long
     records = [epoch(number, 1e9 + time) for number, time in enumerate(times, 1)]

@@ -28,10 +28,11 @@ def records(*, epochs: int = 60, name: str = "3fa9c1d2", reason: str = "no group
     for epoch in range(1, epochs + 1):
         time = 1e9 + 20 * epoch + (300 if epoch > epochs // 2 else 0)
         failed = int(epoch == epochs // 2 + 1)
-        for peer, samples, computing in ((name, 48, 0.93), ("0badcafe", 16, None)):
+        for peer, samples, computing, sent in ((name, 48, 0.93, 2e6), ("0badcafe", 16, None, 0)):
             made.append({"event": "peer", "time": time, "peer": peer, "epoch": epoch, "samples": samples,
                          "total_samples": epoch * samples, "samples_per_second": samples / 20,
-                         "computing": computing, "failed_rounds": failed,
+                         "computing": computing, "bytes_sent": int(epoch * sent),
+                         "bytes_received": int(epoch * sent / 2), "failed_rounds": failed,
                          "failure": reason if failed else ""})  # fmt: skip
         made.append({"event": "swarm_epoch", "time": time, "epoch": epoch, "loss": 8.5 - epoch / 20,
                      "mlm_loss": 8 - epoch / 20, "sop_loss": 0.5, "samples": 64, "samples_per_second": 3.2,
@@ -71,7 +72,7 @@ def test_report_shows_the_figures_of_the_run():
                    "2 trainers", "3.2 samples per second",
                    "20 min left at this pace", "newest checkpoint of epoch 60"):  # fmt: skip
         assert figure in text, figure
-    assert "3fa9c1d2 75% 2880 2.4 60 now 93% 0 1 0badcafe 25% 960 0.8 60 now 0 1" in text
+    assert "3fa9c1d2 75% 2880 2.4 60 now 93% 120 MB, 60 MB 0 1 0badcafe 25% 960 0.8 60 now 0 1" in text
     assert "320 s without progress before epoch 31 2001-09-09 01:56 UTC no group found" not in text  # 5 min: minutes
     assert "5 min without progress before epoch 31" in text
     assert "2 reports in all" in text

@@ -132,10 +132,11 @@ def reported_rounds(averager, *, timeout: float = 10.0) -> list[Round]:
     return rounds
 
 
-def assert_last_round_complete(averager, kind: str, *, num_peers: int = 2) -> None:
+def assert_last_round_complete(averager, kind: str, *, num_peers: int = 2) -> Round:
     last = reported_rounds(averager)[-1]
     assert (last.kind, last.num_peers, last.received, last.num_lost, last.error) == (kind, num_peers, 1.0, 0, ""), last
     assert last.complete and 0 < last.seconds < 60
+    return last
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
@@ -185,8 +186,11 @@ def test_state_averaging_yields_the_mean_of_parameters(two_nodes, shut_down_at_e
         lambda: [DecentralizedAverager.step(averager, wait=False, timeout=15, gather=5) for averager in averagers]
     )
     assert [list(result.values()) for result in results] == [[5, 5]] * 2
+    rounds = [assert_last_round_complete(averager, "parameters") for averager in averagers]
+    for one, other in (rounds, rounds[::-1]):
+        # whoever averages how much: its values in 16 bits for others to average, or averages for them
+        assert 4000 <= one.bytes_sent == other.bytes_received < 4600
     for averager in averagers:
-        assert_last_round_complete(averager, "parameters")
         with averager.get_tensors() as averaged:
             torch.testing.assert_close(averaged[0], torch.full((2000,), 1.02), rtol=1e-3, atol=0)
 

@@ -90,7 +90,8 @@ def test_callback_under_the_real_trainer_writes_one_record_an_epoch(tmp_path):
 
 
 def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
-    callback, callback_round = make_callback(tmp_path), Round("gradients", 1.0, num_peers=2, received=0.5)
+    callback = make_callback(tmp_path)
+    callback_round = Round("gradients", 1.0, num_peers=2, received=0.5, bytes_sent=1000, bytes_received=700)
     for loss in (2.0, 4.0):
         callback.meter.loss += loss
         callback.meter.mlm_loss += loss - 0.5
@@ -101,13 +102,16 @@ def test_callback_stores_sums_over_forward_passes_in_the_dht(tmp_path):
     assert 0.0 <= stored.pop("computing") <= 1.0, "how much of it is tested with a clock"
     assert stored == {"epoch": 1, "samples_per_second": 2.5, "samples": 8, "loss": 6.0, "mlm_loss": 5.0,
                       "sop_loss": 1.0, "mini_steps": 2, "failed_rounds": 2, "total_samples": 8, "lone_epochs": 0,
+                      "bytes_sent": 2000, "bytes_received": 1400,
                       "failure": describe_incomplete(callback_round)}  # fmt: skip
-    assert journal_of(tmp_path, "epoch")[0]["loss"] == 3.0
+    (record,) = journal_of(tmp_path, "epoch")
+    assert (record["loss"], record["bytes_sent"], record["bytes_received"]) == (3.0, 2000, 1400)
     assert callback.meter.loss == 0.0
     for _ in range(2):
         local_step(callback)
     metrics = fetch_metrics(callback.swarm.dht, "fake")[b"key"]
     assert (metrics.samples, metrics.total_samples, metrics.failure) == (8, 16, "")
+    assert (metrics.bytes_sent, metrics.bytes_received) == (2000, 1400), "since the start"
 
 
 def test_callback_reports_a_long_reason_cut_to_what_the_swarm_accepts(tmp_path):
