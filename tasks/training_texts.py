@@ -69,9 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         return fail(PROGRAM, error)
     for name, some in found.items():
         print(f"{name:8} {len(some):6} texts  {sum(len(text.encode()) for text in some) / 1e6:.2f} MB")
-    print(
-        f"{options.output}: text for --dataset_sources, beside others, weighed with --dataset_weights"
-    )
+    print(f"{options.output}: text for --dataset_sources, beside others, weighed with --dataset_weights")
     return 0
 
 

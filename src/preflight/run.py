@@ -25,6 +25,8 @@ from src.preflight.plan import Plan
 from src.settings.folder import folder_of
 from src.swarm.join import Entry, UnfitSettingsError, enter
 
+FULL_VOCABULARY = 0.9  # of the model's; sizes are rounded up for the sake of the hardware
+
 
 def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     peer: PeerArguments,
@@ -58,6 +60,8 @@ def run_checks(  # noqa: PLR0913 (what the two programs differ in)
     model_check, built = attempt("model and tokenizer", build_model, describe_model)
     report(model_check)
     if built is not None:
+        for check in warn_of_vocabulary(*built):
+            report(check)
         for check in check_memory(built[0].config, workload, device):
             report(check)
         report(check_shared_memory(built[0], local_steps=workload.local_steps))
@@ -113,6 +117,15 @@ def settings_for_check(
 def describe_model(built: tuple) -> str:
     model, tokenizer = built
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {len(tokenizer)} tokens"
+
+
+def warn_of_vocabulary(model, tokenizer) -> list[Check]:
+    room = model.config.vocab_size
+    if len(tokenizer) >= FULL_VOCABULARY * room:
+        return []
+    found = f"the model has room for {room} tokens, the tokenizer knows {len(tokenizer)}: the rest is never learned"
+    fix = f"lower vocab_size to {len(tokenizer)} in the model's configuration, or train a larger tokenizer"
+    return [Check("vocabulary", WARNING, found, f"{fix}, before the run begins")]
 
 
 def verdict(checks: Sequence[Check], say: Callable[[str], None]) -> int:

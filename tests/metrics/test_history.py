@@ -68,9 +68,7 @@ def test_history_adds_up_what_each_trainer_sent_and_received_whatever_was_missed
            for number in (1, 2)]  # fmt: skip
     others = [row("a", 8, bytes_sent=5, bytes_received=1), row("a", 24, bytes_sent=20, bytes_received=4),
               row("a", 8, bytes_sent=7, bytes_received=2), row("b", 8)]  # fmt: skip
-    traffic = {
-        name: (peer.bytes_sent, peer.bytes_received) for name, peer in RunHistory([*own, *others]).peers.items()
-    }
+    traffic = {name: (peer.bytes_sent, peer.bytes_received) for name, peer in RunHistory([*own, *others]).peers.items()}
     assert traffic == {THIS_PEER: (200, 20), "a": (27, 6), "b": (0, 0)}
 
 

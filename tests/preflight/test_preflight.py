@@ -28,7 +28,7 @@ from src.preflight import machine, network
 from src.preflight.check import FAILED, OK, WARNING, Check
 from src.preflight.machine import Workload
 from src.preflight.network import describe_speed, explain_knock
-from src.preflight.run import run_checks, settings_for_check
+from src.preflight.run import run_checks, settings_for_check, warn_of_vocabulary
 from src.settings.folder import folder_of, write_folder
 from src.settings.manifest import make_files, make_manifest
 from src.swarm.dht import start_dht, visible_addresses
@@ -126,6 +126,15 @@ def test_check_finds_a_healthy_set_up_ready(running, tmp_path):
     assert f"127.0.0.1 TCP port {port} answers after" in output
     assert output.splitlines()[-1].startswith("READY: 15 checks passed")
     assert not (tmp_path / "outputs").exists(), "a check changes nothing"
+
+
+@pytest.mark.parametrize(("num_tokens", "is_said"), [(300, False), (270, False), (269, True), (20, True)])
+def test_check_says_how_much_of_the_vocabulary_no_token_is_for(num_tokens, is_said):
+    said = [check.lines() for check in warn_of_vocabulary(tiny_model(), range(num_tokens))]
+    assert len(said) == is_said
+    if is_said:
+        assert f"room for 300 tokens, the tokenizer knows {num_tokens}" in said[0]
+        assert f"lower vocab_size to {num_tokens}" in said[0]
 
 
 def test_check_says_that_a_peer_has_ended(running, closed_port, tmp_path):
