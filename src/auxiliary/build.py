@@ -28,6 +28,7 @@ from src.preflight.network import Seen
 from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
+from src.settings.folder import folder_of, says_where_settings_came_from
 from src.settings.manifest import Manifest
 from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
@@ -100,7 +101,7 @@ def check(
         output_dir=training.output_dir,
         device=torch.device("cpu"),
         workload=workload,
-        build_model=lambda: task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order),
+        build_model=lambda: build_model(peer, training, task),
         make_card=partial(make_run_card, settings=settings, trainer=False),
         read_data=partial(make_scorers.of, peer, num_batches=1, sentence_order=training.sentence_order)
         if reads_data
@@ -110,6 +111,12 @@ def check(
         fastest=collaboration.target_batch_size,
         say=say,
     )
+
+
+def build_model(peer: AuxiliaryPeerArguments, training: HFTrainerArguments, task) -> tuple:
+    """The model whose parameters this peer looks after, and its tokenizer."""
+    with says_where_settings_came_from(folder_of(training.output_dir, peer.run_id), peer.model_config_path):
+        return task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
 
 
 def build(
@@ -128,7 +135,7 @@ def build(
     ``entry``: from `src.swarm.join.enter`.
     """
     use_cpu_kernels(training.cpu_kernels)
-    model, tokenizer = task.build_model(peer, seed=training.seed, sentence_order=training.sentence_order)
+    model, tokenizer = build_model(peer, training, task)
     if peer.repo_url:
         require_token(peer.repo_url, say=progress.say)
     require_shared_memory(model, local_steps=bool(collaboration.local_batch_size))

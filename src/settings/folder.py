@@ -90,3 +90,18 @@ def paths_in(folder: Path, manifest: Manifest) -> dict[str, str]:
     """{flag: path} of what is read from the folder."""
     tokenizer = {"tokenizer_path": str(folder / TOKENIZER)} if manifest.has_tokenizer else {}
     return {"model_config_path": str(folder / CONFIG_FILE), **tokenizer}
+
+
+@contextlib.contextmanager
+def says_where_settings_came_from(folder: Path, path: str) -> Iterator[None]:
+    """Of an error with the model of ``path``: that the run has handed it over, and how to ask for it anew.
+
+    What passes all checks may still not be buildable, and a peer goes on with what lies in the folder at each start.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not Path(path).expanduser().is_relative_to(folder):
+            raise
+        raise ValueError(f"{error}. The run has handed this over: remove {folder} to take it anew, if need be from "
+                         "other initial peers") from error  # fmt: skip

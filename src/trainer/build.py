@@ -28,7 +28,7 @@ from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
 from src.process.supervisor import start_deadline
-from src.settings.folder import folder_of, read_folder
+from src.settings.folder import folder_of, read_folder, says_where_settings_came_from
 from src.settings.manifest import Manifest
 from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
@@ -109,12 +109,13 @@ def check(
 def build_model(peer: TrainerPeerArguments, training: HFTrainerArguments, task) -> tuple:
     """The model that this trainer begins with, and its tokenizer."""
     use_cpu_kernels(training.cpu_kernels)
-    return task.build_model(
-        peer,
-        seed=training.seed,
-        activation_memory=training.activation_memory,
-        sentence_order=training.sentence_order,
-    )
+    with says_where_settings_came_from(folder_of(training.output_dir, peer.run_id), peer.model_config_path):
+        return task.build_model(
+            peer,
+            seed=training.seed,
+            activation_memory=training.activation_memory,
+            sentence_order=training.sentence_order,
+        )
 
 
 def workload_of(settings: dict, training: HFTrainerArguments) -> Workload:

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from src.settings.folder import folder_of, paths_in, read_folder, require_same, write_folder
+from src.settings.folder import (
+    folder_of,
+    paths_in,
+    read_folder,
+    require_same,
+    says_where_settings_came_from,
+    write_folder,
+)
 from src.settings.manifest import make_files
 from tests.settings.test_manifest import CONFIG, TOKENIZER, manifest_of_demo
 
@@ -57,3 +64,13 @@ def test_changed_settings_are_named_with_both_values(pinned):
         require_same(manifest, similar, pinned, "in the run")
     with pytest.raises(ValueError, match=r"config.json was 886 bytes with hash [0-9a-f]{64} .*5 bytes with hash ffff"):
         require_same(manifest, other, pinned, "in the run")
+
+
+def test_settings_that_cannot_be_built_are_told_with_the_folder_to_remove(pinned, tmp_path):
+    """A liar's may pass all checks, and would end each later start, too."""
+    own = tmp_path / "config.json"
+    for path, advice in ((pinned / "config.json", f"remove {pinned} to take it anew"), (own, "")):
+        with pytest.raises(ValueError, match="not enough memory") as raised, \
+                says_where_settings_came_from(pinned, str(path)):  # fmt: skip
+            raise ValueError("not enough memory for this model")
+        assert advice in str(raised.value) and ("remove" in str(raised.value)) == bool(advice)
