@@ -4,13 +4,13 @@ import sys
 
 from src.process.memory import limit_memory
 from src.process.sockets import make_socket_directory
-from src.process.supervisor import install_stop_handler, leave_at_once, run_supervised
+from src.process.supervisor import leave_at_once, run_supervised
 
-STOP_SECONDS, KILL_SECONDS = 25.0, 28.0  # to leave the swarm in order after a stop; until the supervisor kills
-FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving
+KILL_SECONDS = 28.0  # after a stop, until the supervisor kills
+FINISH_SECONDS = 15.0  # of them, for what is under way; the rest is for leaving the swarm
 
 
-def main() -> int:  # noqa: PLR0915 (read once, in order)
+def main() -> int:  # noqa: PLR0915 (imports count; read once, in order)
     limit_memory()
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading
@@ -21,16 +21,13 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     quiet_libraries()  # before they are loaded
     from src.auxiliary.build import MakeScorers, build, check
     from src.auxiliary.monitor import Watch
-    from src.metrics.console import Progress, Pulse
+    from src.metrics.console import Progress
     from src.metrics.history import read_history
     from src.metrics.terminal import TerminalView
     from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
-    from src.swarm.clock import ClockWatch
-    from src.swarm.dht import addresses_for_others
-    from src.swarm.join import enter, how_to_join
-    from src.swarm.reach import describe_first
-    from src.swarm.reconnect import KeepInTouch
+    from src.swarm.at_work import go_to_work
+    from src.swarm.join import enter
     from tasks.mlm import task
     from tasks.mlm.evaluate import checkpoint_scorer
     from tasks.rublimp.checkpoints import pair_scorer
@@ -54,42 +51,28 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
             entry = enter(peer, given, reads_text=False, say=progress.say)
             peer, collaboration, training = parser.parse_run([*entry.words, *words])
             peer.restart = may_restart
-            program = build(
-                peer,
-                collaboration,
-                training,
-                entry=entry,
-                task=task,
-                make_scorers=make_scorers,
-                progress=progress,
-                stop=stop,
-            )
+            program = build(peer, collaboration, training, entry=entry, task=task, make_scorers=make_scorers,
+                            progress=progress, stop=stop)  # fmt: skip
     except (ValueError, OSError) as error:
         print(f"run_aux_peer.py: error: {error}", file=sys.stderr)
         leave_at_once(2)
     except SystemExit as end:  # of the parser, perhaps beside a node
         leave_at_once(end.code)
-    swarm, journal = program.swarm, program.journal
-    # now, because hivemind has replaced the handlers
-    install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    addresses = addresses_for_others(swarm.dht, peer)
-    if not peer.initial_peers:
-        progress.say(describe_first(addresses))
-    progress.say(f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}")
-    progress.say(f"trainers join with\n  {how_to_join(peer, addresses, program.manifest)}")
-    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
-    Pulse(progress, swarm.optimizer, total_epochs=training.total_steps, stop=stop).start()
-    if not peer.use_ipfs:
-        KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
+    swarm, journal, total_steps = program.swarm, program.journal, training.total_steps
+
+    def introduce(addresses: list[str], joining: str) -> list[str]:
+        return [f"run {peer.run_id}: this auxiliary peer listens on {', '.join(addresses)}",
+                f"trainers join with\n  {joining}"]  # fmt: skip
+
+    go_to_work(swarm, peer, manifest=program.manifest, total_epochs=total_steps, introduce=introduce,
+               progress=progress, stop=stop)  # fmt: skip
     for thread in program.threads:
         thread.start()
     if isinstance(progress, TerminalView):
         history = journal.follow(read_history)  # with an earlier part of the run, if this peer was started anew
         progress.start(history, swarm.optimizer.tracker)
-    total_steps = training.total_steps
-    watch = Watch(
-        swarm, peer.run_id, total_steps=total_steps, journal=journal, store=program.store, progress=progress, stop=stop
-    )
+    watch = Watch(swarm, peer.run_id, total_steps=total_steps, journal=journal, store=program.store, progress=progress,
+                  stop=stop)  # fmt: skip
     with Watchdog(say=progress.say, stop=stop, start_again=peer.restart):
         watch.run(period=peer.refresh_period, when_over=program.end.complete)
         progress.close()

@@ -8,23 +8,18 @@ import sys
 
 from src.process.memory import limit_memory
 from src.process.sockets import make_socket_directory
-from src.process.supervisor import install_stop_handler, leave_at_once, run_supervised
+from src.process.supervisor import leave_at_once, run_supervised
 
 KILL_SECONDS = 28.0  # after a stop, until the supervisor kills
 
 
-def main() -> int:  # noqa: PLR0915 (read once, in order)
+def main() -> int:  # noqa: PLR0915 (imports count; read once, in order)
     limit_memory()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read once, when torch is loaded
     # Heavy imports come here, not above: the supervising parent process should stay small.
     import threading
 
-    from arguments import (
-        ArgumentParser,
-        CollaborationArguments,
-        HFTrainerArguments,
-        TrainerPeerArguments,
-    )
+    from arguments import ArgumentParser, CollaborationArguments, HFTrainerArguments, TrainerPeerArguments
 
     parser = ArgumentParser(TrainerPeerArguments, CollaborationArguments, HFTrainerArguments, description=__doc__)
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -32,15 +27,13 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     from src.console import quiet_libraries
 
     quiet_libraries()  # before they are loaded
-    from src.metrics.console import Progress, Pulse
+    from src.metrics.console import Progress
     from src.preflight.run import settings_for_check
     from src.process.watchdog import Watchdog, may_start_again
-    from src.swarm.clock import ClockWatch
-    from src.swarm.dht import addresses_for_others, short_peer_name
-    from src.swarm.join import enter, how_to_join
-    from src.swarm.reach import describe_first
-    from src.swarm.reconnect import KeepInTouch
-    from src.trainer.build import STOP_SECONDS, build, build_follower, check, follow_settings, train
+    from src.swarm.at_work import go_to_work
+    from src.swarm.dht import short_peer_name
+    from src.swarm.join import enter
+    from src.trainer.build import build, check, follow, train
     from src.trainer.local_workers import share_settings
     from tasks.mlm import task
     from tasks.mlm.text_errors import TextError
@@ -51,17 +44,7 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     peer, given = parser.parse_first(words)
     progress, stop = Progress(), threading.Event()
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun has started several processes of this script
-        try:
-            handed_over = () if peer.check else follow_settings(peer, given)
-        except ValueError as error:
-            print(f"run_trainer.py: error: {error}", file=sys.stderr)
-            leave_at_once(2)
-        peer, _, training = parser.parse([*handed_over, *words])
-        if peer.check:
-            return 0
-        follower = build_follower(peer, training, task=task, stop=stop)
-        install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)
-        leave_at_once(train(follower, text_error=TextError))
+        leave_at_once(follow(parser, words, task=task, text_error=TextError, stop=stop))
     if alone:
         progress.say("no arguments: the bundled demo model on the bundled text (@demo/trainer.args)")
     if peer.check:
@@ -82,27 +65,17 @@ def main() -> int:  # noqa: PLR0915 (read once, in order)
     except SystemExit as end:  # of the parser, perhaps beside a node
         leave_at_once(end.code)
     swarm, callback = program.swarm, program.callback
-    # now, because hivemind has replaced the handlers
-    install_stop_handler(stop.set, swarm.optimizer.stop_waiting, deadline_seconds=STOP_SECONDS)
-    addresses = addresses_for_others(swarm.dht, peer)
-    if not peer.initial_peers:
-        progress.say(describe_first(addresses))
-    joining = how_to_join(peer, addresses, program.manifest)
-    progress.say(f"{'joining' if peer.initial_peers else 'started'} run {peer.run_id}; others join with\n  {joining}")
-    progress.say(f"reports call this trainer {short_peer_name(swarm.public_key)}")
+
+    def introduce(addresses: list[str], joining: str) -> list[str]:
+        what = "joining" if peer.initial_peers else "started"
+        return [f"{what} run {peer.run_id}; others join with\n  {joining}",
+                f"reports call this trainer {short_peer_name(swarm.public_key)}"]  # fmt: skip
+
+    go_to_work(swarm, peer, manifest=program.manifest, total_epochs=training.total_steps, introduce=introduce,
+               progress=progress, stop=stop)  # fmt: skip
     program.outlook.begin()
-    ClockWatch(swarm.dht, say=progress.say, stop=stop).start()
-    Pulse(progress, swarm.optimizer, total_epochs=training.total_steps, stop=stop).start()
-    if not peer.use_ipfs:
-        KeepInTouch(swarm.dht, peer.initial_peers, stop=stop).start()
-    with Watchdog(
-        say=progress.say,
-        stop=stop,
-        start_again=peer.restart,
-        save=callback.save_last,
-        is_late=callback.is_late,
-        leave=swarm.leave,
-    ):
+    with Watchdog(say=progress.say, stop=stop, start_again=peer.restart, save=callback.save_last,
+                  is_late=callback.is_late, leave=swarm.leave):  # fmt: skip
         code = train(program.trainer, text_error=TextError, say=progress.say)
     epoch = swarm.optimizer.local_epoch
     how = "trained to the last epoch," if epoch >= training.total_steps else "stopped at epoch"

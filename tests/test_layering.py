@@ -19,6 +19,7 @@ ARGUMENTS_READERS = {
     "src/preflight/run.py",
     "src/process/same_peer.py",
     "src/settings/manifest.py",
+    "src/swarm/at_work.py",
     "src/swarm/build.py",
     "src/swarm/join.py",
     "src/swarm/dht.py",

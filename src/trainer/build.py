@@ -27,9 +27,10 @@ from src.preflight.pace import measure_pace
 from src.preflight.plan import Circumstances, Plan, make_plan
 from src.preflight.run import run_checks
 from src.process.same_peer import keep_ports, take_up_identity
-from src.process.supervisor import start_deadline
+from src.process.supervisor import install_stop_handler, start_deadline
 from src.settings.folder import folder_of, read_folder, says_where_settings_came_from
 from src.settings.manifest import Manifest
+from src.swarm.at_work import STOP_SECONDS
 from src.swarm.join import Entry, Swarm, begin_to_hand_over, join_run, record_start, start_averaging
 from src.swarm.run_card import make_run_card
 from src.swarm.take_up import words_of
@@ -41,8 +42,6 @@ from src.trainer.gradient_buffers import GradientBuffers
 from src.trainer.hf_trainer import CollaborativeTrainer, LossMeter, LossScaler, StoppedWaiting
 from src.trainer.local_workers import FollowerCallback, LocalWorkers, await_settings, worker_was_lost
 from src.trainer.outlook import Outlook
-
-STOP_SECONDS = 25.0  # to leave the swarm in order after a stop
 
 
 @dataclass
@@ -283,6 +282,22 @@ def follow_settings(peer: TrainerPeerArguments, given: dict) -> list[str]:
     if found is None or found[0].hash != settings_hash:
         raise ValueError(f"{folder} does not hold the settings that rank 0 keeps: give all ranks the same --output_dir")
     return words_of(found[0], folder, given, reads_text=True)
+
+
+def follow(parser, words: list[str], *, task, text_error: type[Exception], stop: threading.Event) -> int:
+    """All that a process does that torchrun has started beside rank 0, from its command line to its exit code."""
+    peer, given = parser.parse_first(words)
+    if peer.check:
+        return 0
+    try:
+        handed_over = follow_settings(peer, given)
+    except ValueError as error:
+        print(f"run_trainer.py: error: {error}", file=sys.stderr)
+        return 2
+    peer, _, training = parser.parse([*handed_over, *words])
+    follower = build_follower(peer, training, task=task, stop=stop)
+    install_stop_handler(stop.set, deadline_seconds=STOP_SECONDS)
+    return train(follower, text_error=text_error)
 
 
 def build_follower(peer: TrainerPeerArguments, training: HFTrainerArguments, *, task, stop) -> CollaborativeTrainer:

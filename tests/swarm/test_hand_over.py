@@ -10,6 +10,7 @@ import pytest
 
 from src.access.organiser import make_parser
 from src.access.organiser import run as organise
+from src.metrics.journal import read_journal
 from src.process.local_swarm import REPOSITORY, LocalPeer, LocalSwarm, free_port
 from src.swarm import join
 from tests.settings.test_manifest import manifest_of_demo
@@ -114,18 +115,18 @@ def test_both_ranks_under_torchrun_take_what_the_first_one_has_fetched(tmp_path)
     assert settings_in(tmp_path / "new") == settings_in(tmp_path / "aux")
 
 
+def organised(access, *settings: str, names=("aux", "ivan")) -> dict[str, list[str]]:
+    """A private run in the folder ``access``: the flags of each member."""
+    for command in (["init", "demo"], *(["issue", "demo", name] for name in names), ["sign", "demo", *settings]):
+        organise(make_parser().parse_args(["--directory", str(access), *command]))
+    return {name: ["--authorize", str(access / "demo" / f"{name}.token")] for name in names}
+
+
 @pytest.mark.timeout(600)
 def test_members_of_a_private_run_take_what_its_organiser_has_signed(tmp_path, capsys):
     access = tmp_path / "access"
-    for command in (
-        ["init", "demo"],
-        ["issue", "demo", "aux"],
-        ["issue", "demo", "ivan"],
-        ["sign", "demo", "@demo/swarm.args"],
-    ):
-        organise(make_parser().parse_args(["--directory", str(access), *command]))
+    tokens = organised(access, "@demo/swarm.args")
     assert "settings: put a copy of this folder beside the token" in capsys.readouterr().out
-    tokens = {name: ["--authorize", str(access / "demo" / f"{name}.token")] for name in ("aux", "ivan")}
     with LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
         swarm.start(
             "aux", "run_aux_peer.py", ["--run_id", "demo", "--output_dir", str(tmp_path / "aux"), *tokens["aux"]]
@@ -137,3 +138,27 @@ def test_members_of_a_private_run_take_what_its_organiser_has_signed(tmp_path, c
     (access / "demo" / "settings" / "signature").unlink()
     code, output = ended(*newcomer(tmp_path / "other", *tokens["ivan"]))
     assert code == 2 and "the run's organiser has not signed this" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_members_of_a_private_run_make_local_steps_together(tmp_path):
+    epochs, settings = 5, tmp_path / "local.args"
+    settings.write_text(f"@demo/swarm.args\n--local_batch_size 32 --total_steps {epochs} --warmup_steps 2\n")
+    tokens = organised(tmp_path / "access", f"@{settings}", names=("aux", "ivan", "olga"))
+    with LocalSwarm(echo=False, environment=ONE_THREAD) as swarm:
+        flags = ["--run_id", "demo", "--output_dir", str(tmp_path / "aux"), "--assist_in_averaging", *tokens["aux"]]
+        swarm.start("aux", "run_aux_peer.py", flags)
+        trainers = [
+            swarm.start(name, "run_trainer.py", newcomer(tmp_path / name, *tokens[name], "--wait_for_peers", "2"))
+            for name in ("ivan", "olga")
+        ]
+        for trainer in trainers:
+            assert trainer.process.wait(300) == 0, trainer.output()
+    for name in ("ivan", "olga"):
+        records = read_journal(tmp_path / name / "demo" / "trainer" / "metrics.jsonl")
+        ended_epochs = [record for record in records if record["event"] == "epoch"]
+        rounds = [record for record in records if record["event"] == "round" and record["kind"] == "gradients"]
+        assert [record["epoch"] for record in ended_epochs] == list(range(1, epochs + 1))
+        assert sum(record["inner_steps"] for record in ended_epochs) >= epochs, "its own optimizer has stepped"
+        assert len(rounds) >= epochs - 1 and all(record["complete"] for record in rounds[1:]), rounds
