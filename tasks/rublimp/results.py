@@ -23,7 +23,8 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     share, weight = right / total, NORMAL_QUANTILE**2 / total
     middle = (share + weight / 2) / (1 + weight)
     half = math.sqrt(weight * share * (1 - share) + weight**2 / 4) / (1 + weight)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # the share lies in it; at 0 and 1 it is one end, from which rounding may part it
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 @dataclass(frozen=True)

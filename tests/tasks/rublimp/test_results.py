@@ -21,6 +21,14 @@ def test_interval_is_that_of_wilson(right, total, low, high):
     assert wilson_interval(right, total) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_interval_holds_the_share_that_was_found_to_the_last_bit():
+    """A picture's error bar of -1e-16 is refused."""
+    for total in range(1, 400):
+        for right in {0, 1, total // 2, total}:
+            low, high = wilson_interval(right, total)
+            assert 0.0 <= low <= right / total <= high <= 1.0, (right, total)
+
+
 def test_forms_differ_where_numbers_of_tokens_do_and_a_tie_is_not_right():
     longer = scored((-12.0, 4), (-10.0, 3))  # means -3 and -3.33
     assert longer.is_right("mean") and not longer.is_right("sum") and not longer.is_right("word")
