@@ -49,6 +49,9 @@ PARSED = {
     "predict_on_lidirus.py": "needs the benchmarks' data; tests/tasks/test_finetune_scripts.py",
     "tasks.submission": "needs predictions of all tasks; tests/tasks/test_submission.py",
     "tasks.rublimp": "needs the benchmark's data; tests/tasks/rublimp/test_experiment.py",
+    "tasks.overlap": "needs the benchmarks' data; tests/tasks/test_overlap.py",
+    "tasks.training_texts": "needs the benchmarks' data; tests/tasks/test_training_texts.py",
+    "benchmarks.run_curve": "needs the records of a run; tests/benchmarks/test_run_curve.py",
     "demo/run_demo.py": "takes minutes", "demo/make_pictures.py": "takes minutes",
     "benchmarks.run_all": "takes minutes", "benchmarks.swarm_on_corpus": "takes minutes",
     "benchmarks.swarm_faults": "takes minutes", "benchmarks.collator": "takes minutes",
@@ -75,7 +78,7 @@ STAND_INS = {
     "MY_IP": "203.0.113.9", "PORT": "31337", "BANDWIDTH": "100",
     "INITIAL_PEERS": "/ip4/203.0.113.5/tcp/12345/p2p/QmcgpsyWgH8Y8ajJz1Cu72KnS5uo2Aa2LpzU7kinSupNKC",
 }  # fmt: skip
-TOO_LARGE = {"50000": "4000", "32000": "4000"}  # pieces, for the texts of `stand_ins`
+TOO_LARGE = {"50000": "4000", "32000": "4000", "10000": "4000"}  # pieces, for the texts of `stand_ins`
 NEEDS_NETWORK = re.compile(r"yandex/RuLeanALBERT[\"']|hf_hub_download|snapshot_download")
 
 

@@ -71,7 +71,9 @@ def _read(pid: int, file: str, field: str) -> float | None:
     """None if there is no such process. Raises OSError if there is, but not this file of it."""
     try:
         lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, ProcessLookupError):
+    except ProcessLookupError:  # it is dead, though its parent may not have taken note of that
+        return None
+    except FileNotFoundError:
         if Path(f"/proc/{pid}/stat").exists():
             raise
         return None

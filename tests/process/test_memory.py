@@ -112,6 +112,16 @@ print(measure, *sizes, alone, before + alone - sizes["own"])
     assert 45 < float(alone) < 60 and 20 < float(given_away) < 40, done.stdout
 
 
+def test_process_that_is_dead_and_not_taken_note_of_yet_has_no_memory():
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+    try:
+        assert memory.memory_of({"own": os.getpid(), "child": child.pid})[0] == "PSS"
+        assert list(memory.memory_of({"own": os.getpid(), "child": child.pid})[1]) == ["own"]
+    finally:
+        child.wait()
+
+
 def test_memory_is_told_in_full_where_the_kernel_has_no_better(monkeypatch):
     read = memory._read
 
