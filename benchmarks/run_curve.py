@@ -64,7 +64,10 @@ def draw(history: RunHistory, picture: Path) -> None:
     axes.set_ylabel("masked-token loss, nats")
     if history.pairs:
         right = axes.twinx()
-        found = [[one.epoch, one.accuracy, one.accuracy - one.low, one.high - one.accuracy] for one in history.pairs]
+        found = [
+            [one.epoch, one.accuracy, max(0.0, one.accuracy - one.low), max(0.0, one.high - one.accuracy)]
+            for one in history.pairs
+        ]
         numbers, shares, below, above = zip(*found, strict=True)
         right.errorbar(numbers, shares, yerr=[below, above], color="tab:orange", marker="s", capsize=3)
         right.set_ylabel("share of minimal pairs that are right", color="tab:orange")

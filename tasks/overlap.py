@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tqdm import tqdm
+
 from command_line import ArgumentParser
 from tasks.finetuning import sources as task_files
 from tasks.finetuning.console import fail
@@ -118,7 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         if not tasks:
             raise ValueError(f"{options.data_dir} holds no benchmark (a folder named as one of {', '.join(NAMES)})")
         overlaps = {task: Overlap.of(sentences_of(task, options.data_dir)) for task in tasks}
-        search(iterate_documents(options.sources), overlaps.values())
+        documents = iterate_documents(options.sources)
+        search(tqdm(documents, unit="document", leave=False, disable=None, delay=2), overlaps.values())
     except (ValueError, OSError) as error:
         return fail(PROGRAM, error)
     for task, overlap in overlaps.items():
